@@ -1,0 +1,63 @@
+"""The model card of an EE checkpoint: metadata for the Hub, measured figures, how to decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+
+def model_card(name: str, config: dict[str, Any]) -> str:
+    """Markdown with a YAML head, from the content of `exit_config.json`."""
+    base, exits = config["base"], config["exits"]
+    metadata = ModelCardData(
+        base_model=base["id"],
+        license=base["license"],
+        library_name="hispec",
+        pipeline_tag="text-generation",
+        tags=["early-exit", "speculative-decoding", "hispec"],
+    )
+    depths = ", ".join(map(str, exits["depths"]))
+    kind = "own transformer blocks" if exits["head"] == "block" else "the final norm"
+    lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        f"# {name}",
+        "",
+        f"Early exits at depth {depths} of {config['model']['num_hidden_layers']} for "
+        f"`{base['id']}`, read through {kind} and the shared LM head. Decoded with HiSpec, a "
+        "shallow exit drafts, a deeper one verifies and the full model validates; the text is the "
+        "full model's own.",
+        "",
+        "```bash",
+        f'hispec generate {name} "your prompt" --stats',
+        "```",
+        "",
+    ]
+    lines += _figures(config["figures"])
+    included = "included in this folder" if base["included"] else "not included"
+    lines += ["## Base", "", f"`{base['id']}`, {included}. SHA-256 of its weights:", ""]
+    lines += [f"- `{file}` `{digest}`" for file, digest in base["weights"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    rows = figures.get("agreement")
+    if not rows:
+        return []
+    lines = [
+        "## Agreement",
+        "",
+        f"On {figures['text']}, {rows[0]['tokens']:,} tokens, temperature 1:",
+        "",
+        "| depth | judged by | same top token | acceptance, sum of min(p, q) |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['shallow']} | {r['deep']} | {r['top1']:.3f} | {r['acceptance']:.3f} |" for r in rows
+    ]
+    trained = (
+        f"Trained on {figures['training_tokens']:,} tokens in {figures['minutes']:.1f} minutes."
+    )
+    return [*lines, "", trained, ""]

@@ -1,0 +1,282 @@
+"""EE checkpoints: `exits.safetensors`, `exit_config.json`, a model card, and maybe the base.
+
+`checkpoints/README.md` specifies the format. `exit_config.json` is written last and names the hash
+of every weight file, so a folder without it, or with other weights, is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .card import model_card
+from .config import ExitConfig
+from .fetch import base_path
+from .files import new_folder, read_json, sha256, write_json, write_text
+from .model import ExitModel
+
+FORMAT_VERSION = 1
+CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
+_SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+
+
+@dataclass
+class Base:
+    """The model that the exits belong to."""
+
+    id: str
+    """A name that `hispec fetch` knows, a Hub id, or a local folder."""
+    folder: Path
+    provenance: dict[str, Any]
+    """Where it came from, as `hispec fetch` noted it; empty for a folder made by hand."""
+
+    @property
+    def revision(self) -> str | None:
+        return self.provenance.get("revision")
+
+    @property
+    def license(self) -> str | None:
+        return self.provenance.get("license")
+
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of every weight file."""
+        return weight_hashes(self.folder)
+
+
+def find_base(name: str) -> Base:
+    """The base model of that name, which must be on this machine already.
+
+    Raises:
+        ValueError: it is not; the message says how to get it.
+    """
+    folder = base_path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"base={name!r} is not at {folder}; get it with: hispec fetch {name}")
+    provenance = folder / "provenance.json"
+    return Base(name, folder, read_json(provenance) if provenance.is_file() else {})
+
+
+def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """A plain `...ForCausalLM` from a local folder, in eval mode.
+
+    Raises:
+        ValueError: the folder has no weights in safetensors.
+    """
+    if not base_weight_files(folder):
+        raise ValueError(f"{folder} has no *.safetensors with the weights of a base model")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
+def base_weight_files(folder: Path) -> list[Path]:
+    """The base's weight files in a folder; those of the exits are not among them."""
+    return [file for file in sorted(folder.glob("*.safetensors")) if file.name != EXITS]
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weight file of a base model, by file name."""
+    return {file.name: sha256(file) for file in base_weight_files(folder)}
+
+
+def save(
+    folder: Path,
+    model: ExitModel,
+    base: Base,
+    *,
+    recipe: dict[str, Any] | None = None,
+    figures: dict[str, Any] | None = None,
+    full: bool = False,
+) -> None:
+    """Write an EE checkpoint, whole or not at all.
+
+    The exits are stored in the dtype of the base.
+
+    Args:
+        recipe: resolved settings of the training.
+        figures: what was measured, with what and on what.
+        full: include the base, so that plain transformers loads the folder.
+    """
+    dtype = model.hf.lm_head.weight.dtype
+    tensors = {
+        f"exits.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.heads.state_dict().items()
+    }
+    with new_folder(folder) as temporary:
+        save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
+        weights = base.weights()
+        if full:
+            for file in base.folder.iterdir():
+                if file.is_file() and file.name not in (CARD, CONFIG, EXITS):
+                    shutil.copy2(file, temporary / file.name)
+        config = {
+            "format_version": FORMAT_VERSION,
+            "exits": asdict(model.exits),
+            "model": {key: getattr(model.hf.config, key) for key in _SHAPE_KEYS},
+            "base": {
+                "id": base.id,
+                "revision": base.revision,
+                "license": base.license,
+                "included": full,
+                "weights": weights,
+            },
+            "files": {EXITS: sha256(temporary / EXITS)},
+            "recipe": recipe or {},
+            "figures": figures or {},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("hispec", "torch", "transformers")},
+            },
+        }
+        write_text(temporary / CARD, model_card(folder.name, config))
+        write_json(temporary / CONFIG, config)
+
+
+def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> None:
+    """Write a checkpoint anew, checked on the way, with or without its base.
+
+    Raises:
+        ValueError: `source` fails the checks of `load`, or `folder` is `source`.
+    """
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"{folder} is the checkpoint itself; name another folder")
+    config = read_config(source)
+    model, _ = load(source, base=base)
+    home = _base_folder(source, config, base)
+    provenance = {key: config["base"][key] for key in ("revision", "license")}
+    save(
+        folder,
+        model,
+        Base(config["base"]["id"], home, provenance),
+        recipe=config["recipe"],
+        figures=config["figures"],
+        full=full,
+    )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `exit_config.json` of a checkpoint, of a version that this code reads.
+
+    Raises:
+        ValueError: not a checkpoint, not valid, or of another format version.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no EE checkpoint: it has no {CONFIG}")
+    config = read_json(path)
+    found = config.get("format_version")
+    if found != FORMAT_VERSION:
+        advice = "upgrade hispec" if isinstance(found, int) and found > FORMAT_VERSION else ""
+        raise ValueError(
+            f"{path}: format_version={found!r} cannot be read, this hispec reads "
+            f"{FORMAT_VERSION}" + (f"; {advice}" if advice else "")
+        )
+    for section, keys in (
+        ("exits", ("depths", "head", "blocks")),
+        ("model", _SHAPE_KEYS),
+        ("base", ("id", "revision", "license", "included", "weights")),
+        ("files", (EXITS,)),
+    ):
+        missing = [key for key in keys if key not in config.get(section, {})]
+        if missing:
+            raise ValueError(f"{path}: section {section!r} lacks {', '.join(missing)}")
+    return config
+
+
+def load(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    base: str | None = None,
+) -> tuple[ExitModel, Any]:
+    """(model, tokenizer) of an EE checkpoint, checked against what its config says.
+
+    Args:
+        dtype: of base and exits; "auto" takes that of the base.
+        base: where the base is, if not where its name says.
+
+    Raises:
+        ValueError: another format version, another base, or weights that differ from the config
+            in hash, name or shape; the message says what differs.
+    """
+    config = read_config(folder)
+    home = _base_folder(folder, config, base)
+    _check_hashes(config, folder, home)
+    hf = load_base(home, dtype)
+    for key in _SHAPE_KEYS:
+        expected, found = config["model"][key], getattr(hf.config, key)
+        if expected != found:
+            raise ValueError(f"{home}: {key}={found!r}, but the exits belong to {expected!r}")
+    model = ExitModel(hf, ExitConfig(**config["exits"]))
+    _load_exits(model, folder / EXITS)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(home, local_files_only=True)
+
+
+def _base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
+    if config["base"]["included"] and base is None:
+        return folder
+    return find_base(base or config["base"]["id"]).folder
+
+
+def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
+    exits = folder / EXITS
+    if not exits.is_file():
+        raise ValueError(f"{folder}: {EXITS} is missing")
+    if (found := sha256(exits)) != config["files"][EXITS]:
+        raise ValueError(
+            f"{exits} is damaged or was changed: SHA-256 {found}, {CONFIG} says "
+            f"{config['files'][EXITS]}"
+        )
+    expected, found_of = config["base"]["weights"], weight_hashes(home)
+    if found_of != expected:
+        differing = [
+            f"{name}: {found_of.get(name, 'missing')} instead of {expected.get(name, 'nothing')}"
+            for name in sorted({*expected, *found_of})
+            if expected.get(name) != found_of.get(name)
+        ]
+        raise ValueError(
+            f"{home} is not the base {config['base']['id']!r} that these exits were trained on; "
+            f"SHA-256 of its weights: {'; '.join(differing)}"
+        )
+
+
+def _load_exits(model: ExitModel, file: Path) -> None:
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from error
+    expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
+    if stored.keys() != expected.keys():
+        _refuse_names(file, stored.keys() - expected.keys(), expected.keys() - stored.keys())
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs "
+                f"{tuple(expected[name].shape)}"
+            )
+    model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
+
+
+def _refuse_names(file: Path, unknown: set[str], missing: set[str]) -> None:
+    def shown(names: Sequence[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    parts = [f"lacks {shown(sorted(missing))}"] if missing else []
+    parts += [f"has the unknown {shown(sorted(unknown))}"] if unknown else []
+    raise ValueError(f"{file} {' and '.join(parts)}")

@@ -1,0 +1,180 @@
+"""The `hispec` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Early-exit models and hierarchical speculative decoding.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out = Console(highlight=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps subcommands subcommands, however many there are."""
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m, gemma3-270m, or a Hub id")],
+    root: Annotated[Path, typer.Option(help="where base models are kept")] = Path(
+        "checkpoints/base"
+    ),
+) -> None:
+    """Put a base model on this machine as a plain transformers folder."""
+    from .fetch import fetch as fetch_base
+
+    fetch_base(name, root, say=lambda text: out.print(text, markup=False))
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
+    ladder: Annotated[
+        str | None, typer.Option(help="depths such as 6,12,30, or 'plain'; default: all exits")
+    ] = None,
+    draft_length: Annotated[int, typer.Option(help="tokens drafted per round")] = 2,
+    buffer: Annotated[int, typer.Option(help="tokens that start the next deeper rung")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="longest continuation")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option(help="fixes the text at any temperature")] = 0,
+    exits: Annotated[
+        str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    raw: Annotated[bool, typer.Option(help="continue the prompt as it is: no chat template")] = (
+        False
+    ),
+    stats: Annotated[bool, typer.Option(help="print counts, acceptance and time per rung")] = (
+        False
+    ),
+    show_rungs: Annotated[bool, typer.Option(help="colour each token by its rung")] = False,
+    compare: Annotated[bool, typer.Option(help="decode plainly as well, and compare")] = False,
+) -> None:
+    """Decode a prompt and stream the text."""
+    from . import show
+    from .lm import PLAIN, load
+
+    quiet_transformers()
+    lm = load(
+        checkpoint,
+        dtype=parse_dtype(dtype),
+        device=device,
+        exits=parse_depths("exits", exits),
+        base=base,
+    )
+    run = lm.decode(
+        [sys.stdin.read() if prompt == "-" else prompt],
+        ladder=ladder if ladder == PLAIN else parse_depths("ladder", ladder),
+        draft_length=draft_length,
+        buffer=buffer,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        chat=False if raw else None,
+    )
+    tokens = show.stream(out, lm, run, show_rungs)
+    if stats:
+        show.stats_table(out, run.stats)
+    if compare:
+        show.comparison(out, lm, run, tokens)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="an EE checkpoint")],
+    folder: Annotated[Path, typer.Argument(help="where to write it")],
+    full: Annotated[bool, typer.Option(help="include the base: plain transformers loads it")] = (
+        False
+    ),
+    base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+) -> None:
+    """Write an EE checkpoint anew, checked, with or without its base."""
+    from .checkpoint import export as export_checkpoint
+    from .files import clear_leftovers
+
+    quiet_transformers()
+    if clear_leftovers(folder):
+        out.print(f"an earlier export to {folder} was interrupted: cleaned up", markup=False)
+    export_checkpoint(checkpoint, folder, full=full, base=base)
+    out.print(f"EE checkpoint: {folder}", markup=False)
+
+
+def parse_depths(key: str, text: str | None) -> list[int] | None:
+    """`6,12,30` as numbers.
+
+    Raises:
+        ValueError: anything else; the message names the key.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{key}={text!r} is not possible: write depths such as 6,12,30") from None
+
+
+def parse_dtype(name: str) -> Any:
+    """A torch dtype, or "auto".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    import torch
+
+    known = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16,
+             "float16": torch.float16}  # fmt: skip
+    if name not in known:
+        raise ValueError(f"dtype={name!r} is not possible: one of {', '.join(known)}")
+    return known[name]
+
+
+def quiet_transformers() -> None:
+    """No progress bars of weight loading between the lines of our own output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def run_cleanly(command: Callable[[], Any]) -> int:
+    """Run `command`; what a user can mend becomes one message and exit code 2."""
+    from .fetch import FetchError
+
+    try:
+        command()
+    except (ValueError, FetchError) as error:
+        print(f"hispec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nhispec: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_cleanly(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Exit heads: what turns the hidden state of an exit into what the shared LM head reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .config import ExitConfig
+
+
+class ExitHead(nn.Module):
+    """Transformer blocks (none for the `shared` kind), then a norm; the LM head comes after it.
+
+    The blocks attend over the states of their own exit, so they have KV and a length of their own:
+    a side segment of the ladder.
+
+    Args:
+        blocks: decoder layers of the base model's own class.
+        norm: the exit's own norm, or None where the final norm of the base model is used.
+        layer_types: for each block, the attention type of the layer it was copied from.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], norm: nn.Module | None, layer_types: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.layer_types = list(layer_types)
+
+
+def build_head(
+    hf: PreTrainedModel, config: ExitConfig, layer_types: Sequence[str], first_index: int
+) -> ExitHead:
+    """A fresh head for a base model `hf`.
+
+    `block` heads start as copies of the last layers and of the final norm: the place where the
+    base model itself turns hidden states into something that the LM head reads.
+
+    Args:
+        layer_types: attention type of every layer of the base model.
+        first_index: cache index of the first block; no other layer may have it.
+    """
+    if config.head == "shared":
+        return ExitHead([], None, [])
+    trunk = hf.model
+    blocks = []
+    for offset, layer in enumerate(trunk.layers[-config.blocks :]):
+        source = layer.self_attn.layer_idx
+        # Built, not deep-copied: a deep copy would carry a copy of the config with it.
+        block = type(layer)(hf.config, source).to(_place(layer))
+        block.load_state_dict(layer.state_dict())
+        block.self_attn.layer_idx = first_index + offset
+        blocks.append(block)
+    norm = type(trunk.norm)(hf.config.hidden_size, eps=hf.config.rms_norm_eps)
+    norm.to(_place(trunk.norm)).load_state_dict(trunk.norm.state_dict())
+    return ExitHead(blocks, norm, layer_types[-config.blocks :])
+
+
+def _place(module: nn.Module) -> torch.Tensor:
+    """A tensor with the module's dtype and device, as `Module.to` takes one."""
+    return next(module.parameters())

@@ -1,0 +1,124 @@
+"""The ladder at work: bring a rung to a length, read its logits, roll back. One rule for all.
+
+To bring a rung to `n` tokens, first bring the rung above it (shallower) to `n`, then run the
+segment between them over the tokens from its own length to `n`. Prefill, catching up after a
+correction and resuming from stored hidden states are all this rule, so for one token every layer
+runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .cache import Cache
+from .model import ExitModel
+
+
+class Ladder:
+    """The rungs of one decode over one shared cache.
+
+    Args:
+        model: the model all rungs belong to.
+        depths: increasing depths of the rungs.
+        rows: prompts decoded together.
+        capacity: slots per row: the longest text, and room for padding past its end.
+    """
+
+    def __init__(self, model: ExitModel, depths: Sequence[int], rows: int, capacity: int) -> None:
+        self.model = model
+        self.depths = tuple(depths)
+        self.cache = Cache(rows, capacity, model.device)
+        self.segment_tokens = [0] * len(self.depths)
+        """Tokens run through the segment that ends at each rung."""
+        self.head_tokens = [0] * len(self.depths)
+        """Tokens run through the blocks of each rung's exit head."""
+
+    def segment_layers(self, rung: int) -> int:
+        """Layers of the segment that ends at `rung`."""
+        return self.depths[rung] - (self.depths[rung - 1] if rung else 0)
+
+    def head_layers(self, rung: int) -> int:
+        """Transformer blocks of the exit head at `rung`; none at the full depth."""
+        depth = self.depths[rung]
+        return len(self.model.head(depth).blocks) if depth < self.model.num_layers else 0
+
+    def bring(self, rung: int, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
+        """Bring `rung` to at least `upto` tokens in every row."""
+        if rung > 0:
+            self.bring(rung - 1, tokens_BN, upto_B)
+        track = ("segment", rung)
+        start_B = self.cache.length(track)
+        positions_BT = self._positions(start_B, upto_B)
+        if positions_BT is None:
+            return
+        if rung == 0:
+            rows = np.arange(len(tokens_BN))[:, None]
+            tokens_BT = torch.from_numpy(tokens_BN[rows, positions_BT.cpu().numpy()])
+            hidden_BTH = self.model.embed(tokens_BT.to(self.model.device))
+            from_depth = 0
+        else:
+            hidden_BTH = self.cache.hidden(("segment", rung - 1), positions_BT)
+            from_depth = self.depths[rung - 1]
+        self.cache.place(positions_BT, int(positions_BT.max()) + 1)
+        hidden_BTH = self.model.run(
+            hidden_BTH, from_depth, self.depths[rung], positions_BT, self.cache
+        )
+        self.cache.store_hidden(track, positions_BT, hidden_BTH)
+        self.segment_tokens[rung] += self._advance(track, start_B, upto_B)
+
+    def logits(
+        self, rung: int, tokens_BN: np.ndarray, first_B: np.ndarray, upto_B: np.ndarray
+    ) -> torch.Tensor:
+        """Logits [B, C, V] that `rung` gives after the tokens at positions `first` to `upto - 1`.
+
+        Rows with fewer such positions are padded on the right with garbage.
+        """
+        self.bring(rung, tokens_BN, upto_B)
+        track = ("segment", rung)
+        if self.head_layers(rung):
+            track = self._bring_head(rung, upto_B)
+        positions_BC = self._positions(first_B, upto_B)
+        assert positions_BC is not None, "a pass that reads nothing"
+        return self.model.read(self.depths[rung], self.cache.hidden(track, positions_BC))
+
+    def truncate(self, length_B: np.ndarray) -> None:
+        """Roll every rung back to at most `length` tokens per row, KV and boundary together."""
+        self.cache.truncate(length_B)
+
+    def layer_token_runs(self) -> int:
+        """Layer calls times tokens so far, blocks of the heads included."""
+        return sum(
+            self.segment_tokens[r] * self.segment_layers(r)
+            + self.head_tokens[r] * self.head_layers(r)
+            for r in range(len(self.depths))
+        )
+
+    def _bring_head(self, rung: int, upto_B: np.ndarray) -> tuple[str, int]:
+        track = ("head", rung)
+        start_B = self.cache.length(track)
+        positions_BT = self._positions(start_B, upto_B)
+        if positions_BT is not None:
+            hidden_BTH = self.cache.hidden(("segment", rung), positions_BT)
+            self.cache.place(positions_BT, int(positions_BT.max()) + 1)
+            hidden_BTH = self.model.run_head(
+                self.depths[rung], hidden_BTH, positions_BT, self.cache
+            )
+            self.cache.store_hidden(track, positions_BT, hidden_BTH)
+            self.head_tokens[rung] += self._advance(track, start_B, upto_B)
+        return track
+
+    def _advance(self, track: tuple[str, int], start_B: np.ndarray, upto_B: np.ndarray) -> int:
+        """Record that `track` now holds `upto` tokens; returns the tokens run, padding left out."""
+        end_B = np.maximum(start_B, upto_B)
+        self.cache.lengths[track] = end_B
+        return int((end_B - start_B).sum())
+
+    def _positions(self, start_B: np.ndarray, upto_B: np.ndarray) -> torch.Tensor | None:
+        """Positions [B, T] from `start` on, as many as the row with most needs; None for none."""
+        most = int((upto_B - start_B).max())
+        if most <= 0:
+            return None
+        return torch.from_numpy(start_B[:, None] + np.arange(most)).to(self.model.device)

@@ -1,0 +1,163 @@
+"""EarlyExitLM: a model with its tokenizer, text in and text out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
+
+from . import checkpoint
+from .config import DecodeConfig, ExitConfig, check
+from .decode import Decode
+from .model import ExitModel
+from .stats import DecodeStats
+
+PLAIN = "plain"
+
+
+@dataclass
+class DecodeResult:
+    """What one `generate` call gave; lists hold one entry per row."""
+
+    text: list[str]
+    tokens: list[list[int]]
+    """New token ids, the one that ended the text included."""
+    depths: list[list[int]]
+    """For each new token, the depth of the rung that produced it."""
+    stats: DecodeStats
+
+
+@dataclass
+class Piece:
+    """A committed token of a stream, and the text that it completed (maybe none)."""
+
+    token: int
+    depth: int
+    text: str
+
+
+class EarlyExitLM:
+    """An early-exit model and its tokenizer."""
+
+    def __init__(self, model: ExitModel, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def ladder(self, ladder: str | Sequence[int] | None = None) -> list[int]:
+        """Depths of a ladder: as given, `plain` for the full model alone, or all trained exits."""
+        full = self.model.num_layers
+        if ladder is None:
+            return [*self.model.exits.depths, full]
+        if ladder == PLAIN:
+            return [full]
+        check(not isinstance(ladder, str), "ladder", ladder, f"depths, or {PLAIN!r}")
+        return [int(depth) for depth in ladder]
+
+    def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            chat: wrap it as a user's turn in the chat template; None does so where there is one.
+
+        Raises:
+            ValueError: an empty prompt, or `chat` without a template.
+        """
+        check(bool(prompt), "prompt", prompt, "it cannot be empty")
+        has_template = self.tokenizer.chat_template is not None
+        if chat is None:
+            chat = has_template
+        check(has_template or not chat, "chat", chat, "this tokenizer has no chat template")
+        if not chat:
+            return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )["input_ids"]
+
+    def eos(self) -> tuple[int, ...]:
+        """Token ids that end a text: the tokenizer's, and those of the generation config."""
+        named = self.model.hf.generation_config.eos_token_id
+        ids = {self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        return tuple(sorted(token for token in ids if token is not None))
+
+    def decode(
+        self,
+        prompts: Sequence[str],
+        *,
+        ladder: str | Sequence[int] | None = None,
+        chat: bool | None = None,
+        **settings: Any,
+    ) -> Decode:
+        """A decode that has not run yet; `settings` are the other fields of `DecodeConfig`."""
+        config = DecodeConfig(ladder=self.ladder(ladder), **{"eos": self.eos(), **settings})
+        return Decode(self.model, [self.encode(prompt, chat) for prompt in prompts], config)
+
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> DecodeResult:
+        """Decode prompts to the end. A string is one row, a list is as many as it holds.
+
+        Args:
+            settings: `ladder`, `chat` and the fields of `DecodeConfig`.
+
+        Raises:
+            ValueError: a setting or a prompt that this model cannot decode.
+        """
+        run = self.decode([prompts] if isinstance(prompts, str) else prompts, **settings)
+        for _ in run.run():
+            pass
+        tokens, depths = [], []
+        for row, (start, stop) in enumerate(zip(run.prompt_B, run.agreed[-1], strict=True)):
+            tokens.append(run.tokens_BN[row, start:stop].tolist())
+            depths.append(run.depth_of_BN[row, start:stop].tolist())
+        text = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return DecodeResult(text, tokens, depths, run.stats)
+
+    def stream(self, prompt: str | Decode, **settings: Any) -> Iterator[Piece]:
+        """Yield the committed tokens of one prompt, with text as soon as it is whole characters."""
+        run = prompt if isinstance(prompt, Decode) else self.decode([prompt], **settings)
+        detokenizer = DecodeStream(skip_special_tokens=True)
+        for committed in run.run():
+            for part in committed:
+                for token, depth in zip(part.tokens, part.depths, strict=True):
+                    text = detokenizer.step(self.tokenizer._tokenizer, token)
+                    yield Piece(token, depth, text or "")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    exits: Sequence[int] | None = None,
+    base: str | None = None,
+) -> EarlyExitLM:
+    """Load an EE checkpoint, or a plain model whose depths are read through its final norm.
+
+    Args:
+        path: folder of an EE checkpoint or of a plain transformers model, or a name or Hub id that
+            `hispec fetch` has fetched.
+        dtype: "auto" takes the dtype that the base is stored in.
+        device: the accelerator, if there is one, else the CPU.
+        exits: for a plain model, depths to use as exits.
+        base: for an EE checkpoint, where its base is, if not where its name says.
+
+    Raises:
+        ValueError: nothing there, or a checkpoint that does not hold what its config says.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(path)
+    if checkpoint.is_checkpoint(folder):
+        check(exits is None, "exits", exits, f"{folder} names its own exits")
+        return EarlyExitLM(*checkpoint.load(folder, dtype=dtype, device=device, base=base))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
+    home = checkpoint.find_base(str(path)).folder
+    model = ExitModel(
+        checkpoint.load_base(home, dtype), ExitConfig(sorted(exits or ()), head="shared")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
+    return EarlyExitLM(model.to(device).eval(), tokenizer)

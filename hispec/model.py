@@ -1,0 +1,231 @@
+"""ExitModel: run any stretch of layers of an unmodified transformers model and read any depth.
+
+This is the only file that knows the insides of transformers' models. It calls their own embedding,
+decoder layers, norm and LM head; nothing is copied or patched, so an upgrade of transformers is
+either picked up or fails by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .cache import Cache
+from .config import ExitConfig
+from .heads import ExitHead, build_head
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def masked_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over the cache, always with an explicit mask.
+
+    transformers' own `sdpa` copies the keys once per query head group and takes another kernel for
+    one token than for several. Grouped heads inside the kernel save the copy, and one masked
+    kernel gives a token the same bits in a pass of any size.
+    """
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("hispec", masked_attention)
+
+
+@dataclass
+class LayerInputs:
+    """What the decoder layers of one attention type get besides the hidden states."""
+
+    attention_mask: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+
+
+class ExitModel(nn.Module):
+    """A causal LM whose hidden states can be entered, left and read at any depth.
+
+    Args:
+        hf: a `...ForCausalLM` of one of `FAMILIES`, used as it is.
+        exits: trained exits; depths that are not among them are read through the final norm.
+
+    Raises:
+        ValueError: an architecture that is not supported, or exits that the model cannot have.
+    """
+
+    def __init__(self, hf: PreTrainedModel, exits: ExitConfig | None = None) -> None:
+        super().__init__()
+        family = hf.config.model_type
+        if family not in FAMILIES:
+            raise ValueError(
+                f"model_type={family!r} is not supported; supported: {', '.join(FAMILIES)}"
+            )
+        self.hf = hf
+        self.num_layers: int = hf.config.num_hidden_layers
+        self.layer_types = layer_types(hf.config)
+        self.exits = exits or ExitConfig(head="shared")
+        if self.exits.depths:
+            self.exits.validate(self.num_layers)
+        self.heads = nn.ModuleDict()
+        for i, depth in enumerate(self.exits.depths):
+            first = self.num_layers + i * self.exits.blocks
+            self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first)
+        rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
+        self._rope_by_type = "layer_type" in rotary
+        self._untrained = ExitHead([], None, [])
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.hf.lm_head.weight.shape[0]
+
+    def head(self, depth: int) -> ExitHead:
+        """The trained head at `depth`, or the LayerSkip reading where there is none."""
+        if str(depth) not in self.heads:
+            return self._untrained
+        head = self.heads[str(depth)]
+        assert isinstance(head, ExitHead)
+        return head
+
+    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] at depth 0."""
+        return self.hf.model.embed_tokens(tokens_BT)
+
+    def run(
+        self,
+        hidden_BTH: torch.Tensor,
+        from_depth: int,
+        to_depth: int,
+        positions_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H] at `to_depth` from those at `from_depth`, before any norm.
+
+        Without a cache the tokens are whole sequences from position 0 on (training). With one they
+        continue what the cache holds, at `positions_BT`; `Cache.place` was called for them.
+        """
+        return self._run_layers(
+            zip(
+                self.hf.model.layers[from_depth:to_depth],
+                self.layer_types[from_depth:to_depth],
+                strict=True,
+            ),
+            hidden_BTH,
+            positions_BT,
+            cache,
+        )
+
+    def run_head(
+        self,
+        depth: int,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """What the blocks of the head at `depth` make of the exit's states [B, T, H]."""
+        head = self.head(depth)
+        layers = zip(head.blocks, head.layer_types, strict=True)
+        return self._run_layers(layers, hidden_BTH, positions_BT, cache)
+
+    def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+        """States [..., H] at `depth` (after `run_head`) as the LM head expects them."""
+        norm = self.head(depth).norm if depth < self.num_layers else None
+        return (norm if norm is not None else self.hf.model.norm)(hidden)
+
+    def read(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
+        return self.hf.lm_head(self.normed(depth, hidden))
+
+    def logits(self, depth: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of whole sequences whose states at `depth` are given."""
+        if depth < self.num_layers:
+            hidden_BTH = self.run_head(depth, hidden_BTH)
+        return self.read(depth, hidden_BTH)
+
+    def _run_layers(
+        self,
+        layers: Iterable[tuple[nn.Module, str]],
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        inputs: dict[str, LayerInputs] = {}
+        if positions_BT is None:
+            positions_BT = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
+        with self._attention_over(cache):
+            for layer, kind in layers:
+                if kind not in inputs:
+                    inputs[kind] = self._layer_inputs(kind, hidden_BTH, positions_BT, cache)
+                hidden_BTH = layer(
+                    hidden_BTH,
+                    attention_mask=inputs[kind].attention_mask,
+                    position_embeddings=inputs[kind].position_embeddings,
+                    position_ids=positions_BT,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+        return hidden_BTH
+
+    @contextmanager
+    def _attention_over(self, cache: Cache | None) -> Iterator[None]:
+        """Switch the layers to `masked_attention` for a cached pass, and back again.
+
+        `hf.generate` between two passes finds the model as it was loaded.
+        """
+        config = self.hf.config
+        if cache is None:
+            yield
+            return
+        before = config._attn_implementation
+        config._attn_implementation = "hispec"
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def _layer_inputs(
+        self, kind: str, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor, cache: Cache | None
+    ) -> LayerInputs:
+        rotary = self.hf.model.rotary_emb
+        rope = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
+        window = self.hf.config.sliding_window if kind == SLIDING else None
+        if cache is None:
+            length = hidden_BTH.shape[1]
+            if window is None or length <= window:
+                return LayerInputs(None, rope)  # plain causal attention needs no mask
+            visible = length
+        else:
+            visible = cache.visible
+        slots = torch.arange(visible, device=positions_BT.device)
+        seen_BTK = slots <= positions_BT[..., None]
+        if window is not None:
+            seen_BTK &= slots > positions_BT[..., None] - window
+        mask = torch.zeros(seen_BTK.shape, dtype=hidden_BTH.dtype, device=hidden_BTH.device)
+        return LayerInputs(mask.masked_fill_(~seen_BTK, float("-inf"))[:, None], rope)
+
+
+def layer_types(config: Any) -> list[str]:
+    """Attention type of every layer: `full_attention` or `sliding_attention`."""
+    if config.model_type in ("llama", "mistral"):  # one type for all, whatever the config carries
+        windowed = config.model_type == "mistral" and config.sliding_window is not None
+        return [SLIDING if windowed else FULL] * config.num_hidden_layers
+    return list(config.layer_types)

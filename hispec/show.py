@@ -1,0 +1,96 @@
+"""How the command shows a decode: streamed text, tokens coloured by rung, tables, a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .compare import first_difference, hf_generate
+from .decode import Decode
+from .lm import EarlyExitLM
+from .stats import DecodeStats
+
+_COLOURS = ("yellow", "cyan", "magenta", "blue")
+_FINAL = "green"
+
+
+def colour(depth: int, ladder: tuple[int, ...]) -> str:
+    """Style of the tokens that the rung at `depth` produced; the full model has its own."""
+    if depth == ladder[-1]:
+        return f"bold {_FINAL}"
+    return _COLOURS[ladder.index(depth) % len(_COLOURS)]
+
+
+def stream(out: Console, lm: EarlyExitLM, run: Decode, show_rungs: bool) -> list[int]:
+    """Print the text as it is committed; returns the new token ids."""
+    tokens, ladder = [], run.ladder.depths
+    if show_rungs:
+        legend = Text("tokens by rung: ")
+        for depth in ladder:
+            legend.append(f"depth {depth}", style=colour(depth, ladder)).append("  ")
+        out.print(legend)
+    for piece in lm.stream(run):
+        tokens.append(piece.token)
+        style = colour(piece.depth, ladder) if show_rungs else ""
+        out.print(Text(piece.text, style=style), end="", soft_wrap=True)
+    out.print()
+    return tokens
+
+
+def stats_table(out: Console, stats: DecodeStats) -> None:
+    """Print one line per rung, and the totals."""
+    table = Table()
+    for title in ("rung", "layers", "passes", "tokens run", "proposed", "accepted", "seconds"):
+        table.add_column(title, justify="right")
+    for rung in stats.rungs:
+        rate = "" if rung.acceptance is None else f" ({rung.acceptance:.0%})"
+        head = f" + {rung.head_layers}" if rung.head_layers else ""
+        judged = rung is not stats.rungs[-1]
+        table.add_row(
+            f"depth {rung.depth}",
+            f"{rung.layers}{head}",
+            str(rung.passes),
+            str(rung.tokens_run),
+            str(rung.proposed) if judged else "",
+            f"{rung.accepted}{rate}" if judged else "",
+            f"{rung.seconds:.2f}",
+        )
+    out.print(table)
+    extra = stats.extra_layer_token_runs / stats.plain_layer_token_runs
+    out.print(
+        f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, prefill included: "
+        f"{stats.tokens_per_second:.1f} tokens/s; {stats.tokens_per_target_pass:.2f} tokens per "
+        f"target pass; {extra:.0%} more layer runs than plain decoding"
+    )
+
+
+def comparison(out: Console, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> None:
+    """Decode plainly too and say whether the text is the same.
+
+    Greedy text is compared with transformers' `generate`; sampled text, which `generate` draws
+    from other noise, with our own plain decoding at the same seed.
+    """
+    prompt = run.tokens_BN[0, : run.prompt_B[0]].tolist()
+    if run.config.temperature == 0:
+        other = "transformers' generate"
+        plain = hf_generate(lm.model.hf, prompt, run.config.max_new_tokens, run.config.eos)
+    else:
+        other = "own plain decoding with the same seed"
+        alone = Decode(lm.model, [prompt], replace(run.config, ladder=[lm.model.num_layers]))
+        plain = [token for part in alone.run() for token in part[0].tokens]
+    difference = first_difference(lm.model.hf, prompt, tokens, plain)
+    if difference is None:
+        out.print(f"identical to {other}: all {len(tokens)} tokens")
+        return
+
+    def name(token: int | None) -> str:
+        return "the end of the text" if token is None else repr(lm.tokenizer.decode([token]))
+
+    out.print(
+        f"differs from {other} at new token {difference.position}: {name(difference.ours)} here, "
+        f"{name(difference.theirs)} there; gap between the two top logits: {difference.gap:.4f}",
+        markup=False,
+    )

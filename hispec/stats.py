@@ -1,0 +1,80 @@
+"""What a decode did, counted: passes, tokens, acceptance, time, and the origin of every token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RungStats:
+    """One rung's share of a decode."""
+
+    depth: int
+    layers: int
+    """Layers of its segment."""
+    head_layers: int
+    """Transformer blocks of its exit head."""
+    passes: int = 0
+    """How often it was asked for logits."""
+    tokens_run: int = 0
+    """Tokens run through its segment."""
+    head_tokens_run: int = 0
+    """Tokens run through the blocks of its head."""
+    proposed: int = 0
+    """Tokens it handed to the next deeper rung to judge; 0 for the last rung."""
+    accepted: int = 0
+    """How many of these the next deeper rung agreed with."""
+    seconds: float = 0.0
+    """Wall time of the steps that it led, with the catching up of shallower rungs for them."""
+
+    @property
+    def acceptance(self) -> float | None:
+        return self.accepted / self.proposed if self.proposed else None
+
+
+@dataclass
+class DecodeStats:
+    """Counts of one decode, over all its rows."""
+
+    rungs: list[RungStats] = field(default_factory=list)
+    rows: int = 1
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    """Wall time, prefill included."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_target_pass(self) -> float:
+        passes = self.rungs[-1].passes
+        return self.new_tokens / passes if passes else 0.0
+
+    @property
+    def layer_token_runs(self) -> int:
+        """Layer calls times tokens, blocks of the heads included; padding of rows left out."""
+        return sum(r.tokens_run * r.layers + r.head_tokens_run * r.head_layers for r in self.rungs)
+
+    @property
+    def plain_layer_token_runs(self) -> int:
+        """What plain decoding of the same rows runs: every layer once per token, the last token of
+        a row left out, as nothing is asked after it."""
+        return (self.prompt_tokens + self.new_tokens - self.rows) * self.rungs[-1].depth
+
+    @property
+    def extra_layer_token_runs(self) -> int:
+        """Work beyond plain decoding: drafts thrown away and the blocks of the exit heads."""
+        return self.layer_token_runs - self.plain_layer_token_runs
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON, derived figures included."""
+        return {
+            **asdict(self),
+            "tokens_per_second": self.tokens_per_second,
+            "tokens_per_target_pass": self.tokens_per_target_pass,
+            "layer_token_runs": self.layer_token_runs,
+            "extra_layer_token_runs": self.extra_layer_token_runs,
+        }

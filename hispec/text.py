@@ -1,0 +1,172 @@
+"""Text to train and measure on: documents, split so that whole documents are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STDLIB = "stdlib"
+_PLAIN = (".txt", ".md", ".rst", ".py")
+_DOCUMENTS_AT_ONCE = 64
+_PIECE = 8_000  # characters of one document cut from a long plain text file
+
+# Tests would outweigh everything else, and the rest of these are generated tables, not writing.
+_NOT_WRITING = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
+                "pydoc_data", "__pycache__"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the name by which it is split."""
+
+    name: str
+    text: str
+
+
+def documents(source: str, text_column: str = "text", hub_split: str = "train") -> list[Document]:
+    """All documents of a source: `stdlib`, a local file or folder, or a Hub dataset id.
+
+    Raises:
+        ValueError: nothing of that name, no text in it, or rows without `text_column`.
+    """
+    if source == STDLIB:
+        return stdlib_documents()
+    if Path(source).exists():
+        return local_documents(Path(source), text_column)
+    return hub_documents(source, text_column, hub_split)
+
+
+def stdlib_documents() -> list[Document]:
+    """The source files of the running Python's standard library: text that every machine has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    documents = []
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if _NOT_WRITING.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+            documents.append(Document(name.as_posix(), file.read_text("utf-8", errors="replace")))
+    return documents
+
+
+def local_documents(path: Path, text_column: str) -> list[Document]:
+    """Documents of a text file, a JSONL file (one row each), or a folder of such files.
+
+    Raises:
+        ValueError: nothing readable there, a broken line, or a row without `text_column`.
+    """
+    if path.is_dir():
+        files = [f for f in sorted(path.rglob("*")) if f.suffix in (*_PLAIN, ".jsonl")]
+    else:
+        files = [path]
+    documents = [d for file in files for d in _documents_of(file, text_column)]
+    if not documents:
+        raise ValueError(f"data={str(path)!r} holds no text ({', '.join((*_PLAIN, '.jsonl'))})")
+    return documents
+
+
+def _documents_of(file: Path, text_column: str) -> Iterator[Document]:
+    if file.suffix == ".jsonl":
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield Document(f"{file.name}:{number}", _row(file, number, line, text_column))
+        return
+    if file.suffix not in _PLAIN:
+        raise ValueError(f"data={str(file)!r}: a file must end in {', '.join((*_PLAIN, '.jsonl'))}")
+    piece, size = [], 0
+    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(True)):
+        piece.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield Document(f"{file.name}:{number}", "".join(piece))
+            piece, size = [], 0
+    if piece:
+        yield Document(f"{file.name}:end", "".join(piece))
+
+
+def _row(file: Path, number: int, line: str, text_column: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(
+            f"text_column={text_column!r}: {file}, line {number} has no such text; it has: {found}"
+        )
+    return row[text_column]
+
+
+def hub_documents(source: str, text_column: str, hub_split: str) -> list[Document]:
+    """The rows of a dataset on the Hugging Face Hub."""
+    from datasets import load_dataset  # slow to import, and the only use of it in this package
+
+    try:
+        rows = load_dataset(source, split=hub_split)
+    except Exception as error:  # the library raises a dozen unrelated types here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"data={source!r} is neither {STDLIB!r} nor a local file or folder, and the Hub gave "
+            f"no dataset of that name: {reason}"
+        ) from error
+    if text_column not in rows.column_names:
+        raise ValueError(
+            f"text_column={text_column!r}: the dataset {source} has the columns "
+            f"{', '.join(rows.column_names)}"
+        )
+    return [Document(f"{source}:{i}", text) for i, text in enumerate(rows[text_column])]
+
+
+def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """Divide whole documents into (training, held-out) by the hash of their names.
+
+    The split depends on the names alone, so training and a later evaluation agree on it.
+
+    Args:
+        held_out: share of the documents to hold out, above 0 and below 1; at least one is.
+
+    Raises:
+        ValueError: fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise ValueError(f"{len(documents)} document(s) cannot be split: whole ones are held out")
+    ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    count = min(max(1, round(held_out * len(ordered))), len(ordered) - 1)
+    return ordered[count:], ordered[:count]
+
+
+def windows(
+    documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
+) -> torch.Tensor:
+    """Documents one after another, each ended by EOS, cut into rows: token ids [R, seq_len].
+
+    Args:
+        most: rows wanted; only as many documents are tokenized as they need.
+
+    Raises:
+        ValueError: less text than one row.
+    """
+    stream: list[int] = []
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [d.text for d in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+            stream += [*ids, tokenizer.eos_token_id]
+        if most is not None and len(stream) >= most * seq_len:
+            break
+    rows = len(stream) // seq_len
+    rows = rows if most is None else min(rows, most)
+    if rows == 0:
+        raise ValueError(f"{len(stream)} tokens of text do not fill one row of {seq_len}")
+    return torch.tensor(stream[: rows * seq_len]).view(rows, seq_len)
+
+
+def evenly_spaced(rows_RT: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the rows (or all, if there are fewer), spread over the whole of them."""
+    picked = torch.linspace(0, len(rows_RT) - 1, min(count, len(rows_RT))).round().long()
+    return rows_RT[picked]

@@ -1,0 +1,77 @@
+"""Tiny random models of every supported family, and small helpers that several test files need."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hispec.config import ExitConfig
+from hispec.model import FAMILIES, ExitModel
+
+VOCAB = 61
+
+# Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
+torch.set_num_threads(1)
+
+
+def tiny_config(family: str, layers: int = 6, **extra):
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    if family in ("mistral", "gemma3_text"):
+        sizes["sliding_window"] = 7  # shorter than the prompts of the tests
+    if family in ("qwen2", "qwen3"):
+        sizes.update(use_sliding_window=True, sliding_window=7, max_window_layers=2)
+    if family == "gemma3_text":
+        sizes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+        sizes["query_pre_attn_scalar"] = 8
+    return AutoConfig.for_model(family, **{**sizes, **extra})
+
+
+def tiny_hf(family: str = "llama", layers: int = 6, seed: int = 0, **extra):
+    """A random causal LM whose logits are spread widely enough that argmaxes are no near-ties."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, layers, **extra)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    return model
+
+
+def tiny_model(
+    family: str = "llama", exits: tuple[int, ...] = (), head: str = "block", seed: int = 0, **extra
+) -> ExitModel:
+    model = ExitModel(tiny_hf(family, seed=seed, **extra), ExitConfig(list(exits), head, 2))
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (1, 5, 13)
+    ]

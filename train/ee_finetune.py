@@ -1,0 +1,27 @@
+"""Train early exits: `accelerate launch train/ee_finetune.py recipe=NAME [key=value ...]`.
+
+The recipe's keys, with their defaults and meanings, are in `train/recipe.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from train.recipe import load_recipe
+
+
+def main(words: list[str]) -> int:
+    """Exit code 0, or 2 for settings that cannot be run."""
+    try:
+        recipe = load_recipe(words)
+        from train.trainer import Trainer  # after the settings are known to be good: slow to import
+
+        Trainer(recipe).train()
+    except ValueError as error:
+        print(f"ee_finetune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
