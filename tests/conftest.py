@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,8 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hispec.config import ExitConfig
 from hispec.model import FAMILIES, ExitModel
+from hispec.text import stdlib_documents
 
 VOCAB = 61
+ROOT = Path(__file__).resolve().parent.parent
+HISPEC = (sys.executable, "-m", "hispec.cli")
+LAUNCH = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+    "train/ee_finetune.py",
+)
 
 # Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
 torch.set_num_threads(1)
@@ -75,3 +86,59 @@ def prompts() -> list[list[int]]:
     return [
         torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (1, 5, 13)
     ]
+
+
+def tiny_tokenizer():
+    """A byte-level BPE trained on a little text; ids 0 to 2 are pad, BOS and EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([document.text for document in stdlib_documents()[:9]], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A plain transformers folder: a tiny random llama and a tokenizer that fits it."""
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_hf(vocab_size=320).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """A JSONL file of forty short documents, real text of the standard library."""
+    file = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    documents = [d for d in stdlib_documents() if len(d.text) > 3000][:40]
+    rows = [json.dumps({"text": d.text[:3000], "source": d.name}) for d in documents]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return file
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the project in a process of its own, from the repository's root."""
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )

@@ -119,9 +119,9 @@ class LayerLog:
         self.live: set[tuple[int, tuple[int, ...]]] = set()
         for index, layer in enumerate(model.hf.model.layers):
             layer.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-        for number, depth in enumerate(model.heads):
-            for block in model.heads[depth].blocks:
-                hook = self._hook(-1 - 2 * number - block.self_attn.layer_idx % 2)
+        for head in model.heads.values():
+            for block in head.blocks:  # negative numbers tell blocks from layers of the trunk
+                hook = self._hook(-block.self_attn.layer_idx)
                 block.register_forward_pre_hook(hook, with_kwargs=True)
         decode.advance, self._advance = self.advance, decode.advance
 
@@ -188,7 +188,6 @@ class Scripted(ExitModel):
         logits = super().read(depth, hidden)
         if depth == self.num_layers:
             return logits
-        # which positions these are: told by the ladder through the cache's last placed slots
         for column, position in enumerate(self.asked(depth, hidden.shape[1])):
             token = self.text[position + 1] if position + 1 < len(self.text) else 5
             if not self.right[depth](position + 1):

@@ -1,0 +1,153 @@
+"""How often does an exit agree with the full model? `python eval/agreement.py checkpoint=DIR`.
+
+Prints a table, writes `agreement.json` and `agreement.png` (agreement over depth, every depth read
+through the final norm for contrast) to `output`, and ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+from rich.console import Console
+from rich.table import Table
+
+from hispec.cli import quiet_transformers, run_cleanly
+from hispec.config import check, resolve
+
+
+@dataclass
+class Settings:
+    """What to measure, and on what."""
+
+    checkpoint: str = MISSING
+    output: str | None = None
+    """Folder of the results; default: the checkpoint's own."""
+    data: str | None = None
+    """`stdlib`, a local file or folder, or a Hub dataset id; default: the text of the training."""
+    data_split: str = "train"
+    text_column: str = "text"
+    held_out: float | None = None
+    """Share of the documents that is measured on; default: as in the training."""
+    seq_len: int = 256
+    sequences: int = 32
+    dtype: str = "auto"
+
+
+def main(words: Sequence[str]) -> None:
+    from hispec.checkpoint import read_config
+    from hispec.files import write_json
+    from hispec.lm import load
+    from hispec.measure import Agreement, agreement, ladder_pairs
+    from hispec.model import ExitModel
+    from hispec.text import documents, evenly_spaced, split, windows
+
+    settings = resolve(Settings, overrides=words)
+    check(settings.sequences >= 1, "sequences", settings.sequences, "1 or more")
+    check(settings.seq_len >= 2, "seq_len", settings.seq_len, "2 or more tokens")
+    quiet_transformers()
+    folder = Path(settings.checkpoint)
+    recipe = read_config(folder)["recipe"]
+    for key in ("data", "held_out"):
+        if getattr(settings, key) is None:
+            check(key in recipe, key, None, "the checkpoint has no recipe, so it must be given")
+            setattr(settings, key, recipe[key])
+    lm = load(folder, dtype=settings.dtype)
+    assert settings.data is not None
+    assert settings.held_out is not None
+    found = documents(settings.data, settings.text_column, settings.data_split)
+    _, held_out = split(found, settings.held_out)
+    rows_RT = evenly_spaced(windows(held_out, lm.tokenizer, settings.seq_len), settings.sequences)
+
+    layers = lm.model.num_layers
+    trained = agreement(lm.model, rows_RT, ladder_pairs(lm.model.exits.depths, layers))
+    bare = ExitModel(lm.model.hf)
+    untrained = agreement(bare, rows_RT, [(depth, layers) for depth in range(1, layers)])
+
+    out = Console(highlight=False)
+    out.print(_table(trained, {m.shallow: m for m in untrained}))
+    text = f"{rows_RT.numel():,} tokens of held-out text ({settings.data})"
+    out.print(f"{text}, temperature 1")
+    results: dict[str, Any] = {
+        "settings": asdict(settings),
+        "exits": lm.model.exits.depths,
+        "agreement": [asdict(m) for m in trained],
+        "untrained": [asdict(m) for m in untrained],
+    }
+    target = Path(settings.output) if settings.output else folder
+    write_json(target / "agreement.json", results)
+    picture = target / "agreement.png"
+    finals: list[Agreement] = [m for m in trained if m.deep == layers]
+    draw(picture, finals, untrained, f"{folder.name}: {text}")
+    out.print(f"picture: {picture}", markup=False)
+    print(json.dumps({k: results[k] for k in ("settings", "exits", "agreement")}))
+
+
+def _table(trained: Sequence[Any], untrained: dict[int, Any]) -> Table:
+    table = Table(title="agreement of exits with deeper depths")
+    for title in ("exit", "judged by", "same top token", "acceptance", "untrained: same top token"):
+        table.add_column(title, justify="right")
+    for m in trained:
+        contrast = untrained[m.shallow]
+        table.add_row(
+            f"depth {m.shallow}",
+            f"depth {m.deep}",
+            f"{m.top1:.3f}",
+            f"{m.acceptance:.3f}",
+            f"{contrast.top1:.3f}" if m.deep == contrast.deep else "",
+        )
+    return table
+
+
+def draw(path: Path, trained: Sequence[Any], untrained: Sequence[Any], title: str) -> None:
+    """Agreement and acceptance over depth, as a PNG: lines untrained, markers trained."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    colours = {"top1": "tab:blue", "acceptance": "tab:orange"}
+    names = {"top1": "same top token", "acceptance": "acceptance, sum of min(p, q)"}
+    for key, name in names.items():
+        axes.plot(
+            [m.shallow for m in untrained],
+            [getattr(m, key) for m in untrained],
+            color=colours[key],
+            linewidth=1.5,
+            alpha=0.6,
+            label=f"{name}: final norm, untrained",
+        )
+        axes.scatter(
+            [m.shallow for m in trained],
+            [getattr(m, key) for m in trained],
+            color=colours[key],
+            s=70,
+            marker="o" if key == "top1" else "D",
+            zorder=3,
+            label=f"{name}: trained exit",
+        )
+    for m in trained:
+        axes.annotate(
+            f"{m.top1:.2f}", (m.shallow, m.top1), xytext=(9, -3), textcoords="offset points"
+        )
+    axes.set(
+        title=title,
+        xlabel="depth (layers run)",
+        ylabel="agreement with the full model",
+        ylim=(0, 1),
+        xlim=(0, max(m.shallow for m in untrained) + 1),
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cleanly(lambda: main(sys.argv[1:])))

@@ -1,0 +1,74 @@
+"""Documents, whole-document hold-out, windows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+
+from hispec.text import Document, documents, evenly_spaced, split, windows
+
+
+def test_the_standard_library_is_there_without_tests_and_tables():
+    found = documents("stdlib")
+    names = {document.name for document in found}
+    assert {"argparse.py", "json/decoder.py", "collections/__init__.py"} <= names
+    assert not any(name.startswith(("test/", "encodings/")) for name in names)
+    assert sum(len(document.text) for document in found) > 3_000_000
+
+
+def test_whole_documents_are_held_out_by_name_alone():
+    found = [Document(f"d{i}", f"text {i}") for i in range(200)]
+    training, held_out = split(found, 0.05)
+    assert len(held_out) == 10
+    assert len(training) == 190
+    assert not {d.name for d in training} & {d.name for d in held_out}
+    again = split(list(reversed(found)), 0.05)[1]
+    assert {d.name for d in again} == {d.name for d in held_out}
+    assert [len(part) for part in split(found[:2], 0.001)] == [1, 1]
+    assert [len(part) for part in split(found[:2], 0.999)] == [1, 1]
+    with pytest.raises(ValueError, match="cannot be split"):
+        split(found[:1], 0.5)
+
+
+def test_windows_join_documents_with_eos():
+    tokenizer = tiny_tokenizer()
+    found = [Document("a", "import os\n" * 9), Document("b", "def f():\n    return 1\n" * 9)]
+    rows = windows(found, tokenizer, 7)
+    stream = rows.flatten().tolist()
+    first = tokenizer(found[0].text)["input_ids"]
+    assert stream[: len(first) + 1] == [*first, tokenizer.eos_token_id]
+    assert torch.equal(windows(found, tokenizer, 7, most=2), rows[:2])
+    with pytest.raises(ValueError, match="do not fill one row of 10000"):
+        windows(found, tokenizer, 10000)
+
+
+def test_evenly_spaced_rows_reach_both_ends():
+    rows = torch.arange(10)[:, None]
+    assert evenly_spaced(rows, 4).flatten().tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(rows, 99).flatten().tolist() == list(range(10))
+
+
+def test_local_files_and_folders(tmp_path):
+    (tmp_path / "a.txt").write_text("line\n" * 4000)
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": f"t{i}"}) for i in range(3)))
+    (tmp_path / "ignored.bin").write_bytes(b"\0")
+    assert [d.text for d in documents(str(tmp_path / "b.jsonl"), "body")] == ["t0", "t1", "t2"]
+    long = documents(str(tmp_path / "a.txt"))
+    assert len(long) == 3
+    assert "".join(d.text for d in long) == "line\n" * 4000
+    assert len(documents(str(tmp_path), "body")) == 6
+    with pytest.raises(ValueError, match=r"text_column='text': .*b.jsonl, line 1 .*it has: body"):
+        documents(str(tmp_path / "b.jsonl"))
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{broken\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        documents(str(tmp_path / "b.jsonl"))
+    with pytest.raises(ValueError, match=r"a file must end in \.txt"):
+        documents(str(tmp_path / "ignored.bin"))
+
+
+def test_a_name_that_is_nothing_says_so():
+    with pytest.raises(ValueError, match="neither 'stdlib' nor a local file or folder"):
+        documents("no-such-org/no-such-set")
