@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from rich.console import Console
 from rich.table import Table
 
 from hispec.cli import quiet_transformers, run_cleanly
 from hispec.config import check, resolve
+from hispec.console import Output
 
 
 @dataclass
@@ -69,10 +69,10 @@ def main(words: Sequence[str]) -> None:
     bare = ExitModel(lm.model.hf)
     untrained = agreement(bare, rows_RT, [(depth, layers) for depth in range(1, layers)])
 
-    out = Console(highlight=False)
+    out = Output()
     out.print(_table(trained, {m.shallow: m for m in untrained}))
     text = f"{rows_RT.numel():,} tokens of held-out text ({settings.data})"
-    out.print(f"{text}, temperature 1")
+    out.say(f"{text}, temperature 1")
     results: dict[str, Any] = {
         "settings": asdict(settings),
         "exits": lm.model.exits.depths,
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> None:
     picture = target / "agreement.png"
     finals: list[Agreement] = [m for m in trained if m.deep == layers]
     draw(picture, finals, untrained, f"{folder.name}: {text}")
-    out.print(f"picture: {picture}", markup=False)
+    out.say(f"picture: {picture}")
     print(json.dumps({k: results[k] for k in ("settings", "exits", "agreement")}))
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from hispec.cli import parse_dtype, quiet_transformers, run_cleanly
 from hispec.config import check, resolve
+from hispec.console import Output
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Settings:
     checkpoint: str = MISSING
     data: str = "stdlib"
     """Where the prompts come from: the beginnings of held-out documents."""
-    data_split: str = "train"
-    text_column: str = "text"
+    prompt_file: str | None = None
+    """Or a JSONL file of prompts, see `eval/prompts.py`."""
     held_out: float = 0.05
     prompts: int = 6
     prompt_tokens: int = 64
@@ -61,11 +61,11 @@ class Timed:
 def main(words: Sequence[str]) -> None:
     import torch
 
+    from eval.prompts import beginnings, from_file
     from hispec.compare import first_difference, hf_generate
     from hispec.config import DecodeConfig
     from hispec.decode import Decode
     from hispec.lm import load
-    from hispec.text import documents, split
 
     settings = resolve(Settings, overrides=words)
     for key in ("prompts", "prompt_tokens", "max_new_tokens", "repeats"):
@@ -74,15 +74,17 @@ def main(words: Sequence[str]) -> None:
     lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device=settings.device)
     full, exits = lm.model.num_layers, lm.model.exits.depths
 
-    found = documents(settings.data, settings.text_column, settings.data_split)
-    _, held_out = split(found, settings.held_out)
-    prompts = []
-    for document in held_out:
-        ids = lm.tokenizer(document.text, verbose=False)["input_ids"]
-        if len(ids) >= settings.prompt_tokens + settings.max_new_tokens:
-            prompts.append(ids[: settings.prompt_tokens])
-    prompts = prompts[: settings.prompts]
-    check(bool(prompts), "prompt_tokens", settings.prompt_tokens, "no document is long enough")
+    if settings.prompt_file:
+        prompts = from_file(lm, Path(settings.prompt_file), settings.prompts)
+    else:
+        prompts = beginnings(
+            lm,
+            settings.data,
+            settings.held_out,
+            count=settings.prompts,
+            tokens=settings.prompt_tokens,
+            room=settings.max_new_tokens,
+        )
 
     def by_ladder(ladder: list[int]) -> Callable[[list[int]], tuple[list[int], Any]]:
         config = DecodeConfig(
@@ -114,7 +116,7 @@ def main(words: Sequence[str]) -> None:
         entry.decode(prompts[0])  # warm-up
     rounds = [(r, p) for r in range(settings.repeats) for p in range(len(prompts))]
     spent = {(entry.name, r): [0.0, 0] for entry in timed for r in range(settings.repeats)}
-    for repeat, p in track(rounds, "timing", transient=True, console=Console(stderr=True)):
+    for repeat, p in track(rounds, "timing", transient=True, console=Output(stderr=True)):
         for entry in timed:
             began = time.perf_counter()
             tokens, stats = entry.decode(prompts[p])
@@ -160,7 +162,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def _report(rows: list[dict[str, Any]], prompts: int) -> None:
-    out = Console(highlight=False)
+    out = Output()
     table = Table(title=f"greedy, {prompts} prompts")
     for title in ("setting", "tokens/s", "against HF", "tokens per target pass", "same text as HF"):
         table.add_column(title, justify="left" if title == "setting" else "right")
@@ -178,10 +180,10 @@ def _report(rows: list[dict[str, Any]], prompts: int) -> None:
     for row in rows[2:]:
         verdict = "faster" if row["tokens_per_second"] > plain else "slower"
         ratio = row["tokens_per_second"] / plain
-        out.print(f"{row['setting']} is {verdict} than own plain decoding: {ratio:.2f}x")
+        out.say(f"{row['setting']} is {verdict} than own plain decoding: {ratio:.2f}x")
     gaps = [row["largest_gap"] for row in rows if row["largest_gap"] is not None]
     if gaps:
-        out.print(
+        out.say(
             f"where texts differ, the two top logits were at most {max(gaps):.3f} apart: rounding "
             "of near-ties between passes of different shape; compare with dtype=float32"
         )

@@ -42,7 +42,10 @@ class Base:
 
     @property
     def revision(self) -> str | None:
-        return self.provenance.get("revision")
+        """Commit on the Hub, or the packages that carried the weights."""
+        packages = self.provenance.get("packages", [])
+        named = " ".join(f"{package['name']}=={package['version']}" for package in packages)
+        return self.provenance.get("revision") or named or None
 
     @property
     def license(self) -> str | None:

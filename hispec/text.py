@@ -72,10 +72,13 @@ def local_documents(path: Path, text_column: str) -> list[Document]:
 
 def _documents_of(file: Path, text_column: str) -> Iterator[Document]:
     if file.suffix == ".jsonl":
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Document(f"{file.name}:{number}", _row(file, number, line, text_column))
+        for number, row in local_rows(file):
+            if not isinstance(row.get(text_column), str):
+                raise ValueError(
+                    f"text_column={text_column!r}: {file}, line {number} has no such text; it "
+                    f"has: {', '.join(row)}"
+                )
+            yield Document(f"{file.name}:{number}", row[text_column])
         return
     if file.suffix not in _PLAIN:
         raise ValueError(f"data={str(file)!r}: a file must end in {', '.join((*_PLAIN, '.jsonl'))}")
@@ -90,17 +93,25 @@ def _documents_of(file: Path, text_column: str) -> Iterator[Document]:
         yield Document(f"{file.name}:end", "".join(piece))
 
 
-def _row(file: Path, number: int, line: str, text_column: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(
-            f"text_column={text_column!r}: {file}, line {number} has no such text; it has: {found}"
-        )
-    return row[text_column]
+def local_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, row) of a JSONL file.
+
+    Raises:
+        ValueError: no such file, or a line that is no JSON object.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist")
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{file}, line {number} is no JSON object: {line.strip()[:80]}")
+            yield number, row
 
 
 def hub_documents(source: str, text_column: str, hub_split: str) -> list[Document]:

@@ -43,7 +43,7 @@ def test_every_recipe_resolves_and_says_only_what_deviates(path):
         (["recipe=smollm2-135m", "head=shared"], r"nothing to train; use head=block"),
         (["recipe=smollm2-135m", "trunk=lora"], r"trunk='lora'"),
         (["recipe=smollm2-135m", "distill_weight=0", "ce_weight=0"], r"cannot both be 0"),
-        (["recipe=smollm2-135m", "mixed_precision=int4"], r"one of no, bf16, fp16"),
+        (["recipe=smollm2-135m", "precision=int4"], r"one of fp32, bf16, fp16"),
     ],
 )
 def test_wrong_settings_name_the_key(words, message):

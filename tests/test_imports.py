@@ -11,8 +11,9 @@ from conftest import ROOT
 
 # Each module may import those in lines before its own.
 LAYERS = [
-    {"config", "files", "stats"},
-    {"sampling", "cache", "text", "fetch"},
+    {"config", "files", "stats", "bases", "console"},
+    {"sampling", "cache", "text", "convert"},
+    {"fetch"},
     {"heads", "card"},
     {"model"},
     {"ladder", "draft", "measure", "compare"},

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from hispec.config import HEAD_KINDS, ExitConfig, check, resolve
 from hispec.text import STDLIB
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -62,7 +63,11 @@ class Recipe:
     loss_chunk: int = 128
     """Tokens whose logits are in memory at one time. On a CPU 128 was 1.5x faster than 256 with a
     vocabulary of 49,152: larger buffers come from the system anew each time."""
-    mixed_precision: str = "bf16"
+    precision: str = "bf16"
+    """`fp32`, `bf16` or `fp16` (mixed: the exits' master weights stay in float32)."""
+    threads: int | None = None
+    """Threads per process on a CPU; default: the cores, shared among the processes. (`accelerate
+    launch` on its own leaves one to each.)"""
     seed: int = 0
 
     # watching
@@ -94,6 +99,7 @@ class Recipe:
         check(0 <= self.min_lr <= 1, "min_lr", self.min_lr, "a share of lr, 0 to 1")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         check(self.clip > 0, "clip", self.clip, "above 0")
+        check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
         minutes = self.max_minutes
         check(minutes is None or minutes > 0, "max_minutes", minutes, "above 0, or null")
         for key in ("distill_weight", "ce_weight"):
@@ -104,9 +110,12 @@ class Recipe:
             self.distill_weight,
             "it and ce_weight cannot both be 0: there would be no loss",
         )
-        allowed = ("no", "bf16", "fp16")
-        check(self.mixed_precision in allowed, "mixed_precision", self.mixed_precision,
-              f"one of {', '.join(allowed)}")  # fmt: skip
+        check(
+            self.precision in PRECISIONS,
+            "precision",
+            self.precision,
+            f"one of {', '.join(PRECISIONS)}",
+        )
 
     def exit_config(self) -> ExitConfig:
         return ExitConfig(list(self.exits), self.head, self.head_blocks)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from hispec import checkpoint
+from hispec.console import Output
 from hispec.files import clear_leftovers, new_folder, read_json, write_json
 from hispec.measure import agreement, ladder_pairs
 from hispec.model import ExitModel
@@ -38,7 +38,7 @@ from .schedule import learning_rate
 
 PROGRESS = "progress.json"
 # A resumed run may change these: they do not touch what a step computes.
-_FREE_KEYS = {"max_minutes", "save_every", "export_full"}
+_FREE_KEYS = {"max_minutes", "save_every", "export_full", "threads"}
 
 
 class Exits(nn.Module):
@@ -68,17 +68,16 @@ class Trainer:
         self.output = Path(recipe.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
         self.accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
+            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
         )
         if self.accelerator.device.type == "cpu":
-            # `accelerate launch` leaves one thread to a process unless told otherwise.
-            threads = (os.cpu_count() or 1) // self.accelerator.num_processes
-            torch.set_num_threads(max(1, threads))
+            share = (os.cpu_count() or 1) // self.accelerator.num_processes
+            torch.set_num_threads(recipe.threads or max(1, share))
         set_seed(recipe.seed)
         self.base = checkpoint.find_base(recipe.base)
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        hf = checkpoint.load_base(self.base.folder, half.get(recipe.mixed_precision, torch.float32))
+        hf = checkpoint.load_base(self.base.folder, half.get(recipe.precision, torch.float32))
         hf.requires_grad_(False)
         self.model = ExitModel(hf, recipe.exit_config()).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
@@ -98,7 +97,7 @@ class Trainer:
             exits.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
         )
         self.exits, self.optimizer, self.loader = self.accelerator.prepare(exits, optimizer, loader)
-        self._console = Console()
+        self._console = Output()
         self.step = 0
         self.minutes = 0.0
         self.history: list[dict[str, Any]] = []
@@ -207,7 +206,7 @@ class Trainer:
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            self._console.print(text, highlight=False, markup=False)
+            self._console.say(text)
 
     @contextmanager
     def _progress_bar(self) -> Iterator[Any]:

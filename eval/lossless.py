@@ -1,0 +1,122 @@
+"""Is the text exactly that of plain decoding? `python eval/lossless.py checkpoint=DIR`.
+
+Greedy: own plain decoding and every ladder against transformers' `generate`. With a temperature:
+every ladder against own plain decoding at the same seed. Lists every difference with its position
+and the gap between the two top logits; ends with one JSON line; exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+from rich.progress import track
+
+from hispec.cli import parse_depths, parse_dtype, quiet_transformers, run_cleanly
+from hispec.config import check, resolve
+from hispec.console import Output
+
+
+@dataclass
+class Settings:
+    """What is compared, and on what."""
+
+    checkpoint: str = MISSING
+    """EE checkpoint, or a base model: every depth is then read through the final norm."""
+    ladders: list[str] = field(default_factory=list)
+    """Such as ["6,30","6,12,30"]; default: every exit with the full model, and all together."""
+    prompt_file: str | None = None
+    """JSONL of prompts, see `eval/prompts.py`; default: beginnings of standard-library files."""
+    prompts: int = 8
+    prompt_tokens: int = 64
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    draft_length: int = 2
+    buffer: int = 4
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def main(words: Sequence[str]) -> int:
+    from eval.prompts import beginnings, from_file
+    from hispec.compare import first_difference, hf_generate
+    from hispec.config import DecodeConfig
+    from hispec.decode import Decode
+    from hispec.lm import load
+    from hispec.text import STDLIB
+
+    settings = resolve(Settings, overrides=words)
+    for key in ("prompts", "prompt_tokens", "max_new_tokens"):
+        check(getattr(settings, key) >= 1, key, getattr(settings, key), "1 or more")
+    quiet_transformers()
+    lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device=settings.device)
+    full, exits = lm.model.num_layers, lm.model.exits.depths
+    ladders = [parse_depths("ladders", text) or [] for text in settings.ladders] or [
+        *([e, full] for e in exits),
+        *([[*exits, full]] if len(exits) > 1 else []),
+    ]
+    if settings.prompt_file:
+        prompts = from_file(lm, Path(settings.prompt_file), settings.prompts)
+    else:
+        prompts = beginnings(
+            lm,
+            STDLIB,
+            0.05,
+            count=settings.prompts,
+            tokens=settings.prompt_tokens,
+            room=settings.max_new_tokens,
+        )
+
+    def decode(prompt: list[int], ladder: list[int]) -> list[int]:
+        config = DecodeConfig(
+            ladder,
+            draft_length=settings.draft_length,
+            buffer=settings.buffer,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            eos=lm.eos(),
+        )
+        return [t for part in Decode(lm.model, [prompt], config).run() for t in part[0].tokens]
+
+    reference = "own plain decoding" if settings.temperature else "transformers' generate"
+    differences: list[dict[str, Any]] = []
+    tokens = 0
+    for number, prompt in enumerate(
+        track(prompts, "comparing", transient=True, console=Output(stderr=True))
+    ):
+        if settings.temperature:
+            wanted, compared = decode(prompt, [full]), ladders
+        else:
+            wanted = hf_generate(lm.model.hf, prompt, settings.max_new_tokens, lm.eos())
+            compared = [[full], *ladders]
+        tokens += len(wanted)
+        for ladder in compared:
+            found = first_difference(lm.model.hf, prompt, decode(prompt, ladder), wanted)
+            if found is not None:
+                differences.append({"prompt": number, "ladder": ladder, **asdict(found)})
+
+    out = Output()
+    for d in differences:
+        out.say(
+            f"prompt {d['prompt']}, ladder {tuple(d['ladder'])}: differs at new token "
+            f"{d['position']} ({d['ours']} instead of {d['theirs']}), gap of the two top logits "
+            f"{d['gap']:.5f}"
+        )
+    shown = ", ".join(str(tuple(ladder)) for ladder in compared)
+    out.say(
+        f"{len(differences)} differences from {reference}: {len(prompts)} prompts, {tokens} "
+        f"tokens, ladders {shown}, {settings.dtype}, temperature {settings.temperature}"
+    )
+    print(json.dumps({"settings": asdict(settings), "tokens": tokens, "differences": differences}))
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_cleanly(lambda: main(sys.argv[1:])))

@@ -1,0 +1,20 @@
+"""The terminal: one place for how the commands print."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+
+class Output(Console):
+    """A console without guessing: no highlighting, and no wrapping of lines at 80 columns when the
+    output goes to a file."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        super().__init__(highlight=False, stderr=stderr, width=None if stream.isatty() else 120)
+
+    def say(self, text: str) -> None:
+        """Print one line as it is, however long."""
+        self.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,184 @@
+"""Training through the real command: it learns, it resumes exactly, it refuses by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import LAUNCH, ROOT, run
+
+from hispec import checkpoint
+from train.recipe import Recipe, load_recipe
+from train.trainer import Trainer
+
+
+def settings(tiny_base, texts, output, **changes) -> list[str]:
+    """A run of seconds on the tiny model."""
+    words = {
+        "base": tiny_base,
+        "output": output,
+        "exits": "[2,4]",
+        "data": texts,
+        "seq_len": 32,
+        "steps": 12,
+        "eval_every": 6,
+        "save_every": 4,
+        "eval_sequences": 4,
+        "precision": "fp32",
+        "threads": 1,
+        **changes,
+    }
+    return ["recipe=smollm2-135m", *(f"{key}={value}" for key, value in words.items())]
+
+
+def exits_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "exits.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, texts, tmp_path_factory):
+    """An uninterrupted run through `accelerate launch`."""
+    output = tmp_path_factory.mktemp("run") / "ee"
+    done = run(*LAUNCH, *settings(tiny_base, texts, output))
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_the_command_trains_and_exports(finished):
+    output, done = finished
+    config = checkpoint.read_config(output)
+    assert config["recipe"]["steps"] == 12
+    assert config["figures"]["training_tokens"] == 12 * 4 * 32
+    history = json.loads((output.parent / "ee.run" / "history.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == [0, 6, 12]
+    assert "step 6: held-out text: 2->6 agreement" in done.stdout
+    model, _ = checkpoint.load(output)
+    assert model.exits.depths == [2, 4]
+
+
+def test_training_raises_agreement(tiny_base, texts, tmp_path):
+    """A few hundred steps on the tiny model: the exits learn to say what the full model says.
+
+    One block each: two, on a model of six layers, would be the model's own top at depth 4.
+    """
+    words = settings(
+        *(tiny_base, texts, tmp_path / "ee"),
+        **dict(exits="[2,4]", head_blocks=1, steps=400, lr=0.003, eval_every=400, batch_size=8),
+    )
+    trainer = Trainer(load_recipe(words))
+    trainer.train()
+    before, after = trainer.history[0]["agreement"], trainer.history[-1]["agreement"]
+    for untrained, trained in zip(before[:2], after[:2], strict=True):
+        assert trained["top1"] > untrained["top1"] + 0.1
+        assert trained["acceptance"] > untrained["acceptance"] + 0.05
+
+
+def test_the_trunk_stays_as_it_was_and_every_head_parameter_moves(finished, tiny_base):
+    from hispec.config import ExitConfig
+    from hispec.model import ExitModel
+
+    output, _ = finished
+    config = checkpoint.read_config(output)
+    assert config["base"]["weights"] == checkpoint.weight_hashes(tiny_base)
+    fresh = ExitModel(checkpoint.load_base(tiny_base), ExitConfig([2, 4], "block", 2))
+    trained = exits_of(output)
+    for name, tensor in fresh.heads.state_dict().items():
+        assert not torch.equal(trained[f"exits.{name}"], tensor), name
+
+
+def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp_path):
+    """SIGKILL in mid-epoch; the next run says where it goes on and ends with the same weights."""
+    output = tmp_path / "ee"
+    words = settings(tiny_base, texts, output)
+    process = subprocess.Popen(
+        [*LAUNCH, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    progress = output.parent / "ee.run" / "state" / "progress.json"
+    deadline = time.monotonic() + 120
+    while not progress.exists():
+        assert process.poll() is None, process.stdout.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    step = json.loads(progress.read_text())["step"]
+    assert not output.exists() or step == 12
+    resumed = run(*LAUNCH, *words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on at step " in resumed.stdout
+    expected, got = exits_of(finished[0]), exits_of(output)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
+    history = json.loads((output.parent / "ee.run" / "history.json").read_text())["history"]
+    reference = json.loads((finished[0].parent / "ee.run" / "history.json").read_text())["history"]
+    for entry, wanted in zip(history, reference, strict=True):
+        assert entry["agreement"] == wanted["agreement"]
+        assert entry.get("loss") == wanted.get("loss")
+
+
+def test_a_finished_run_exports_again_without_training(finished, tiny_base, texts, tmp_path):
+    shutil.copytree(finished[0].parent, tmp_path / "copy")
+    output = tmp_path / "copy" / "ee"
+    progress = output.parent / "ee.run" / "state" / "progress.json"
+    content = json.loads(progress.read_text())
+    content["recipe"]["output"] = str(output)
+    progress.write_text(json.dumps(content))
+    (output / "exit_config.json").unlink()
+    trainer = Trainer(load_recipe(settings(tiny_base, texts, output)))
+    trainer._train_step = None  # any step would fail
+    trainer.train()
+    for name, tensor in exits_of(finished[0]).items():
+        assert torch.equal(exits_of(output)[name], tensor)
+
+
+def test_a_state_of_other_settings_is_refused(finished, tiny_base, texts):
+    output, _ = finished
+    trainer = Trainer(load_recipe(settings(tiny_base, texts, output, lr=0.5)))
+    with pytest.raises(ValueError, match=r"other settings \(lr: 0.001 there, 0.5 now\); remove"):
+        trainer.train()
+
+
+def test_max_minutes_stops_early_and_exports(tiny_base, texts, tmp_path):
+    words = settings(tiny_base, texts, tmp_path / "ee", steps=100000, max_minutes=0.0005)
+    trainer = Trainer(load_recipe(words))
+    trainer.train()
+    assert 0 < trainer.step < 1000
+    assert checkpoint.is_checkpoint(tmp_path / "ee")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": "x"}, "steps='x' (command line)"),
+        ({"stesp": 1}, "unknown key 'stesp'"),
+        ({"exits": "[6]"}, "depth 6 is the full model, not an exit"),
+        ({"exits": "[2,99]"}, "exits=(2, 99) is not possible"),
+        ({"base": "/no/such/folder"}, "/no/such/folder"),
+        ({"data": "/no/such/text"}, "data='/no/such/text'"),
+        ({"text_column": "body"}, "text_column='body'"),
+        ({"batch_size": 100000}, "batch_size=100000 is more than"),
+    ],
+)
+def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, changes, message):
+    import sys
+
+    words = settings(tiny_base, texts, tmp_path / "ee", **changes)
+    done = run(sys.executable, "train/ee_finetune.py", *words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("ee_finetune: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_defaults_are_a_valid_recipe_but_for_what_must_be_named():
+    Recipe(base="x", output="y", exits=[1]).validate()
