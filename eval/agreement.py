@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import MISSING
 from rich.table import Table
 
-from hispec.cli import quiet_transformers, run_cleanly
+from hispec.cli import run_cleanly
 from hispec.config import check, resolve
-from hispec.console import Output
+from hispec.console import Output, quiet_transformers
 
 
 @dataclass

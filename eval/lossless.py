@@ -1,8 +1,9 @@
 """Is the text exactly that of plain decoding? `python eval/lossless.py checkpoint=DIR`.
 
-Greedy: own plain decoding and every ladder against transformers' `generate`. With a temperature:
-every ladder against own plain decoding at the same seed. Lists every difference with its position
-and the gap between the two top logits; ends with one JSON line; exit code 1 if anything differs.
+`against=generate` compares own plain decoding and every ladder with transformers' greedy text,
+`against=plain` every ladder with own plain decoding, at any temperature and seed. Lists every
+difference with its position and the gap between the two top logits; ends with one JSON line; exit
+code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 from omegaconf import MISSING
 from rich.progress import track
 
-from hispec.cli import parse_depths, parse_dtype, quiet_transformers, run_cleanly
+from hispec.cli import parse_depths, parse_dtype, run_cleanly
 from hispec.config import check, resolve
-from hispec.console import Output
+from hispec.console import Output, quiet_transformers
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Settings:
     prompts: int = 8
     prompt_tokens: int = 64
     max_new_tokens: int = 64
+    against: str = "generate"
+    """`generate`: transformers', greedy only; `plain`: own plain decoding."""
     temperature: float = 0.0
     seed: int = 0
     draft_length: int = 2
@@ -54,6 +57,8 @@ def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     for key in ("prompts", "prompt_tokens", "max_new_tokens"):
         check(getattr(settings, key) >= 1, key, getattr(settings, key), "1 or more")
+    allowed = ("plain",) if settings.temperature else ("generate", "plain")
+    check(settings.against in allowed, "against", settings.against, f"one of {', '.join(allowed)}")
     quiet_transformers()
     lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device=settings.device)
     full, exits = lm.model.num_layers, lm.model.exits.depths
@@ -85,17 +90,18 @@ def main(words: Sequence[str]) -> int:
         )
         return [t for part in Decode(lm.model, [prompt], config).run() for t in part[0].tokens]
 
-    reference = "own plain decoding" if settings.temperature else "transformers' generate"
+    by_generate = settings.against == "generate"
+    reference = "transformers' generate" if by_generate else "own plain decoding"
     differences: list[dict[str, Any]] = []
     tokens = 0
     for number, prompt in enumerate(
         track(prompts, "comparing", transient=True, console=Output(stderr=True))
     ):
-        if settings.temperature:
-            wanted, compared = decode(prompt, [full]), ladders
-        else:
+        if by_generate:
             wanted = hf_generate(lm.model.hf, prompt, settings.max_new_tokens, lm.eos())
             compared = [[full], *ladders]
+        else:
+            wanted, compared = decode(prompt, [full]), ladders
         tokens += len(wanted)
         for ladder in compared:
             found = first_difference(lm.model.hf, prompt, decode(prompt, ladder), wanted)

@@ -13,6 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+# Attention kernels sum keys in whole vectors and the rest one by one. With no rest ever, the same
+# visible keys give the same bits however many masked ones follow.
+_VECTOR = 16
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // _VECTOR) * _VECTOR
+
 
 class Cache:
     """Static KV buffers with the `update` call that transformers' attention layers make.
@@ -27,7 +35,7 @@ class Cache:
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
         self.rows = rows
-        self.capacity = capacity
+        self.capacity = _round_up(capacity)
         self.device = device
         self.lengths: dict[Any, np.ndarray] = {}
         self._keys: dict[int, torch.Tensor] = {}
@@ -54,10 +62,13 @@ class Cache:
         return (positions_BT + offsets).reshape(-1)
 
     def place(self, positions_BT: torch.Tensor, visible: int) -> None:
-        """Announce a pass: its tokens go to `positions_BT` and see the first `visible` slots."""
+        """Announce a pass: its tokens go to `positions_BT` and see the first `visible` slots.
+
+        A few more are shown, all of them masked, to end at a whole vector of the kernel.
+        """
         assert visible <= self.capacity, (visible, self.capacity)
         self._slots = self.slots(positions_BT)
-        self.visible = visible
+        self.visible = _round_up(visible)
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, layer_idx: int, *_: Any, **__: Any

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import Output
+from .console import Output, quiet_transformers
 
 app = typer.Typer(
     help="Early-exit models and hierarchical speculative decoding.",
@@ -147,14 +147,6 @@ def parse_dtype(name: str) -> Any:
     if name not in known:
         raise ValueError(f"dtype={name!r} is not possible: one of {', '.join(known)}")
     return known[name]
-
-
-def quiet_transformers() -> None:
-    """No progress bars of weight loading between the lines of our own output."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 def run_cleanly(command: Callable[[], Any]) -> int:

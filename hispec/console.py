@@ -18,3 +18,11 @@ class Output(Console):
     def say(self, text: str) -> None:
         """Print one line as it is, however long."""
         self.print(text, markup=False, soft_wrap=True)
+
+
+def quiet_transformers() -> None:
+    """No bars and warnings of weight loading between the lines of our own output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -93,6 +93,7 @@ class Decode:
         """Decode to the end; yields what every validation by the full model commits."""
         last = len(self.agreed) - 1
         began = time.perf_counter()
+        self.ladder.prefill(self.tokens_BN, self.prompt_B - 1)
         while not self.done:
             self.drafter.propose(self)
             before_B = self.agreed[last]

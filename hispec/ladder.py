@@ -16,6 +16,8 @@ import torch
 from .cache import Cache
 from .model import ExitModel
 
+_PREFILL = 256  # tokens of one pass: bounds the mask, [tokens, keys]
+
 
 class Ladder:
     """The rungs of one decode over one shared cache.
@@ -68,6 +70,11 @@ class Ladder:
         )
         self.cache.store_hidden(track, positions_BT, hidden_BTH)
         self.segment_tokens[rung] += self._advance(track, start_B, upto_B)
+
+    def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
+        """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
+        for stop in range(_PREFILL, int(upto_B.max()) + _PREFILL, _PREFILL):
+            self.bring(len(self.depths) - 1, tokens_BN, np.minimum(stop, upto_B))
 
     def logits(
         self, rung: int, tokens_BN: np.ndarray, first_B: np.ndarray, upto_B: np.ndarray

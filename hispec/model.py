@@ -35,16 +35,21 @@ def masked_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over the cache, always with an explicit mask.
+    """Attention over the cache, always with an explicit mask, [B, 1, heads per KV head * T, K].
 
-    transformers' own `sdpa` copies the keys once per query head group and takes another kernel for
-    one token than for several. Grouped heads inside the kernel save the copy, and one masked
-    kernel gives a token the same bits in a pass of any size.
+    The query heads that share a KV head become rows of one problem, so the keys are not copied per
+    head. It also keeps a pass of one token off the kernel for single rows, which rounds otherwise:
+    a token gets the same bits in any small pass.
     """
+    B, Hq, T, D = query.shape
+    Hkv = key.shape[1]
+    packed = query.reshape(B, Hkv, Hq // Hkv * T, D)
+    if packed.shape[2] == 1:
+        packed = packed.expand(-1, -1, 2, -1)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
-    )
-    return out.transpose(1, 2).contiguous(), None
+        packed, key, value, attn_mask=attention_mask, scale=scaling
+    )[:, :, : Hq // Hkv * T]
+    return out.reshape(B, Hq, T, D).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("hispec", masked_attention)
@@ -88,6 +93,8 @@ class ExitModel(nn.Module):
             self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first)
         rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
         self._rope_by_type = "layer_type" in rotary
+        config = hf.config
+        self._heads_per_kv = config.num_attention_heads // config.num_key_value_heads
         self._untrained = ExitHead([], None, [])
 
     @property
@@ -220,7 +227,10 @@ class ExitModel(nn.Module):
         if window is not None:
             seen_BTK &= slots > positions_BT[..., None] - window
         mask = torch.zeros(seen_BTK.shape, dtype=hidden_BTH.dtype, device=hidden_BTH.device)
-        return LayerInputs(mask.masked_fill_(~seen_BTK, float("-inf"))[:, None], rope)
+        mask.masked_fill_(~seen_BTK, float("-inf"))
+        if cache is not None:
+            mask = mask.repeat(1, self._heads_per_kv, 1)
+        return LayerInputs(mask[:, None], rope)
 
 
 def layer_types(config: Any) -> list[str]:

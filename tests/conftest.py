@@ -142,3 +142,12 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=600,
     )
+
+
+def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list[int]:
+    """New tokens of one prompt."""
+    from hispec.config import DecodeConfig
+    from hispec.decode import Decode
+
+    run = Decode(model, [prompt], DecodeConfig(list(ladder), **config))
+    return [token for committed in run.run() for token in committed[0].tokens]

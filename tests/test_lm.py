@@ -212,7 +212,7 @@ def test_speed_times_all_settings_in_one_run(ee):
         "two rungs, LayerSkip (4, 6)",
         "3 rungs, HiSpec (2, 4, 6)",
     ]
-    assert all(row["identical"] == 2 for row in line["results"])
+    assert all(row["same_as_generate"] == row["same_as_plain"] == 2 for row in line["results"])
     assert line["results"][1]["tokens_per_target_pass"] == 1
 
 
@@ -221,7 +221,7 @@ def test_lossless_passes_and_names_differences(ee, tmp_path):
     rows = [{"turns": ["hello"], "task": "a"}, {"prompt": "x = "}, {"question": "why?"}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = (f"checkpoint={ee}", f"prompt_file={prompts}", "prompts=3", "max_new_tokens=16")
-    for law in ((), ("temperature=0.8", "seed=2")):
+    for law in ((), ("temperature=0.8", "seed=2", "against=plain")):
         done = run(sys.executable, "eval/lossless.py", *words, *law)
         assert done.returncode == 0, done.stdout + done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["differences"] == []

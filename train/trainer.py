@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from hispec import checkpoint
-from hispec.console import Output
+from hispec.console import Output, quiet_transformers
 from hispec.files import clear_leftovers, new_folder, read_json, write_json
 from hispec.measure import agreement, ladder_pairs
 from hispec.model import ExitModel
@@ -75,6 +75,7 @@ class Trainer:
             share = (os.cpu_count() or 1) // self.accelerator.num_processes
             torch.set_num_threads(recipe.threads or max(1, share))
         set_seed(recipe.seed)
+        quiet_transformers()
         self.base = checkpoint.find_base(recipe.base)
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
         hf = checkpoint.load_base(self.base.folder, half.get(recipe.precision, torch.float32))

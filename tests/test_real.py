@@ -1,0 +1,75 @@
+"""The real model, SmolLM2-135M: every ladder gives the text of plain decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ROOT, decode_tokens
+
+from hispec import checkpoint
+from hispec.compare import first_difference, hf_generate
+from hispec.config import ExitConfig
+from hispec.fetch import fetch
+from hispec.lm import EarlyExitLM
+from hispec.model import ExitModel
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = [
+    "Write a haiku about a lighthouse.",
+    "A train leaves at 14:05 and arrives at 16:50. How long does the journey take?",
+    "Translate to French: The weather is lovely today, isn't it?",
+]
+LADDERS = [(6, 30), (6, 12, 30), (4, 10, 20, 30)]
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return fetch("smollm2-135m", ROOT / "checkpoints" / "base")
+
+
+def load(folder, dtype) -> EarlyExitLM:
+    """Block heads at two depths; that they are fresh ones makes most drafts wrong."""
+    from transformers import AutoTokenizer
+
+    hf = checkpoint.load_base(folder, dtype)
+    model = ExitModel(hf, ExitConfig([6, 12], "block", 2)).eval()
+    return EarlyExitLM(model, AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    torch.set_num_threads(2)
+    yield load(folder, torch.float32)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("ladder", [(30,), *LADDERS])
+def test_greedy_float32_equals_transformers(lm, ladder):
+    for text in PROMPTS:
+        prompt = lm.encode(text)
+        expected = hf_generate(lm.model.hf, prompt, 24, lm.eos())
+        got = decode_tokens(lm.model, prompt, ladder, max_new_tokens=16, eos=lm.eos())
+        assert first_difference(lm.model.hf, prompt, got, expected) is None
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_sampled_float32_does_not_depend_on_the_ladder(lm, ladder):
+    for seed, text in enumerate(PROMPTS):
+        law = dict(max_new_tokens=16, temperature=0.8, seed=seed, eos=lm.eos())
+        prompt = lm.encode(text)
+        plain = decode_tokens(lm.model, prompt, (30,), **law)
+        assert decode_tokens(lm.model, prompt, ladder, **law) == plain
+
+
+def test_bf16_on_the_cpu_is_the_same_text_too(folder, lm):
+    """Small passes give a token the same bits whatever their size, so even near-ties agree."""
+    half = load(folder, torch.bfloat16)
+    for text, law in [(PROMPTS[0], {}), (PROMPTS[1], {}), (PROMPTS[2], {"temperature": 0.8})]:
+        settings = dict(max_new_tokens=20, eos=half.eos(), **law)
+        prompt = half.encode(text)
+        plain = decode_tokens(half.model, prompt, (30,), **settings)
+        for ladder in LADDERS:
+            got = decode_tokens(half.model, prompt, ladder, **settings)
+            difference = first_difference(half.model.hf, prompt, got, plain)
+            assert difference is None, difference
