@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# The demo's training budget: with it the whole demo stays under ten minutes on two cores.
+# The demo's training budget: with it the whole demo stays under ten minutes on two cores. To train
+# anew with another one: rm -r checkpoints/demo checkpoints/demo.run
 DEMO_STEPS ?= 230
 DEMO_MINUTES ?= 6
 DEMO := checkpoints/demo

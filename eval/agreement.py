@@ -16,52 +16,40 @@ from typing import Any
 from omegaconf import MISSING
 from rich.table import Table
 
-from hispec.cli import run_cleanly
+from eval.prompts import TextSource, held_out_documents
+from hispec.cli import parse_device, parse_dtype, run_cleanly
 from hispec.config import check, resolve
 from hispec.console import Output, quiet_transformers
 
 
 @dataclass
-class Settings:
+class Settings(TextSource):
     """What to measure, and on what."""
 
     checkpoint: str = MISSING
     output: str | None = None
     """Folder of the results; default: the checkpoint's own."""
-    data: str | None = None
-    """`stdlib`, a local file or folder, or a Hub dataset id; default: the text of the training."""
-    data_split: str = "train"
-    text_column: str = "text"
-    held_out: float | None = None
-    """Share of the documents that is measured on; default: as in the training."""
     seq_len: int = 256
     sequences: int = 32
     dtype: str = "auto"
+    device: str | None = "cpu"
 
 
 def main(words: Sequence[str]) -> None:
-    from hispec.checkpoint import read_config
     from hispec.files import write_json
     from hispec.lm import load
     from hispec.measure import Agreement, agreement, ladder_pairs
     from hispec.model import ExitModel
-    from hispec.text import documents, evenly_spaced, split, windows
+    from hispec.text import evenly_spaced, windows
 
     settings = resolve(Settings, overrides=words)
     check(settings.sequences >= 1, "sequences", settings.sequences, "1 or more")
     check(settings.seq_len >= 2, "seq_len", settings.seq_len, "2 or more tokens")
     quiet_transformers()
     folder = Path(settings.checkpoint)
-    recipe = read_config(folder)["recipe"]
-    for key in ("data", "held_out"):
-        if getattr(settings, key) is None:
-            check(key in recipe, key, None, "the checkpoint has no recipe, so it must be given")
-            setattr(settings, key, recipe[key])
-    lm = load(folder, dtype=settings.dtype)
-    assert settings.data is not None
-    assert settings.held_out is not None
-    found = documents(settings.data, settings.text_column, settings.data_split)
-    _, held_out = split(found, settings.held_out)
+    lm = load(folder, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device))
+    check(bool(lm.model.exits.depths), "checkpoint", settings.checkpoint, "it has no exits")
+    name, held_out = held_out_documents(settings, settings.checkpoint)
     rows_RT = evenly_spaced(windows(held_out, lm.tokenizer, settings.seq_len), settings.sequences)
 
     layers = lm.model.num_layers
@@ -71,7 +59,7 @@ def main(words: Sequence[str]) -> None:
 
     out = Output()
     out.print(_table(trained, {m.shallow: m for m in untrained}))
-    text = f"{rows_RT.numel():,} tokens of held-out text ({settings.data})"
+    text = f"{rows_RT.numel():,} tokens of held-out text ({name})"
     out.say(f"{text}, temperature 1")
     results: dict[str, Any] = {
         "settings": asdict(settings),

@@ -12,30 +12,25 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 from rich.progress import track
 
-from hispec.cli import parse_depths, parse_dtype, run_cleanly
+from eval.prompts import PromptSource, load_prompts
+from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
 from hispec.config import check, resolve
 from hispec.console import Output, quiet_transformers
 
 
 @dataclass
-class Settings:
+class Settings(PromptSource):
     """What is compared, and on what."""
 
     checkpoint: str = MISSING
     """EE checkpoint, or a base model: every depth is then read through the final norm."""
     ladders: list[str] = field(default_factory=list)
     """Such as ["6,30","6,12,30"]; default: every exit with the full model, and all together."""
-    prompt_file: str | None = None
-    """JSONL of prompts, see `eval/prompts.py`; default: beginnings of standard-library files."""
-    prompts: int = 8
-    prompt_tokens: int = 64
-    max_new_tokens: int = 64
     against: str = "generate"
     """`generate`: transformers', greedy only; `plain`: own plain decoding."""
     temperature: float = 0.0
@@ -43,40 +38,28 @@ class Settings:
     draft_length: int = 2
     buffer: int = 4
     dtype: str = "float32"
-    device: str = "cpu"
+    device: str | None = "cpu"
 
 
 def main(words: Sequence[str]) -> int:
-    from eval.prompts import beginnings, from_file
     from hispec.compare import first_difference, hf_generate
     from hispec.config import DecodeConfig
     from hispec.decode import Decode
     from hispec.lm import load
-    from hispec.text import STDLIB
 
     settings = resolve(Settings, overrides=words)
-    for key in ("prompts", "prompt_tokens", "max_new_tokens"):
-        check(getattr(settings, key) >= 1, key, getattr(settings, key), "1 or more")
     allowed = ("plain",) if settings.temperature else ("generate", "plain")
     check(settings.against in allowed, "against", settings.against, f"one of {', '.join(allowed)}")
     quiet_transformers()
-    lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device=settings.device)
+    lm = load(
+        settings.checkpoint, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device)
+    )
     full, exits = lm.model.num_layers, lm.model.exits.depths
     ladders = [parse_depths("ladders", text) or [] for text in settings.ladders] or [
         *([e, full] for e in exits),
         *([[*exits, full]] if len(exits) > 1 else []),
     ]
-    if settings.prompt_file:
-        prompts = from_file(lm, Path(settings.prompt_file), settings.prompts)
-    else:
-        prompts = beginnings(
-            lm,
-            STDLIB,
-            0.05,
-            count=settings.prompts,
-            tokens=settings.prompt_tokens,
-            room=settings.max_new_tokens,
-        )
+    prompts = load_prompts(lm, settings, settings.checkpoint)
 
     def decode(prompt: list[int], ladder: list[int]) -> list[int]:
         config = DecodeConfig(
@@ -88,7 +71,7 @@ def main(words: Sequence[str]) -> int:
             seed=settings.seed,
             eos=lm.eos(),
         )
-        return [t for part in Decode(lm.model, [prompt], config).run() for t in part[0].tokens]
+        return Decode(lm.model, [prompt], config).finish()[0]
 
     by_generate = settings.against == "generate"
     reference = "transformers' generate" if by_generate else "own plain decoding"

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from hispec.checkpoint import is_checkpoint, read_config
+from hispec.config import check
 from hispec.lm import EarlyExitLM
-from hispec.text import documents, local_rows, split
+from hispec.text import STDLIB, Document, documents, local_rows, split
+
+
+@dataclass
+class TextSource:
+    """Held-out text. What is None is taken from the recipe of the checkpoint, so that nothing that
+    it was trained on is measured on; without a recipe it is the standard library."""
+
+    data: str | None = None
+    """`stdlib`, a local file or folder, or a Hub dataset id."""
+    data_split: str | None = None
+    text_column: str | None = None
+    held_out: float | None = None
+    """Share of the documents that is held out."""
+
+
+def held_out_documents(source: TextSource, checkpoint: str) -> tuple[str, list[Document]]:
+    """(name of the source, its held-out documents)."""
+    folder = Path(checkpoint)
+    recipe = read_config(folder)["recipe"] if is_checkpoint(folder) else {}
+    defaults = {"data": STDLIB, "data_split": "train", "text_column": "text", "held_out": 0.05}
+    keys = {
+        key: recipe.get(key, default) if getattr(source, key) is None else getattr(source, key)
+        for key, default in defaults.items()
+    }
+    check(0 < keys["held_out"] < 1, "held_out", keys["held_out"], "above 0, below 1")
+    found = documents(keys["data"], keys["text_column"], keys["data_split"])
+    return keys["data"], split(found, keys["held_out"])[1]
 
 
 def beginnings(
-    lm: EarlyExitLM, source: str, held_out: float, *, count: int, tokens: int, room: int
+    lm: EarlyExitLM, source: TextSource, checkpoint: str, *, count: int, tokens: int, room: int
 ) -> list[list[int]]:
     """The first `tokens` tokens of held-out documents that go on for at least `room` more.
 
@@ -19,14 +49,15 @@ def beginnings(
         ValueError: no document is that long.
     """
     found: list[list[int]] = []
-    for document in split(documents(source), held_out)[1]:
+    name, held_out = held_out_documents(source, checkpoint)
+    for document in held_out:
         ids = lm.tokenizer(document.text, verbose=False)["input_ids"]
         if len(ids) >= tokens + room:
             found.append(ids[:tokens])
         if len(found) == count:
             break
     if not found:
-        raise ValueError(f"no held-out document of {source!r} has {tokens + room} tokens or more")
+        raise ValueError(f"no held-out document of {name!r} has {tokens + room} tokens or more")
     return found
 
 
@@ -42,6 +73,8 @@ def from_file(lm: EarlyExitLM, path: Path, count: int) -> list[list[int]]:
     by_task: dict[str, list[list[int]]] = defaultdict(list)
     for number, row in local_rows(path):
         by_task[str(row.get("task", ""))].append(_encode(lm, path, number, row))
+    if not by_task:
+        raise ValueError(f"{path} holds no prompts")
     tasks = list(by_task.values())
     share = [count // len(tasks) + (i < count % len(tasks)) for i in range(len(tasks))]
     return [
@@ -61,4 +94,36 @@ def _encode(lm: EarlyExitLM, path: Path, number: int, row: dict[str, object]) ->
         return lm.encode(str(row["prompt"]), chat=False)
     raise ValueError(
         f"{path}, line {number} has none of turns, question, prompt; it has: {', '.join(row)}"
+    )
+
+
+@dataclass
+class PromptSource(TextSource):
+    """Prompts to decode: of a file, or the beginnings of held-out documents."""
+
+    prompt_file: str | None = None
+    """JSONL of prompts, see `from_file`; default: the beginnings of held-out documents."""
+    prompts: int = 6
+    prompt_tokens: int = 64
+    """Length of a beginning."""
+    max_new_tokens: int = 64
+
+
+def load_prompts(lm: EarlyExitLM, source: PromptSource, checkpoint: str) -> list[list[int]]:
+    """Token ids of the prompts that `source` names.
+
+    Raises:
+        ValueError: an impossible number, an unreadable file, or no document that is long enough.
+    """
+    for key in ("prompts", "prompt_tokens", "max_new_tokens"):
+        check(getattr(source, key) >= 1, key, getattr(source, key), "1 or more")
+    if source.prompt_file:
+        return from_file(lm, Path(source.prompt_file), source.prompts)
+    return beginnings(
+        lm,
+        source,
+        checkpoint,
+        count=source.prompts,
+        tokens=source.prompt_tokens,
+        room=source.max_new_tokens,
     )

@@ -19,29 +19,22 @@ from omegaconf import MISSING
 from rich.progress import track
 from rich.table import Table
 
-from hispec.cli import parse_dtype, run_cleanly
+from eval.prompts import PromptSource, load_prompts
+from hispec.cli import parse_device, parse_dtype, run_cleanly
 from hispec.config import check, resolve
 from hispec.console import Output, quiet_transformers
 
 
 @dataclass
-class Settings:
+class Settings(PromptSource):
     """What is timed, and on what."""
 
     checkpoint: str = MISSING
-    data: str = "stdlib"
-    """Where the prompts come from: the beginnings of held-out documents."""
-    prompt_file: str | None = None
-    """Or a JSONL file of prompts, see `eval/prompts.py`."""
-    held_out: float = 0.05
-    prompts: int = 6
-    prompt_tokens: int = 64
-    max_new_tokens: int = 64
     draft_length: int = 2
     buffer: int = 4
     repeats: int = 3
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str | None = "cpu"
 
 
 @dataclass
@@ -61,30 +54,20 @@ class Timed:
 def main(words: Sequence[str]) -> None:
     import torch
 
-    from eval.prompts import beginnings, from_file
     from hispec.compare import first_difference, hf_generate
     from hispec.config import DecodeConfig
     from hispec.decode import Decode
     from hispec.lm import load
 
     settings = resolve(Settings, overrides=words)
-    for key in ("prompts", "prompt_tokens", "max_new_tokens", "repeats"):
-        check(getattr(settings, key) >= 1, key, getattr(settings, key), "1 or more")
+    check(settings.repeats >= 1, "repeats", settings.repeats, "1 or more")
     quiet_transformers()
-    lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device=settings.device)
+    lm = load(
+        settings.checkpoint, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device)
+    )
     full, exits = lm.model.num_layers, lm.model.exits.depths
 
-    if settings.prompt_file:
-        prompts = from_file(lm, Path(settings.prompt_file), settings.prompts)
-    else:
-        prompts = beginnings(
-            lm,
-            settings.data,
-            settings.held_out,
-            count=settings.prompts,
-            tokens=settings.prompt_tokens,
-            room=settings.max_new_tokens,
-        )
+    prompts = load_prompts(lm, settings, settings.checkpoint)
 
     def by_ladder(ladder: list[int]) -> Callable[[list[int]], tuple[list[int], Any]]:
         config = DecodeConfig(
@@ -96,7 +79,7 @@ def main(words: Sequence[str]) -> None:
 
         def decode(prompt: list[int]) -> tuple[list[int], Any]:
             run = Decode(lm.model, [prompt], config)
-            return [token for part in run.run() for token in part[0].tokens], run.stats
+            return run.finish()[0], run.stats
 
         return decode
 

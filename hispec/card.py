@@ -11,7 +11,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
     """Markdown with a YAML head, from the content of `exit_config.json`."""
     base, exits = config["base"], config["exits"]
     metadata = ModelCardData(
-        base_model=base["id"],
+        base_model=base["hub_id"],
         license=base["license"],
         library_name="hispec",
         pipeline_tag="text-generation",

@@ -27,11 +27,22 @@ from .model import ExitModel
 
 FORMAT_VERSION = 1
 CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
+# What of a base belongs into a full checkpoint: no pickles, nothing that is run.
+_BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+
+_SECTIONS = {
+    "exits": ("depths", "head", "blocks"),
+    "model": _SHAPE_KEYS,
+    "base": ("id", "hub_id", "revision", "license", "included", "weights"),
+    "files": (EXITS,),
+    "recipe": (),
+    "figures": (),
+}
 
 
 @dataclass
-class Base:
+class LocalBase:
     """The model that the exits belong to."""
 
     id: str
@@ -48,6 +59,11 @@ class Base:
         return self.provenance.get("revision") or named or None
 
     @property
+    def hub_id(self) -> str | None:
+        """Where the original is on the Hub, if that is known."""
+        return self.provenance.get("hub_id") or self.provenance.get("origin")
+
+    @property
     def license(self) -> str | None:
         return self.provenance.get("license")
 
@@ -56,17 +72,28 @@ class Base:
         return weight_hashes(self.folder)
 
 
-def find_base(name: str) -> Base:
+def find_base(name: str, near: Path | None = None) -> LocalBase:
     """The base model of that name, which must be on this machine already.
 
+    Args:
+        near: a checkpoint's folder; its neighbour `base/` is looked into too, so that a checkpoint
+            is found whole from any working directory.
+
     Raises:
-        ValueError: it is not; the message says how to get it.
+        ValueError: it is not here; the message says how to get it.
     """
-    folder = base_path(name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"base={name!r} is not at {folder}; get it with: hispec fetch {name}")
-    provenance = folder / "provenance.json"
-    return Base(name, folder, read_json(provenance) if provenance.is_file() else {})
+    places = [base_path(name)]
+    if near is not None:
+        places.append(base_path(name, near.resolve().parent / "base"))
+    for folder in places:
+        if (folder / "config.json").is_file():
+            provenance = folder / "provenance.json"
+            found = read_json(provenance) if provenance.is_file() else {}
+            return LocalBase(name, folder, found)
+    raise ValueError(
+        f"{name!r} is no local folder, and no base model of that name is at "
+        f"{' or '.join(map(str, places))}; to get it: hispec fetch {name}"
+    )
 
 
 def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -96,7 +123,7 @@ def weight_hashes(folder: Path) -> dict[str, str]:
 def save(
     folder: Path,
     model: ExitModel,
-    base: Base,
+    base: LocalBase,
     *,
     recipe: dict[str, Any] | None = None,
     figures: dict[str, Any] | None = None,
@@ -110,7 +137,13 @@ def save(
         recipe: resolved settings of the training.
         figures: what was measured, with what and on what.
         full: include the base, so that plain transformers loads the folder.
+
+    Raises:
+        ValueError: `folder` holds something that is no EE checkpoint, or the base itself.
     """
+    check_target(folder)
+    if folder.resolve() == base.folder.resolve():
+        raise ValueError(f"{folder} is the base model itself; name another folder")
     dtype = model.hf.lm_head.weight.dtype
     tensors = {
         f"exits.{name}": tensor.detach().to("cpu", dtype).contiguous()
@@ -121,7 +154,7 @@ def save(
         weights = base.weights()
         if full:
             for file in base.folder.iterdir():
-                if file.is_file() and file.name not in (CARD, CONFIG, EXITS):
+                if file.name not in (CONFIG, EXITS) and any(map(file.match, _BASE_FILES)):
                     shutil.copy2(file, temporary / file.name)
         config = {
             "format_version": FORMAT_VERSION,
@@ -129,6 +162,7 @@ def save(
             "model": {key: getattr(model.hf.config, key) for key in _SHAPE_KEYS},
             "base": {
                 "id": base.id,
+                "hub_id": base.hub_id,
                 "revision": base.revision,
                 "license": base.license,
                 "included": full,
@@ -146,22 +180,49 @@ def save(
         write_json(temporary / CONFIG, config)
 
 
+def check_target(folder: Path) -> None:
+    """Raise ValueError unless a checkpoint may be written to `folder`, replacing what is there.
+
+    Only nothing, an empty folder or another EE checkpoint is ever replaced.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the checkpoint")
+    if any(folder.iterdir()) and not is_checkpoint(folder):
+        raise ValueError(f"{folder} is not empty and no EE checkpoint; name another folder")
+
+
+def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> None:
+    """Write an EE checkpoint of a plain base whose depths are read through its final norm.
+
+    This is how LayerSkip's own models, trained to be read so at every depth, become checkpoints.
+
+    Raises:
+        ValueError: no such base, depths that it has not, or a `folder` that may not be replaced.
+    """
+    base = find_base(name)
+    model = ExitModel(load_base(base.folder), ExitConfig(list(depths), head="shared"))
+    save(folder, model, base, full=full)
+
+
 def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> None:
     """Write a checkpoint anew, checked on the way, with or without its base.
 
     Raises:
-        ValueError: `source` fails the checks of `load`, or `folder` is `source`.
+        ValueError: `source` fails the checks of `load`, or `folder` may not be replaced.
     """
     if folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the checkpoint itself; name another folder")
+    check_target(folder)
     config = read_config(source)
     model, _ = load(source, base=base)
     home = _base_folder(source, config, base)
-    provenance = {key: config["base"][key] for key in ("revision", "license")}
+    provenance = {key: config["base"][key] for key in ("hub_id", "revision", "license")}
     save(
         folder,
         model,
-        Base(config["base"]["id"], home, provenance),
+        LocalBase(config["base"]["id"], home, provenance),
         recipe=config["recipe"],
         figures=config["figures"],
         full=full,
@@ -189,15 +250,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: format_version={found!r} cannot be read, this hispec reads "
             f"{FORMAT_VERSION}" + (f"; {advice}" if advice else "")
         )
-    for section, keys in (
-        ("exits", ("depths", "head", "blocks")),
-        ("model", _SHAPE_KEYS),
-        ("base", ("id", "revision", "license", "included", "weights")),
-        ("files", (EXITS,)),
-    ):
-        missing = [key for key in keys if key not in config.get(section, {})]
-        if missing:
+    for section, keys in _SECTIONS.items():
+        content = config.get(section)
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: section {section!r} must be an object, it is {content!r}")
+        if missing := [key for key in keys if key not in content]:
             raise ValueError(f"{path}: section {section!r} lacks {', '.join(missing)}")
+    if unknown := set(config["exits"]) - set(_SECTIONS["exits"]):
+        raise ValueError(f"{path}: section 'exits' has the unknown {', '.join(sorted(unknown))}")
     return config
 
 
@@ -234,7 +294,7 @@ def load(
 def _base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
     if config["base"]["included"] and base is None:
         return folder
-    return find_base(base or config["base"]["id"]).folder
+    return find_base(base or config["base"]["id"], near=folder).folder
 
 
 def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:

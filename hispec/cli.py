@@ -76,7 +76,7 @@ def generate(
     lm = load(
         checkpoint,
         dtype=parse_dtype(dtype),
-        device=device,
+        device=parse_device(device),
         exits=parse_depths("exits", exits),
         base=base,
     )
@@ -102,21 +102,27 @@ def generate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="an EE checkpoint")],
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
     folder: Annotated[Path, typer.Argument(help="where to write it")],
     full: Annotated[bool, typer.Option(help="include the base: plain transformers loads it")] = (
         False
     ),
     base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+    exits: Annotated[
+        str | None, typer.Option(help="for a plain model: depths read through its final norm")
+    ] = None,
 ) -> None:
     """Write an EE checkpoint anew, checked, with or without its base."""
-    from .checkpoint import export as export_checkpoint
+    from . import checkpoint as checkpoints
     from .files import clear_leftovers
 
     quiet_transformers()
     if clear_leftovers(folder):
         out.say(f"an earlier export to {folder} was interrupted: cleaned up")
-    export_checkpoint(checkpoint, folder, full=full, base=base)
+    if depths := parse_depths("exits", exits):
+        checkpoints.export_untrained(checkpoint, depths, folder, full=full)
+    else:
+        checkpoints.export(Path(checkpoint), folder, full=full, base=base)
     out.say(f"EE checkpoint: {folder}")
 
 
@@ -149,6 +155,23 @@ def parse_dtype(name: str) -> Any:
     return known[name]
 
 
+def parse_device(name: str | None) -> Any:
+    """A torch device that this machine has, or None.
+
+    Raises:
+        ValueError: an unknown name, or a device that is not here.
+    """
+    import torch
+
+    if name is None:
+        return None
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} is not possible here: {reason}") from None
+
+
 def run_cleanly(command: Callable[[], Any]) -> int:
     """Run `command`, which may return an exit code.
 
@@ -158,7 +181,7 @@ def run_cleanly(command: Callable[[], Any]) -> int:
 
     try:
         code = command()
-    except (ValueError, FetchError) as error:
+    except (ValueError, FetchError, OSError) as error:
         print(f"hispec: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

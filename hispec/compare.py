@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 
 @dataclass
@@ -25,17 +26,21 @@ class Difference:
 def hf_generate(
     hf: Any, prompt: Sequence[int], max_new_tokens: int, eos: Sequence[int] = ()
 ) -> list[int]:
-    """New token ids of transformers' own greedy `generate`."""
+    """New token ids of transformers' own greedy `generate`.
+
+    A model's generation config may name penalties and samplers that `generate` would add unasked;
+    they are set aside for the call.
+    """
     tokens_1T = torch.tensor([list(prompt)], device=hf.device)
-    with torch.inference_mode():
-        out_1T = hf.generate(
-            tokens_1T,
-            attention_mask=torch.ones_like(tokens_1T),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(eos) or None,
-            pad_token_id=hf.generation_config.pad_token_id or 0,
-        )
+    own = hf.generation_config
+    hf.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(eos) or None, pad_token_id=0
+    )
+    try:
+        with torch.inference_mode():
+            out_1T = hf.generate(tokens_1T, attention_mask=torch.ones_like(tokens_1T))
+    finally:
+        hf.generation_config = own
     return out_1T[0, len(prompt) :].tolist()
 
 

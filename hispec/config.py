@@ -80,7 +80,12 @@ class DecodeConfig:
         check(self.draft_length >= 1, "draft_length", self.draft_length, "1 or more tokens")
         check(self.buffer >= 1, "buffer", self.buffer, "1 or more tokens")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more tokens")
-        check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        check(
+            self.temperature == 0 or self.temperature >= 1e-3,
+            "temperature",
+            self.temperature,
+            "0 (greedy), or 0.001 and more",
+        )
         check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more tokens")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         check(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
@@ -115,7 +120,11 @@ def resolve(schema: type[T], *, yaml: Path | None = None, overrides: Iterable[st
     for word in overrides:
         if "=" not in word:
             raise ValueError(f"{word!r} is not a setting: write key=value, e.g. {known[0]}=...")
-        layers.append(("command line", OmegaConf.from_dotlist([word])))
+        try:
+            layers.append(("command line", OmegaConf.from_dotlist([word])))
+        except Exception as error:  # PyYAML and OmegaConf raise several unrelated types
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{word!r} is not a setting that can be read: {reason}") from error
     for source, layer in layers:
         for key in layer:
             if key not in known:
@@ -124,7 +133,7 @@ def resolve(schema: type[T], *, yaml: Path | None = None, overrides: Iterable[st
                 )
             try:
                 merged = OmegaConf.merge(merged, {key: layer[key]})
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"{key}={layer[key]!r} ({source}): {reason}") from error
     for key in known:

@@ -108,6 +108,13 @@ class Decode:
                 yield committed
                 began += time.perf_counter() - paused  # the consumer's time is not ours
 
+    def finish(self) -> list[list[int]]:
+        """Decode to the end; returns the new tokens of every row."""
+        for _ in self.run():
+            pass
+        spans = zip(self.tokens_BN, self.prompt_B, self.agreed[-1], strict=True)
+        return [tokens_N[start:stop].tolist() for tokens_N, start, stop in spans]
+
     def advance(self, level: int) -> None:
         """Let `level` judge what the level before it proposed, and add one token of its own.
 

@@ -70,19 +70,24 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        if path.exists():
-            retired = path.parent / f".{path.name}.old"
-            path.rename(retired)
-            temporary.rename(path)
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(path)
+        swap_in(temporary, path)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
+
+
+def swap_in(folder: Path, path: Path) -> None:
+    """Give a finished `folder` the name `path`, in place of what was there."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
+    if path.exists():
+        retired = path.parent / f".{path.name}.old"
+        path.rename(retired)
+        folder.rename(path)
+        shutil.rmtree(retired)
+    else:
+        folder.rename(path)
 
 
 def _flush(file: Path) -> None:

@@ -74,7 +74,11 @@ class Ladder:
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
         for stop in range(_PREFILL, int(upto_B.max()) + _PREFILL, _PREFILL):
-            self.bring(len(self.depths) - 1, tokens_BN, np.minimum(stop, upto_B))
+            block_B = np.minimum(stop, upto_B)
+            self.bring(len(self.depths) - 1, tokens_BN, block_B)
+            for rung in range(len(self.depths)):
+                if self.head_layers(rung):
+                    self._bring_head(rung, block_B)
 
     def logits(
         self, rung: int, tokens_BN: np.ndarray, first_B: np.ndarray, upto_B: np.ndarray
@@ -94,14 +98,6 @@ class Ladder:
     def truncate(self, length_B: np.ndarray) -> None:
         """Roll every rung back to at most `length` tokens per row, KV and boundary together."""
         self.cache.truncate(length_B)
-
-    def layer_token_runs(self) -> int:
-        """Layer calls times tokens so far, blocks of the heads included."""
-        return sum(
-            self.segment_tokens[r] * self.segment_layers(r)
-            + self.head_tokens[r] * self.head_layers(r)
-            for r in range(len(self.depths))
-        )
 
     def _bring_head(self, rung: int, upto_B: np.ndarray) -> tuple[str, int]:
         track = ("head", rung)

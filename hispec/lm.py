@@ -106,12 +106,9 @@ class EarlyExitLM:
             ValueError: a setting or a prompt that this model cannot decode.
         """
         run = self.decode([prompts] if isinstance(prompts, str) else prompts, **settings)
-        for _ in run.run():
-            pass
-        tokens, depths = [], []
-        for row, (start, stop) in enumerate(zip(run.prompt_B, run.agreed[-1], strict=True)):
-            tokens.append(run.tokens_BN[row, start:stop].tolist())
-            depths.append(run.depth_of_BN[row, start:stop].tolist())
+        tokens = run.finish()
+        spans = zip(run.depth_of_BN, run.prompt_B, run.agreed[-1], strict=True)
+        depths = [depth_of_N[start:stop].tolist() for depth_of_N, start, stop in spans]
         text = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return DecodeResult(text, tokens, depths, run.stats)
 
@@ -126,7 +123,7 @@ class EarlyExitLM:
                 range(len(part.tokens) - 1, -1, -1), part.tokens, part.depths, strict=True
             ):
                 tokens.append(token)
-                text = detokenizer.step(self.tokenizer._tokenizer, token) or ""
+                text = detokenizer.step(self.tokenizer.backend_tokenizer, token) or ""
                 if run.done and not left:
                     # What the detokenizer holds back of a broken character will not be completed.
                     text = self.tokenizer.decode(tokens, skip_special_tokens=True)[shown:]

@@ -40,7 +40,7 @@ def agreement(
         states = dict(_normed_states(model, row_T[None].to(model.device), depths))
         for start in range(0, rows_RT.shape[1], _CHUNK):
             law_of = {
-                depth: model.hf.lm_head(state_TH[start : start + _CHUNK]).float().softmax(-1)
+                depth: model.project(state_TH[start : start + _CHUNK]).float().softmax(-1)
                 for depth, state_TH in states.items()
             }
             top_of = {depth: law_NV.argmax(-1) for depth, law_NV in law_of.items()}

@@ -101,10 +101,6 @@ class ExitModel(nn.Module):
     def device(self) -> torch.device:
         return self.hf.device
 
-    @property
-    def vocab_size(self) -> int:
-        return self.hf.lm_head.weight.shape[0]
-
     def head(self, depth: int) -> ExitHead:
         """The trained head at `depth`, or the LayerSkip reading where there is none."""
         if str(depth) not in self.heads:
@@ -160,7 +156,13 @@ class ExitModel(nn.Module):
 
     def read(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
-        return self.hf.lm_head(self.normed(depth, hidden))
+        return self.project(self.normed(depth, hidden))
+
+    def project(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H]: LM head, and a soft cap if there is one."""
+        logits = self.hf.lm_head(normed)
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def logits(self, depth: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of whole sequences whose states at `depth` are given."""

@@ -23,7 +23,7 @@ def warpers(config: DecodeConfig) -> LogitsProcessorList:
     """The transformers warpers of a config, in the order in which `generate` applies them."""
     chain = LogitsProcessorList()
     if config.temperature not in (0.0, 1.0):
-        chain.append(TemperatureLogitsWarper(config.temperature))
+        chain.append(TemperatureLogitsWarper(float(config.temperature)))
     if config.top_k is not None:
         chain.append(TopKLogitsWarper(config.top_k))
     if config.top_p is not None and config.top_p < 1:
@@ -55,7 +55,7 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> torch.Tensor:
     decoding meet the same noise. Drawn in float64: float32 uniforms have 2^24 values, too coarse
     for the upper tail, where the maximum over a large vocabulary lies.
     """
-    generator = torch.Generator().manual_seed(_mix(seed, position))
+    generator = torch.Generator().manual_seed(_mix(int(seed), int(position)))
     uniform = torch.rand(vocab_size, generator=generator, dtype=torch.float64)
     return -torch.log(-torch.log(uniform.clamp_min(1e-300))).float()
 
@@ -86,13 +86,13 @@ class Sampler:
             return logits_NV.argmax(-1).cpu().numpy()
         log_law_NV = to_log_law(logits_NV, self.config)
         noise = [self._noise_at(int(p), logits_NV.shape[-1]) for p in positions_N]
+        for oldest in list(self._noise)[: -max(_KEPT_POSITIONS, len(positions_N))]:
+            del self._noise[oldest]
         noise_NV = torch.stack(noise).to(log_law_NV.device)
         return (log_law_NV + noise_NV).argmax(-1).cpu().numpy()
 
     def _noise_at(self, position: int, vocab_size: int) -> torch.Tensor:
         if position not in self._noise:
-            while len(self._noise) >= _KEPT_POSITIONS:  # oldest first: positions only move forward
-                del self._noise[next(iter(self._noise))]
             self._noise[position] = gumbel_noise(self.config.seed, position, vocab_size)
         return self._noise[position]
 

@@ -84,7 +84,7 @@ def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> 
     else:
         other = "own plain decoding with the same seed"
         alone = Decode(lm.model, [prompt], replace(run.config, ladder=[lm.model.num_layers]))
-        plain = [token for part in alone.run() for token in part[0].tokens]
+        (plain,) = alone.finish()
     difference = first_difference(lm.model.hf, prompt, tokens, plain)
     if difference is None:
         out.say(f"identical to {other}: all {len(tokens)} tokens")

@@ -55,22 +55,26 @@ def stdlib_documents() -> list[Document]:
 
 
 def local_documents(path: Path, text_column: str) -> list[Document]:
-    """Documents of a text file, a JSONL file (one row each), or a folder of such files.
+    """Documents of a JSONL file (one row each), a folder of files (one text file each, every row
+    of its JSONL files), or of one plain text file, which is cut into pieces of about 8,000
+    characters.
 
     Raises:
         ValueError: nothing readable there, a broken line, or a row without `text_column`.
     """
     if path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.suffix in (*_PLAIN, ".jsonl")]
+        documents = [d for f in files for d in _documents_of(f, f.relative_to(path), text_column)]
     else:
-        files = [path]
-    documents = [d for file in files for d in _documents_of(file, text_column)]
+        documents = list(_documents_of(path, Path(path.name), text_column))
+        if len(documents) == 1:
+            documents = list(_pieces(documents[0]))
     if not documents:
         raise ValueError(f"data={str(path)!r} holds no text ({', '.join((*_PLAIN, '.jsonl'))})")
     return documents
 
 
-def _documents_of(file: Path, text_column: str) -> Iterator[Document]:
+def _documents_of(file: Path, name: Path, text_column: str) -> Iterator[Document]:
     if file.suffix == ".jsonl":
         for number, row in local_rows(file):
             if not isinstance(row.get(text_column), str):
@@ -78,19 +82,23 @@ def _documents_of(file: Path, text_column: str) -> Iterator[Document]:
                     f"text_column={text_column!r}: {file}, line {number} has no such text; it "
                     f"has: {', '.join(row)}"
                 )
-            yield Document(f"{file.name}:{number}", row[text_column])
+            yield Document(f"{name.as_posix()}:{number}", row[text_column])
         return
     if file.suffix not in _PLAIN:
         raise ValueError(f"data={str(file)!r}: a file must end in {', '.join((*_PLAIN, '.jsonl'))}")
+    yield Document(name.as_posix(), file.read_text("utf-8", errors="replace"))
+
+
+def _pieces(document: Document) -> Iterator[Document]:
     piece, size = [], 0
-    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(True)):
+    for number, line in enumerate(document.text.splitlines(keepends=True)):
         piece.append(line)
         size += len(line)
         if size >= _PIECE:
-            yield Document(f"{file.name}:{number}", "".join(piece))
+            yield Document(f"{document.name}:{number}", "".join(piece))
             piece, size = [], 0
     if piece:
-        yield Document(f"{file.name}:end", "".join(piece))
+        yield Document(f"{document.name}:end", "".join(piece))
 
 
 def local_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

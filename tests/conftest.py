@@ -149,5 +149,4 @@ def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list
     from hispec.config import DecodeConfig
     from hispec.decode import Decode
 
-    run = Decode(model, [prompt], DecodeConfig(list(ladder), **config))
-    return [token for committed in run.run() for token in committed[0].tokens]
+    return Decode(model, [prompt], DecodeConfig(list(ladder), **config)).finish()[0]

@@ -108,12 +108,18 @@ def edit(folder, **changes):
         ({"format_version": 2}, "format_version=2 cannot be read, this hispec reads 1; upgrade"),
         ({"format_version": None}, "format_version=None cannot be read"),
         ({"base__id": "no-such-base"}, "unknown base model 'no-such-base'"),
-        ({"base__id": "smollm2-360m/x"}, "get it with: hispec fetch smollm2-360m/x"),
+        (
+            {"base__id": "smollm2-360m/x"},
+            "no base model of that name .*to get it: hispec fetch smollm2-360m/x",
+        ),
         ({"model__hidden_size": 64}, "hidden_size=32, but the exits belong to 64"),
         ({"exits__depths": [2, 6]}, "depth 6 is the full model"),
         ({"exits__depths": [2, 3]}, r"lacks exits.3.* and has the unknown exits.4"),
         ({"exits__blocks": 1}, "has the unknown exits.2.blocks.1"),
         ({"base": {}}, "section 'base' lacks id"),
+        ({"exits": None}, "section 'exits' must be an object, it is None"),
+        ({"exits__width": 3}, "section 'exits' has the unknown width"),
+        ({"recipe": [1]}, "section 'recipe' must be an object"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(saved, changes, message):
@@ -160,9 +166,60 @@ def test_missing_pieces_are_named(saved):
         checkpoint.load(saved)
 
 
-def test_an_export_onto_itself_is_refused(saved):
+def test_only_checkpoints_are_ever_replaced(trained, saved, tmp_path):
     with pytest.raises(ValueError, match="is the checkpoint itself"):
         checkpoint.export(saved, saved, full=True)
+    precious = tmp_path / "documents"
+    precious.mkdir()
+    checkpoint.save(precious, *trained)  # an empty folder may be taken
+    (tmp_path / "thesis.txt").write_text("mine")
+    for target, message in (
+        (tmp_path, "is not empty and no EE checkpoint"),
+        (tmp_path / "thesis.txt", "is a file"),
+        (trained[1].folder, "is not empty and no EE checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.export(saved, target, full=False)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    checkpoint.export(saved, precious, full=True)
+    assert (precious / "model.safetensors").exists()
+
+
+def test_a_base_read_through_its_final_norm_becomes_a_checkpoint(tiny_base, tmp_path):
+    """LayerSkip's own models: no tensors of their own, but exits, a base and its hash."""
+    checkpoint.export_untrained(str(tiny_base), [3, 5], tmp_path / "shared", full=True)
+    model, _ = checkpoint.load(tmp_path / "shared")
+    assert (model.exits.depths, model.exits.head) == ([3, 5], "shared")
+    with torch.inference_mode():
+        states = model.hf(TOKENS, output_hidden_states=True).hidden_states
+        expected = model.hf.lm_head(model.hf.model.norm(states[3]))
+        hidden = model.run(model.embed(TOKENS), 0, 3)
+        assert torch.equal(model.logits(3, hidden), expected)
+    with pytest.raises(ValueError, match="depth 6 is the full model"):
+        checkpoint.export_untrained(str(tiny_base), [6], tmp_path / "no", full=False)
+
+
+def test_a_full_checkpoint_takes_no_pickle_along(trained, saved, tmp_path):
+    model, base = trained
+    other = tmp_path / "base"
+    shutil.copytree(base.folder, other)
+    (other / "pytorch_model.bin").write_bytes(b"pickle")
+    (other / "modeling_x.py").write_text("import os")
+    checkpoint.save(tmp_path / "full", model, checkpoint.find_base(str(other)), full=True)
+    names = {file.name for file in (tmp_path / "full").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not {"pytorch_model.bin", "modeling_x.py"} & names
+
+
+def test_a_base_is_found_beside_the_checkpoint_from_any_directory(trained, tmp_path, monkeypatch):
+    model, base = trained
+    shutil.copytree(base.folder, tmp_path / "base" / "org--name")
+    monkeypatch.chdir(tmp_path)
+    named = checkpoint.LocalBase("org/name", tmp_path / "base" / "org--name", {})
+    checkpoint.save(tmp_path / "ee", model, named)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    checkpoint.load(tmp_path / "ee")
 
 
 def test_what_is_half_written_cannot_be_loaded(trained, tmp_path, monkeypatch):

@@ -37,13 +37,17 @@ def test_every_recipe_resolves_and_says_only_what_deviates(path):
         (["recipe=smollm2-135m", "steps=many"], r"steps='many' \(command line\): .*Integer"),
         (["recipe=smollm2-135m", "exits=6"], r"exits=6"),
         (["recipe=smollm2-135m", "steps"], r"'steps' is not a setting: write key=value"),
+        (["recipe=smollm2-135m", "exits=[6,12"], r"'exits=\[6,12' is not a setting that can be"),
+        (["recipe=smollm2-135m", "exits.0=5"], r"exits="),
+        (["recipe=smollm2-135m", "exits=[]"], r"exits=\[\] is not possible: name one depth"),
+        (["recipe=smollm2-135m", "seed=-1"], r"seed=-1 is not possible: from 0"),
         (["recipe=smollm2-135m", "steps=0"], r"steps=0 is not possible: 1 or more"),
         (["recipe=smollm2-135m", "held_out=1"], r"held_out=1.0 is not possible"),
         (["recipe=smollm2-135m", "head=mlp"], r"head='mlp' is not possible: one of shared, block"),
         (["recipe=smollm2-135m", "head=shared"], r"nothing to train; use head=block"),
         (["recipe=smollm2-135m", "trunk=lora"], r"trunk='lora'"),
         (["recipe=smollm2-135m", "distill_weight=0", "ce_weight=0"], r"cannot both be 0"),
-        (["recipe=smollm2-135m", "precision=int4"], r"one of fp32, bf16, fp16"),
+        (["recipe=smollm2-135m", "precision=int4"], r"one of fp32, bf16"),
     ],
 )
 def test_wrong_settings_name_the_key(words, message):

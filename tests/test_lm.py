@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import HISPEC, ROOT, run, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hispec
 from hispec import checkpoint
@@ -98,6 +98,19 @@ def test_load_refuses_what_is_no_model(tmp_path, ee):
         hispec.load("no-such")
     with pytest.raises(ValueError, match="names its own exits"):
         hispec.load(ee, exits=(2,))
+    with pytest.raises(ValueError, match="'checkpoints/dmeo' is no local folder"):
+        hispec.load("checkpoints/dmeo")
+
+
+def test_penalties_of_a_generation_config_do_not_enter_the_comparison(lm):
+    hf, prompt = lm.model.hf, lm.encode(PROMPT, chat=False)
+    plain, own = hf_generate(hf, prompt, 20), hf.generation_config
+    hf.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=9.0)
+    try:
+        assert hf_generate(hf, prompt, 20) == plain
+        assert hf.generation_config.repetition_penalty == 5.0
+    finally:
+        hf.generation_config = own
 
 
 def test_first_difference_names_position_and_gap(lm):
@@ -135,6 +148,7 @@ def test_the_command_streams_compares_and_counts(ee, lm):
         (["--ladder", "2,4"], "ladder=(2, 4) is not possible: it must end at 6"),
         (["--dtype", "int4"], "dtype='int4' is not possible: one of auto, float32"),
         (["--temperature", "-1"], "temperature=-1.0 is not possible"),
+        (["--device", "abacus"], "device='abacus' is not possible here"),
         (["--exits", "2"], "names its own exits"),
     ],
 )
@@ -152,6 +166,12 @@ def test_export_writes_a_full_checkpoint(ee, tmp_path):
     again = run(*HISPEC, "export", ee, ee)
     assert again.returncode == 2
     assert "name another folder" in again.stderr
+
+
+def test_export_makes_a_checkpoint_of_a_plain_model(tiny_base, tmp_path):
+    done = run(*HISPEC, "export", tiny_base, tmp_path / "ls", "--exits", "2,4")
+    assert done.returncode == 0, done.stderr
+    assert hispec.load(tmp_path / "ls").ladder() == [2, 4, 6]
 
 
 def test_an_interrupted_export_is_cleaned_up_and_said(ee, tmp_path):
@@ -181,6 +201,22 @@ def test_agreement_writes_table_json_and_picture(ee, tmp_path):
     wrong = run(sys.executable, "eval/agreement.py", f"checkpoint={ee}", "seqences=2")
     assert wrong.returncode == 2
     assert "unknown key 'seqences'" in wrong.stderr
+
+
+def test_evaluations_hold_out_what_the_training_held_out(tiny_base, texts):
+    """Column and share come from the recipe of the checkpoint."""
+    from eval.prompts import TextSource, held_out_documents
+
+    base = checkpoint.find_base(str(tiny_base))
+    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2], "block", 1))
+    folder = texts.parent / "ee"
+    recipe = {"data": str(texts), "text_column": "source", "held_out": 0.2}
+    checkpoint.save(folder, model, base, recipe=recipe)
+    name, found = held_out_documents(TextSource(), str(folder))
+    assert (name, len(found)) == (str(texts), 8)
+    assert all(document.text.endswith(".py") for document in found)
+    assert len(held_out_documents(TextSource(held_out=0.5), str(folder))[1]) == 20
+    assert held_out_documents(TextSource(), str(tiny_base))[0] == "stdlib"
 
 
 def test_agreement_by_hand(lm):
@@ -237,16 +273,14 @@ def test_lossless_notices_a_difference(ee, monkeypatch, capsys):
     from hispec import decode
 
     class Wrong(decode.Decode):
-        def run(self):
-            for number, committed in enumerate(super().run()):
-                if number == 1:
-                    committed[0].tokens[-1] = (committed[0].tokens[-1] + 1) % 320
-                yield committed
+        def finish(self):
+            (tokens,) = super().finish()
+            return [[*tokens[:3], (tokens[3] + 1) % 320, *tokens[4:]]]
 
     monkeypatch.setattr(decode, "Decode", Wrong)
     words = [f"checkpoint={ee}", "prompts=1", "prompt_tokens=8", "max_new_tokens=8"]
     assert eval.lossless.main(words) == 1
-    assert "differs at new token" in capsys.readouterr().out
+    assert "differs at new token 3" in capsys.readouterr().out
 
 
 def test_the_readme_shows_commands_that_exist():

@@ -56,10 +56,14 @@ def test_local_files_and_folders(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": f"t{i}"}) for i in range(3)))
     (tmp_path / "ignored.bin").write_bytes(b"\0")
     assert [d.text for d in documents(str(tmp_path / "b.jsonl"), "body")] == ["t0", "t1", "t2"]
-    long = documents(str(tmp_path / "a.txt"))
+    long = documents(str(tmp_path / "a.txt"))  # a file alone is cut into pieces
     assert len(long) == 3
     assert "".join(d.text for d in long) == "line\n" * 4000
-    assert len(documents(str(tmp_path), "body")) == 6
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("other")
+    found = documents(str(tmp_path), "body")  # in a folder, a file is one document
+    assert [d.name for d in found] == ["a.txt", "b.jsonl:1", "b.jsonl:2", "b.jsonl:3", "sub/a.txt"]
+    assert len(found[0].text) == 20_000
     with pytest.raises(ValueError, match=r"text_column='text': .*b.jsonl, line 1 .*it has: body"):
         documents(str(tmp_path / "b.jsonl"))
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{broken\n')
@@ -72,3 +76,16 @@ def test_local_files_and_folders(tmp_path):
 def test_a_name_that_is_nothing_says_so():
     with pytest.raises(ValueError, match="neither 'stdlib' nor a local file or folder"):
         documents("no-such-org/no-such-set")
+
+
+def test_rows_of_a_dataset_become_documents(tmp_path):
+    """Through the library that reads the Hub, from a folder in the Hub's layout."""
+    from hispec.text import hub_documents
+
+    rows = [json.dumps({"content": f"row {i}"}) for i in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    found = hub_documents(str(tmp_path), "content", "train")
+    assert [d.text for d in found] == [f"row {i}" for i in range(5)]
+    assert len({d.name for d in found}) == 5
+    with pytest.raises(ValueError, match=r"text_column='text': .* has the columns content"):
+        hub_documents(str(tmp_path), "text", "train")

@@ -165,7 +165,8 @@ def test_max_minutes_stops_early_and_exports(tiny_base, texts, tmp_path):
         ({"base": "/no/such/folder"}, "/no/such/folder"),
         ({"data": "/no/such/text"}, "data='/no/such/text'"),
         ({"text_column": "body"}, "text_column='body'"),
-        ({"batch_size": 100000}, "batch_size=100000 is more than"),
+        ({"batch_size": 100000}, "batch_size=100000 times 1 process(es) is more than"),
+        ({"output": ROOT}, "is not empty and no EE checkpoint"),
     ],
 )
 def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, changes, message):

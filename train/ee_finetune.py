@@ -11,13 +11,13 @@ from train.recipe import load_recipe
 
 
 def main(words: list[str]) -> int:
-    """Exit code 0, or 2 for settings that cannot be run."""
+    """Exit code 0, or 2 for settings that cannot be run or a place that cannot be written to."""
     try:
         recipe = load_recipe(words)
         from train.trainer import Trainer  # after the settings are known to be good: slow to import
 
         Trainer(recipe).train()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"ee_finetune: {error}", file=sys.stderr)
         return 2
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from hispec.config import HEAD_KINDS, ExitConfig, check, resolve
 from hispec.text import STDLIB
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16")
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -45,7 +45,8 @@ class Recipe:
     # optimisation
     steps: int = 1000
     max_minutes: float | None = None
-    """Stop early, and export, when this wall time is spent; the schedule still spans `steps`."""
+    """Stop early, and export, when this wall time is spent (evaluation and saving included, loading
+    not); the schedule still spans `steps`."""
     batch_size: int = 4
     """Sequences per process and step."""
     lr: float = 1e-3
@@ -64,7 +65,7 @@ class Recipe:
     """Tokens whose logits are in memory at one time. On a CPU 128 was 1.5x faster than 256 with a
     vocabulary of 49,152: larger buffers come from the system anew each time."""
     precision: str = "bf16"
-    """`fp32`, `bf16` or `fp16` (mixed: the exits' master weights stay in float32)."""
+    """`fp32`, or `bf16` (mixed: the exits' master weights stay in float32)."""
     threads: int | None = None
     """Threads per process on a CPU; default: the cores, shared among the processes. (`accelerate
     launch` on its own leaves one to each.)"""
@@ -92,6 +93,8 @@ class Recipe:
         for key in ("head_blocks", "steps", "batch_size", "loss_chunk", "eval_every",
                     "eval_sequences", "save_every"):  # fmt: skip
             check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        check(bool(self.exits), "exits", self.exits, "name one depth or more")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
         check(self.seq_len >= 2, "seq_len", self.seq_len, "2 or more tokens")
         check(0 < self.held_out < 1, "held_out", self.held_out, "above 0, below 1")
         check(self.lr > 0, "lr", self.lr, "above 0")
@@ -121,14 +124,6 @@ class Recipe:
         return ExitConfig(list(self.exits), self.head, self.head_blocks)
 
 
-@dataclass
-class _Named:
-    """The words of a command line: `recipe=NAME`, and deviations from that recipe."""
-
-    name: str = ""
-    words: list[str] = field(default_factory=list)
-
-
 def load_recipe(words: Sequence[str]) -> Recipe:
     """The recipe of a command line such as `recipe=smollm2-135m steps=500`.
 
@@ -136,14 +131,9 @@ def load_recipe(words: Sequence[str]) -> Recipe:
         ValueError: no such recipe, an unknown key, a wrong type or an impossible value; the
             message names it.
     """
-    named = _Named()
-    for word in words:
-        key, _, value = word.partition("=")
-        if key == "recipe":
-            named.name = value
-        else:
-            named.words.append(word)
-    recipe = resolve(Recipe, yaml=_find(named.name), overrides=named.words)
+    names = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
+    deviations = [word for word in words if not word.startswith("recipe=")]
+    recipe = resolve(Recipe, yaml=_find(names[-1] if names else ""), overrides=deviations)
     recipe.validate()
     return recipe
 

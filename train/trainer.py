@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,7 +28,7 @@ from transformers import AutoTokenizer
 
 from hispec import checkpoint
 from hispec.console import Output, quiet_transformers
-from hispec.files import clear_leftovers, new_folder, read_json, write_json
+from hispec.files import clear_leftovers, read_json, swap_in, write_json
 from hispec.measure import agreement, ladder_pairs
 from hispec.model import ExitModel
 
@@ -66,6 +67,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.output = Path(recipe.output)
+        checkpoint.check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
         self.accelerator = Accelerator(
             mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
@@ -88,16 +90,17 @@ class Trainer:
             recipe, self.tokenizer, self.accelerator.num_processes
         )
         loader = DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)
-        if len(loader) == 0:
-            raise ValueError(
-                f"batch_size={recipe.batch_size} is more than the {len(training)} rows of "
-                f"{recipe.seq_len} tokens that data={recipe.data!r} gives"
-            )
         exits = Exits(self.model)
         optimizer = torch.optim.AdamW(
             exits.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
         )
         self.exits, self.optimizer, self.loader = self.accelerator.prepare(exits, optimizer, loader)
+        if len(self.loader) == 0:
+            raise ValueError(
+                f"batch_size={recipe.batch_size} times {self.accelerator.num_processes} "
+                f"process(es) is more than the {len(training)} rows of {recipe.seq_len} tokens "
+                f"that data={recipe.data!r} gives"
+            )
         self._console = Output()
         self.step = 0
         self.minutes = 0.0
@@ -107,16 +110,16 @@ class Trainer:
         """Train to the end and export; returns the checkpoint's folder."""
         self._resume()
         recipe = self.recipe
+        began, spent = time.perf_counter(), self.minutes
         if self.step == 0:
             self._evaluate(None)
         with self._progress_bar() as watch:
             for (tokens_BT,) in self._batches():
                 if self.step >= recipe.steps or self._time_is_up():
                     break
-                began = time.perf_counter()
                 result = self._train_step(tokens_BT)
                 self.step += 1
-                self.minutes += (time.perf_counter() - began) / 60
+                self.minutes = spent + (time.perf_counter() - began) / 60
                 watch(result, tokens_BT.numel() * self.accelerator.num_processes)
                 if self.step % recipe.eval_every == 0 and self.step < recipe.steps:
                     self._evaluate(result)
@@ -141,7 +144,7 @@ class Trainer:
         normed = self.exits(states)
         with self.accelerator.autocast():
             result = exit_loss(
-                self.model.hf.lm_head,
+                self.model.project,
                 [hidden.reshape(-1, width) for hidden in normed],
                 final_BTH.reshape(-1, width),
                 labels_BT.reshape(-1),
@@ -175,8 +178,11 @@ class Trainer:
             epoch, skip = epoch + 1, 0
 
     def _time_is_up(self) -> bool:
+        """Whether `max_minutes` are spent, by the clock of the first process: all stop together."""
         limit = self.recipe.max_minutes
-        return limit is not None and self.minutes >= limit
+        if limit is None:
+            return False
+        return broadcast_object_list([self.minutes >= limit])[0]
 
     def _evaluate(self, result: ExitLoss | None) -> None:
         """Measure the exits on held-out text, and keep the figures with the run."""
@@ -228,7 +234,8 @@ class Trainer:
             def watch(result: ExitLoss, tokens: int) -> None:
                 now = time.perf_counter()
                 seen = {"loss": result.loss_E, "agree": result.agreement_E}
-                seen["rate"] = tokens / (now - mean.get("at", now - 1e9))
+                if "at" in mean:
+                    seen["rate"] = tokens / (now - mean["at"])
                 for key, value in seen.items():  # moving average over about twenty steps
                     mean[key] = value if key not in mean else 0.95 * mean[key] + 0.05 * value
                 mean["at"] = now
@@ -238,7 +245,7 @@ class Trainer:
                         self.recipe.exits, mean["loss"], mean["agree"], strict=True
                     )
                 )
-                figures = f"{per_exit}  {mean['rate']:.0f} tok/s"
+                figures = f"{per_exit}  {mean.get('rate', 0):.0f} tok/s"
                 bar.update(task, completed=self.step, figures=figures)
 
             yield watch
@@ -246,28 +253,41 @@ class Trainer:
     # State of an unfinished run ---------------------------------------------------------------
 
     def _save_state(self) -> None:
-        """Write all that a killed run needs to go on, whole or not at all."""
+        """Write all that a killed run needs to go on, whole or not at all.
+
+        Every process takes part: each has random states of its own to save.
+        """
+        staging = self.run_folder / "state.new"  # one name for all processes
+        if self.accelerator.is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        state = self.run_folder / "state"
-        with new_folder(state) as temporary:
-            self.accelerator.save_state(str(temporary), safe_serialization=True)
+        self.accelerator.save_state(str(staging), safe_serialization=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
             write_json(
-                temporary / PROGRESS,
+                staging / PROGRESS,
                 {
                     "step": self.step,
                     "minutes": self.minutes,
                     "history": self.history,
+                    "processes": self.accelerator.num_processes,
                     "recipe": asdict(self.recipe),
                 },
             )
+            swap_in(staging, self.run_folder / "state")
+        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        for leftover in (self.output, self.run_folder / "state"):
-            if clear_leftovers(leftover):
-                self.say(f"an earlier run was interrupted while it wrote {leftover}: cleaned up")
         state = self.run_folder / "state"
+        if self.accelerator.is_main_process:
+            for target in (self.output, state):
+                if clear_leftovers(target):
+                    self.say(f"an earlier run was interrupted while it wrote {target}: cleaned up")
+            if not state.exists() and self.run_folder.exists():
+                self.say(f"an earlier run in {self.run_folder} saved no state: starting anew")
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
         if not (state / PROGRESS).is_file():
             return
         progress = read_json(state / PROGRESS)
@@ -277,6 +297,8 @@ class Trainer:
             for key in now
             if key not in _FREE_KEYS and now[key] != then.get(key)
         ]
+        if (processes := self.accelerator.num_processes) != progress["processes"]:
+            changed.append(f"processes: {progress['processes']} there, {processes} now")
         if changed:
             raise ValueError(
                 f"{state} belongs to a run with other settings ({'; '.join(changed)}); "
