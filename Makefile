@@ -32,10 +32,10 @@ bench: $(READY)
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -132,7 +132,7 @@ def test_a_finished_run_exports_again_without_training(finished, tiny_base, text
     content = json.loads(progress.read_text())
     content["recipe"]["output"] = str(output)
     progress.write_text(json.dumps(content))
-    (output / "exit_config.json").unlink()
+    shutil.rmtree(output)
     trainer = Trainer(load_recipe(settings(tiny_base, texts, output)))
     trainer._train_step = None  # any step would fail
     trainer.train()
@@ -166,7 +166,6 @@ def test_max_minutes_stops_early_and_exports(tiny_base, texts, tmp_path):
         ({"data": "/no/such/text"}, "data='/no/such/text'"),
         ({"text_column": "body"}, "text_column='body'"),
         ({"batch_size": 100000}, "batch_size=100000 times 1 process(es) is more than"),
-        ({"output": ROOT}, "is not empty and no EE checkpoint"),
     ],
 )
 def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, changes, message):
@@ -179,6 +178,35 @@ def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, change
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_before_training(tiny_base, texts, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and no EE checkpoint"):
+        Trainer(load_recipe(settings(tiny_base, texts, tmp_path)))
+
+
+def test_a_run_killed_before_its_first_state_is_said_to_start_anew(tiny_base, texts, tmp_path):
+    (tmp_path / "ee.run" / "state.new").mkdir(parents=True)
+    done = run(*LAUNCH, *settings(tiny_base, texts, tmp_path / "ee", steps=2))
+    assert "saved no state: starting anew" in done.stdout
+    assert checkpoint.is_checkpoint(tmp_path / "ee")
+
+
+def test_batches_go_on_over_the_end_of_an_epoch(tiny_base, texts, tmp_path):
+    """Every epoch has an order of its own, and a run that starts in the second meets the same."""
+    words = settings(tiny_base, texts, tmp_path / "ee", seq_len=256, batch_size=16)
+    trainer = Trainer(load_recipe(words))
+    length = len(trainer.loader)
+    batches = trainer._batches()
+    seen = [next(batches)[0].clone() for _ in range(2 * length)]
+    assert length >= 2
+    first, second = torch.cat(seen[:length]), torch.cat(seen[length:])
+    assert not torch.equal(first, second)
+    trainer.step = length + 1
+    resumed = trainer._batches()
+    for expected in seen[length + 1 :]:
+        assert torch.equal(next(resumed)[0], expected)
 
 
 def test_defaults_are_a_valid_recipe_but_for_what_must_be_named():
