@@ -30,7 +30,7 @@ class Settings(TextSource):
     output: str | None = None
     """Folder of the results; default: the checkpoint's own."""
     seq_len: int = 256
-    sequences: int = 32
+    sequences: int = 16
     dtype: str = "auto"
     device: str | None = "cpu"
 

