@@ -4,8 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The demo's training budget: with it the whole demo stays under ten minutes on two cores. To train
 # anew with another one: rm -r checkpoints/demo checkpoints/demo.run
-DEMO_STEPS ?= 230
-DEMO_MINUTES ?= 6
+DEMO_STEPS ?= 180
+DEMO_MINUTES ?= 5
 DEMO := checkpoints/demo
 DEMO_PROMPT := def read_config(path):
 # The checkpoint that `make bench` times.

@@ -114,8 +114,10 @@ def draw(path: Path, trained: Sequence[Any], untrained: Sequence[Any], title: st
         axes.scatter(
             [m.shallow for m in trained],
             [getattr(m, key) for m in trained],
-            color=colours[key],
-            s=70,
+            facecolors=colours[key] if key == "top1" else "none",
+            edgecolors=colours[key],
+            linewidths=1.8,
+            s=45 if key == "top1" else 110,
             marker="o" if key == "top1" else "D",
             zorder=3,
             label=f"{name}: trained exit",

@@ -89,11 +89,11 @@ def main(words: Sequence[str]) -> None:
     timed = [
         Timed("HF generate", by_generate),
         Timed(f"plain ({full})", by_ladder([full])),
-        *(Timed(f"two rungs, LayerSkip ({e}, {full})", by_ladder([e, full])) for e in exits),
+        *(Timed(f"LayerSkip ({e}, {full})", by_ladder([e, full])) for e in exits),
     ]
     if len(exits) > 1:
         shown = ", ".join(map(str, [*exits, full]))
-        timed.append(Timed(f"{len(exits) + 1} rungs, HiSpec ({shown})", by_ladder([*exits, full])))
+        timed.append(Timed(f"HiSpec ({shown})", by_ladder([*exits, full])))
 
     for entry in timed:
         entry.decode(prompts[0])  # warm-up

@@ -93,20 +93,23 @@ class Decode:
         """Decode to the end; yields what every validation by the full model commits."""
         last = len(self.agreed) - 1
         began = time.perf_counter()
-        self.ladder.prefill(self.tokens_BN, self.prompt_B - 1)
-        while not self.done:
+        before_B = self.prompt_B
+        self.ladder.prefill(self.tokens_BN, self.prompt_B)
+        self.advance(last)  # the full model has read the prompt, so the first token needs no draft
+        while True:
+            self._account(time.perf_counter() - began)
+            if committed := self._committed_since(before_B):
+                before_B = self.agreed[last]
+                paused = time.perf_counter()
+                yield committed
+                began += time.perf_counter() - paused  # the consumer's time is not ours
+            if self.done:
+                return
             self.drafter.propose(self)
-            before_B = self.agreed[last]
             for level in range(1, last + 1):
                 self.advance(level)
                 if level < last and not self.due(level + 1):
                     break
-            committed = self._committed_since(before_B)
-            self._account(time.perf_counter() - began)
-            if committed:
-                paused = time.perf_counter()
-                yield committed
-                began += time.perf_counter() - paused  # the consumer's time is not ours
 
     def finish(self) -> list[list[int]]:
         """Decode to the end; returns the new tokens of every row."""

@@ -235,12 +235,13 @@ def test_scripted_exits_never_change_the_text(draft, verify):
 
 
 def test_perfect_exits_cost_the_expected_passes():
-    """Draft 2, verify adds 1: 3 pending. Once more: 6 pending, 4 or more; validate adds 1."""
-    text, plain, run = scripted(ALWAYS, ALWAYS, max_new_tokens=21, draft_length=2, buffer=4)
+    """The prompt's pass gives 1 token. Draft 2, verify adds 1: 3 pending. Once more: 6 pending, 4
+    or more; validate adds 1."""
+    text, plain, run = scripted(ALWAYS, ALWAYS, max_new_tokens=22, draft_length=2, buffer=4)
     assert text == plain
     draft, verify, target = run.stats.rungs
-    assert (draft.passes, verify.passes, target.passes) == (12, 6, 3)
-    assert run.stats.tokens_per_target_pass == 7
+    assert (draft.passes, verify.passes, target.passes) == (12, 6, 4)
+    assert run.stats.tokens_per_target_pass == 22 / 4
     assert run.stats.extra_layer_token_runs == 0
 
 

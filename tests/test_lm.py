@@ -244,9 +244,9 @@ def test_speed_times_all_settings_in_one_run(ee):
     assert names == [
         "HF generate",
         "plain (6)",
-        "two rungs, LayerSkip (2, 6)",
-        "two rungs, LayerSkip (4, 6)",
-        "3 rungs, HiSpec (2, 4, 6)",
+        "LayerSkip (2, 6)",
+        "LayerSkip (4, 6)",
+        "HiSpec (2, 4, 6)",
     ]
     assert all(row["same_as_generate"] == row["same_as_plain"] == 2 for row in line["results"])
     assert line["results"][1]["tokens_per_target_pass"] == 1

@@ -38,6 +38,7 @@ from .recipe import Recipe
 from .schedule import learning_rate
 
 PROGRESS = "progress.json"
+_LOG_EVERY = 50  # steps between two lines where there is no terminal for a bar
 # A resumed run may change these: they do not touch what a step computes.
 _FREE_KEYS = {"max_minutes", "save_every", "export_full", "threads"}
 
@@ -247,6 +248,8 @@ class Trainer:
                 )
                 figures = f"{per_exit}  {mean.get('rate', 0):.0f} tok/s"
                 bar.update(task, completed=self.step, figures=figures)
+                if not self._console.is_terminal and self.step % _LOG_EVERY == 0:
+                    self.say(f"step {self.step} of {self.recipe.steps}: {figures}")
 
             yield watch
 
