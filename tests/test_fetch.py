@@ -360,6 +360,7 @@ except FetchError as error:
     return [sys.executable, "-c", script]
 
 
+@pytest.mark.slow
 def test_killed_fetch_is_announced_and_completed(tiny: tuple[Base, Path], tmp_path: Path) -> None:
     root = tmp_path / "base"
     process = subprocess.Popen(run_fetch("tiny", root, tiny[0]), cwd=REPOSITORY)

@@ -127,6 +127,7 @@ def test_first_difference_names_position_and_gap(lm):
     assert (short.position, short.ours, short.theirs) == (3, None, text[3])
 
 
+@pytest.mark.slow
 def test_the_command_streams_compares_and_counts(ee, lm):
     words = ("generate", ee, PROMPT, "--raw", "--max-new-tokens", "20", "--device", "cpu")
     plain = run(*HISPEC, *words)
@@ -141,6 +142,7 @@ def test_the_command_streams_compares_and_counts(ee, lm):
     assert "identical to own plain decoding with the same seed" in sampled.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -159,6 +161,7 @@ def test_the_command_refuses_cleanly(ee, words, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_export_writes_a_full_checkpoint(ee, tmp_path):
     done = run(*HISPEC, "export", ee, tmp_path / "full", "--full")
     assert done.returncode == 0, done.stderr
@@ -168,12 +171,14 @@ def test_export_writes_a_full_checkpoint(ee, tmp_path):
     assert "name another folder" in again.stderr
 
 
+@pytest.mark.slow
 def test_export_makes_a_checkpoint_of_a_plain_model(tiny_base, tmp_path):
     done = run(*HISPEC, "export", tiny_base, tmp_path / "ls", "--exits", "2,4")
     assert done.returncode == 0, done.stderr
     assert hispec.load(tmp_path / "ls").ladder() == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_an_interrupted_export_is_cleaned_up_and_said(ee, tmp_path):
     """What a process killed in the middle of an export leaves: a hidden folder of a dead pid."""
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
@@ -186,6 +191,7 @@ def test_an_interrupted_export_is_cleaned_up_and_said(ee, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_agreement_writes_table_json_and_picture(ee, tmp_path):
     done = run(
         *(sys.executable, "eval/agreement.py", f"checkpoint={ee}", f"output={tmp_path / 'out'}"),
@@ -233,6 +239,7 @@ def test_agreement_by_hand(lm):
     assert measured.acceptance == pytest.approx(torch.minimum(p, q).sum(-1).mean().item(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_speed_times_all_settings_in_one_run(ee):
     done = run(
         *(sys.executable, "eval/speed.py", f"checkpoint={ee}", "prompts=2", "prompt_tokens=8"),
@@ -252,6 +259,7 @@ def test_speed_times_all_settings_in_one_run(ee):
     assert line["results"][1]["tokens_per_target_pass"] == 1
 
 
+@pytest.mark.slow
 def test_lossless_passes_and_names_differences(ee, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"turns": ["hello"], "task": "a"}, {"prompt": "x = "}, {"question": "why?"}]
@@ -283,6 +291,7 @@ def test_lossless_notices_a_difference(ee, monkeypatch, capsys):
     assert "differs at new token 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_readme_shows_commands_that_exist():
     """Every `hispec X` of the README is a command, every script a file."""
     readme = (ROOT / "README.md").read_text()

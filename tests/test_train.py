@@ -52,6 +52,7 @@ def finished(tiny_base, texts, tmp_path_factory):
     return output, done
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_exports(finished):
     output, done = finished
     config = checkpoint.read_config(output)
@@ -81,6 +82,7 @@ def test_training_raises_agreement(tiny_base, texts, tmp_path):
         assert trained["acceptance"] > untrained["acceptance"] + 0.05
 
 
+@pytest.mark.slow
 def test_the_trunk_stays_as_it_was_and_every_head_parameter_moves(finished, tiny_base):
     from hispec.config import ExitConfig
     from hispec.model import ExitModel
@@ -94,6 +96,7 @@ def test_the_trunk_stays_as_it_was_and_every_head_parameter_moves(finished, tiny
         assert not torch.equal(trained[f"exits.{name}"], tensor), name
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp_path):
     """SIGKILL in mid-epoch; the next run says where it goes on and ends with the same weights."""
     output = tmp_path / "ee"
@@ -125,6 +128,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp
         assert entry.get("loss") == wanted.get("loss")
 
 
+@pytest.mark.slow
 def test_a_finished_run_exports_again_without_training(finished, tiny_base, texts, tmp_path):
     shutil.copytree(finished[0].parent, tmp_path / "copy")
     output = tmp_path / "copy" / "ee"
@@ -140,6 +144,7 @@ def test_a_finished_run_exports_again_without_training(finished, tiny_base, text
         assert torch.equal(exits_of(output)[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_state_of_other_settings_is_refused(finished, tiny_base, texts):
     output, _ = finished
     trainer = Trainer(load_recipe(settings(tiny_base, texts, output, lr=0.5)))
@@ -155,6 +160,7 @@ def test_max_minutes_stops_early_and_exports(tiny_base, texts, tmp_path):
     assert checkpoint.is_checkpoint(tmp_path / "ee")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -186,6 +192,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_training(tiny_base, te
         Trainer(load_recipe(settings(tiny_base, texts, tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_state_is_said_to_start_anew(tiny_base, texts, tmp_path):
     (tmp_path / "ee.run" / "state.new").mkdir(parents=True)
     done = run(*LAUNCH, *settings(tiny_base, texts, tmp_path / "ee", steps=2))
