@@ -1,9 +1,10 @@
 """The cache: KV of every layer, hidden states of every rung, and one length per track and row.
 
 A *track* is a run of layers that is always run together: a segment of the trunk, or the blocks of
-an exit head. Position `t` of row `b` lives in slot `b * capacity + t` of every buffer. What lies at
-or past a track's length is garbage that a later write replaces, so rolling back is lowering a
-number.
+an exit head. Token `t` of row `b` lives in slot `t` of the row, index `b * capacity + t` of every
+buffer; only the proposals of a tree lie in slots that are not their positions, until `keep`. What
+lies at or past a track's length is garbage that a later write replaces, so rolling back is lowering
+a number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from .proposal import Proposal
 
 # Attention kernels sum keys in whole vectors and the rest one by one. With no rest ever, the same
 # visible keys give the same bits however many masked ones follow.
@@ -41,7 +44,8 @@ class Cache:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._hidden: dict[Any, torch.Tensor] = {}
-        self._slots: torch.Tensor | None = None
+        self._slots_BT: torch.Tensor | None = None
+        self._tree: _PlacedTree | None = None
         self.visible = 0
         """Slots of a row that the current pass may see."""
 
@@ -56,19 +60,47 @@ class Cache:
         for track, held in self.lengths.items():
             self.lengths[track] = np.minimum(held, length_B)
 
-    def slots(self, positions_BT: torch.Tensor) -> torch.Tensor:
-        """Flat buffer indices [B * T] of positions [B, T]."""
-        offsets = torch.arange(self.rows, device=positions_BT.device)[:, None] * self.capacity
-        return (positions_BT + offsets).reshape(-1)
+    def flat(self, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Buffer indices [B * T] of every row's slots [B, T]."""
+        offsets = torch.arange(self.rows, device=slots_BT.device)[:, None] * self.capacity
+        return (slots_BT + offsets).reshape(-1)
 
-    def place(self, positions_BT: torch.Tensor, visible: int) -> None:
-        """Announce a pass: its tokens go to `positions_BT` and see the first `visible` slots.
+    def place(
+        self, slots_BT: torch.Tensor, proposal: Proposal | None = None, base_B: Any = None
+    ) -> torch.Tensor:
+        """Announce a pass over the tokens in `slots_BT`; returns their positions [B, T].
 
-        A few more are shown, all of them masked, to end at a whole vector of the kernel.
+        A slot is the position of its token, unless a tree is proposed from slot `base` on: then
+        tokens side by side in the tree share a position, and see their own ancestors only.
         """
+        visible = int(slots_BT.max()) + 1
+        self._slots_BT = slots_BT
+        self._tree = None
+        if proposal is not None and not proposal.chain:
+            self._tree = _PlacedTree(proposal, base_B, slots_BT)
+            visible = max(visible, int(base_B.max()) + proposal.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
-        self._slots = self.slots(positions_BT)
-        self.visible = _round_up(visible)
+        self.visible = _round_up(visible)  # the few slots more are all masked
+        return slots_BT if self._tree is None else self._tree.positions(slots_BT)
+
+    def seen(self, window: int | None) -> torch.Tensor:
+        """Which slots the tokens of the announced pass attend to, bool [B, T, visible].
+
+        Args:
+            window: with sliding attention, how many of the last positions, its own included.
+        """
+        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
+        keys_K = torch.arange(self.visible, device=self._slots_BT.device)
+        seen_BTK = keys_K <= self._slots_BT[..., None]
+        if self._tree is not None:
+            seen_BTK = self._tree.hide(seen_BTK, self._slots_BT)
+        if window is not None:
+            positions_BT, key_positions = self._slots_BT, keys_K
+            if self._tree is not None:
+                positions_BT = self._tree.positions(self._slots_BT)
+                key_positions = self._tree.positions(keys_K.expand(self.rows, -1))[:, None]
+            seen_BTK = seen_BTK & (key_positions > positions_BT[..., None] - window)
+        return seen_BTK
 
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -82,25 +114,70 @@ class Cache:
     def _write(
         self, store: dict[int, torch.Tensor], new_BHTD: torch.Tensor, layer_idx: int
     ) -> torch.Tensor:
-        assert self._slots is not None, "place() comes before the first layer of a pass"
+        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         heads, dim = new_BHTD.shape[1], new_BHTD.shape[3]
         if layer_idx not in store:
             # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-            store[layer_idx] = new_BHTD.new_zeros(self.rows, self.capacity, heads, dim)
-        flat = store[layer_idx].view(self.rows * self.capacity, heads * dim)
-        flat.index_copy_(0, self._slots, new_BHTD.transpose(1, 2).reshape(-1, heads * dim))
-        return store[layer_idx][:, : self.visible].transpose(1, 2)
+            store[layer_idx] = new_BHTD.new_zeros(self.rows * self.capacity, heads * dim)
+        new_ND = new_BHTD.transpose(1, 2).reshape(-1, heads * dim)
+        store[layer_idx].index_copy_(0, self.flat(self._slots_BT), new_ND)
+        buffer_BKHD = store[layer_idx].view(self.rows, self.capacity, heads, dim)
+        return buffer_BKHD[:, : self.visible].transpose(1, 2)
 
-    def store_hidden(
-        self, track: Any, positions_BT: torch.Tensor, hidden_BTH: torch.Tensor
-    ) -> None:
-        """Keep the hidden states that a track computed for `positions_BT` (the boundary)."""
+    def store_hidden(self, track: Any, slots_BT: torch.Tensor, hidden_BTH: torch.Tensor) -> None:
+        """Keep the hidden states that a track computed for `slots_BT` (the boundary)."""
         width = hidden_BTH.shape[-1]
         if track not in self._hidden:
             self._hidden[track] = hidden_BTH.new_zeros(self.rows * self.capacity, width)
-        self._hidden[track].index_copy_(0, self.slots(positions_BT), hidden_BTH.reshape(-1, width))
+        self._hidden[track].index_copy_(0, self.flat(slots_BT), hidden_BTH.reshape(-1, width))
 
-    def hidden(self, track: Any, positions_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, H] that a track stored for `positions_BT`."""
-        picked = self._hidden[track].index_select(0, self.slots(positions_BT))
-        return picked.view(*positions_BT.shape, -1)
+    def hidden(self, track: Any, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] that a track stored for `slots_BT`."""
+        picked = self._hidden[track].index_select(0, self.flat(slots_BT))
+        return picked.view(*slots_BT.shape, -1)
+
+    def keep(self, base_B: np.ndarray, path_BD: np.ndarray) -> None:
+        """Move the accepted path of a tree to where its tokens belong, KV and boundary together.
+
+        Args:
+            base_B: slot of the first proposal of each row.
+            path_BD: columns of the accepted proposals, see `Proposal`; a row that accepted fewer
+                is filled up with any column, whose copy lands past the row's length.
+        """
+        base_B1 = torch.from_numpy(base_B[:, None])
+        source = self.flat((base_B1 + torch.from_numpy(path_BD) - 1).to(self.device))
+        target = self.flat((base_B1 + torch.arange(path_BD.shape[1])).to(self.device))
+        for store in (self._keys, self._values, self._hidden):
+            for buffer in store.values():
+                buffer.index_copy_(0, target, buffer.index_select(0, source))
+
+
+class _PlacedTree:
+    """A tree whose proposals lie in the slots from `base` on, with what a pass asks about it."""
+
+    def __init__(self, proposal: Proposal, base_B: np.ndarray, like: torch.Tensor) -> None:
+        device = like.device
+        self.base_B1 = torch.from_numpy(base_B[:, None]).to(device)
+        self.depth_BN = torch.from_numpy(proposal.depth_BC[:, 1:].copy()).to(device)
+        self.sees_BNN = torch.from_numpy(proposal.sees_BNN).to(device)
+        self.width = proposal.parent_BN.shape[1]
+
+    def _inside(self, slots_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(which slots hold proposals, the number of the proposal there)."""
+        number_BT = slots_BT - self.base_B1
+        inside_BT = (number_BT >= 0) & (number_BT < self.width)
+        return inside_BT, number_BT.clamp(0, self.width - 1)
+
+    def positions(self, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Position [B, T] in the text of the token in each slot."""
+        inside_BT, number_BT = self._inside(slots_BT)
+        deep_BT = self.base_B1 + self.depth_BN.gather(1, number_BT) - 1
+        return torch.where(inside_BT, deep_BT, slots_BT)
+
+    def hide(self, seen_BTK: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
+        """`seen` without the proposals that are no ancestors of the token that looks."""
+        inside_BT, number_BT = self._inside(slots_BT)
+        index_BTN = number_BT[..., None].expand(-1, -1, self.width)
+        sees_BTN = self.sees_BNN.gather(1, index_BTN) & inside_BT[..., None]
+        keys_B1N = self.base_B1[:, None] + torch.arange(self.width, device=slots_BT.device)
+        return seen_BTK.scatter(2, keys_B1N.expand_as(sees_BTN), sees_BTN)

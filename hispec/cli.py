@@ -43,15 +43,36 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
     ladder: Annotated[
-        str | None, typer.Option(help="depths such as 6,12,30, or 'plain'; default: all exits")
+        str, typer.Option(help="depths such as 6,12,30, 'plain', or 'auto': all exits")
+    ] = "auto",
+    drafter: Annotated[
+        str, typer.Option(help="exit, lookup, recycle, lookup+exit or recycle+exit")
+    ] = "exit",
+    draft_length: Annotated[int, typer.Option(help="tokens an exit drafts per round")] = 2,
+    max_draft_length: Annotated[
+        int | None, typer.Option(help="let the draft length follow acceptance, up to this")
     ] = None,
-    draft_length: Annotated[int, typer.Option(help="tokens drafted per round")] = 2,
+    draft_threshold: Annotated[
+        float, typer.Option(help="an exit's draft ends below this top probability")
+    ] = 0.0,
+    lookup_length: Annotated[int, typer.Option(help="tokens a lookup proposes")] = 8,
+    tree_tokens: Annotated[int, typer.Option(help="tokens of a recycled tree")] = 15,
     buffer: Annotated[int, typer.Option(help="tokens that start the next deeper rung")] = 4,
+    buffer_threshold: Annotated[
+        float, typer.Option(help="a verifier's top probability that starts it too")
+    ] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="longest continuation")] = 128,
+    max_time: Annotated[float | None, typer.Option(help="seconds")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a string that ends the text")] = None,
+    law: Annotated[str, typer.Option(help="match: one text per seed; rejection: same law")] = (
+        "match"
+    ),
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off")] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off")] = 0,
     seed: Annotated[int, typer.Option(help="fixes the text at any temperature")] = 0,
     exits: Annotated[
         str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
@@ -70,7 +91,7 @@ def generate(
 ) -> None:
     """Decode a prompt and stream the text."""
     from . import show
-    from .lm import PLAIN, load
+    from .lm import AUTO, PLAIN, load
 
     quiet_transformers()
     lm = load(
@@ -82,14 +103,25 @@ def generate(
     )
     run = lm.decode(
         [sys.stdin.read() if prompt == "-" else prompt],
-        ladder=ladder if ladder == PLAIN else parse_depths("ladder", ladder),
+        ladder=ladder if ladder in (AUTO, PLAIN) else parse_depths("ladder", ladder),
+        drafter=drafter,
         draft_length=draft_length,
+        max_draft_length=max_draft_length,
+        draft_threshold=draft_threshold,
+        lookup_length=lookup_length,
+        tree_tokens=tree_tokens,
         buffer=buffer,
+        buffer_threshold=buffer_threshold,
         max_new_tokens=max_new_tokens,
+        max_time=max_time,
+        stop_strings=stop or (),
+        law=law,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
         seed=seed,
         chat=False if raw else None,
     )

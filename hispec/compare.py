@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 
 @dataclass
@@ -24,21 +24,30 @@ class Difference:
 
 
 def hf_generate(
-    hf: Any, prompt: Sequence[int], max_new_tokens: int, eos: Sequence[int] = ()
+    hf: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    eos: Sequence[int] = (),
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **settings: Any,
 ) -> list[int]:
     """New token ids of transformers' own greedy `generate`.
 
     A model's generation config may name penalties and samplers that `generate` would add unasked;
-    they are set aside for the call.
+    they are set aside for the call, and `settings` take their place.
     """
     tokens_1T = torch.tensor([list(prompt)], device=hf.device)
     own = hf.generation_config
     hf.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=list(eos) or None, pad_token_id=0
+        max_new_tokens=max_new_tokens, eos_token_id=list(eos) or None, pad_token_id=0, **settings
     )
     try:
         with torch.inference_mode():
-            out_1T = hf.generate(tokens_1T, attention_mask=torch.ones_like(tokens_1T))
+            out_1T = hf.generate(
+                tokens_1T,
+                attention_mask=torch.ones_like(tokens_1T),
+                stopping_criteria=stopping_criteria,
+            )
     finally:
         hf.generation_config = own
     return out_1T[0, len(prompt) :].tolist()

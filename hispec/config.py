@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 HEAD_KINDS = ("shared", "block")
+DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
+LAWS = ("match", "rejection")
 
 
 def check(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -51,20 +53,48 @@ class DecodeConfig:
     """One decode: who drafts, who verifies, and by which law tokens are chosen."""
 
     ladder: list[int]
-    """Increasing depths ending at L: the first one drafts, the others verify. `[L]` alone is plain
-    decoding."""
+    """Increasing depths ending at L. With an exit among the drafters the first one drafts; the
+    others verify. `[L]` alone is plain decoding, or the full model judging free drafts."""
+    drafter: str = "exit"
+    """`exit`: the shallowest rung continues its own draft. `lookup`: what followed the same n-gram
+    earlier in the text. `recycle`: a tree of recent top candidates. `lookup+exit`,
+    `recycle+exit`: the exit where the free drafter has nothing."""
     draft_length: int = 2
-    """Tokens drafted before the first verifying rung runs (N_d of HiSpec)."""
+    """Tokens that an exit drafts before the first verifying rung runs (N_d of HiSpec)."""
+    max_draft_length: int | None = None
+    """If given, an exit's draft length follows recent acceptance between 1 and this."""
+    draft_threshold: float = 0.0
+    """An exit's draft ends after a token whose law's top probability is below this."""
+    lookup_length: int = 8
+    """Tokens that a lookup proposes."""
+    lookup_ngram: int = 4
+    """Longest n-gram that a lookup searches for; the longest match wins, then the latest."""
+    lookup_shortest: int = 2
+    """Shortest n-gram that counts as a match."""
+    tree_tokens: int = 15
+    """Tokens of a recycled tree."""
     buffer: int = 4
     """Tokens that a verifying rung collects before the next deeper one runs (N_i of HiSpec)."""
+    buffer_threshold: float = 0.0
+    """The next deeper rung also runs once a verifying rung's top probability is below this."""
     max_new_tokens: int = 128
+    max_time: float | None = None
+    """Seconds after which no further round begins."""
+    law: str = "match"
+    """`match`: the same text for every ladder and drafter. `rejection`: the same law; more drafts
+    are accepted at high temperature, but the text depends on the settings. Greedy is one text."""
     temperature: float = 0.0
     """0 is greedy: the argmax of the target, first index wins a tie."""
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
+    """As in transformers, over the whole prefix, prompt included; 1 is off."""
+    no_repeat_ngram_size: int = 0
+    """As in transformers: no n-gram of this size occurs twice; 0 is off."""
     seed: int = 0
-    """Fixes the noise of every position; the same seed gives the same text on any ladder."""
+    """Fixes the noise of every position; with `match` the same seed gives the same text on any
+    ladder."""
     eos: tuple[int, ...] = ()
     """Token ids that end a text; the one that ended it is part of the output."""
 
@@ -77,18 +107,61 @@ class DecodeConfig:
             tuple(self.ladder),
             f"it must end at {num_layers}, the depth of the full model",
         )
-        check(self.draft_length >= 1, "draft_length", self.draft_length, "1 or more tokens")
-        check(self.buffer >= 1, "buffer", self.buffer, "1 or more tokens")
-        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more tokens")
+        check(self.drafter in DRAFTERS, "drafter", self.drafter, f"one of {', '.join(DRAFTERS)}")
+        check(
+            len(self.ladder) > 1 or "+" not in self.drafter,
+            "ladder",
+            tuple(self.ladder),
+            f"drafter {self.drafter!r} needs an exit below the full model",
+        )
+        check(self.law in LAWS, "law", self.law, f"one of {', '.join(LAWS)}")
+        check(
+            self.law == "match" or "recycle" not in self.drafter,
+            "law",
+            self.law,
+            f"drafter {self.drafter!r} proposes trees, and these need 'match'",
+        )
+        for key in (
+            *("draft_length", "max_draft_length", "lookup_length", "lookup_ngram"),
+            *("lookup_shortest", "tree_tokens", "buffer", "max_new_tokens", "top_k"),
+        ):
+            value = getattr(self, key)
+            check(value is None or value >= 1, key, value, "1 or more")
+        check(
+            self.lookup_shortest <= self.lookup_ngram,
+            "lookup_shortest",
+            self.lookup_shortest,
+            f"at most lookup_ngram, {self.lookup_ngram}",
+        )
+        check(
+            self.max_draft_length is None or self.max_draft_length >= self.draft_length,
+            "max_draft_length",
+            self.max_draft_length,
+            f"at least draft_length, {self.draft_length}",
+        )
+        for key in ("draft_threshold", "buffer_threshold"):
+            check(0 <= getattr(self, key) <= 1, key, getattr(self, key), "from 0 (off) to 1")
         check(
             self.temperature == 0 or self.temperature >= 1e-3,
             "temperature",
             self.temperature,
             "0 (greedy), or 0.001 and more",
         )
-        check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "1 or more tokens")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         check(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        check(self.max_time is None or self.max_time > 0, "max_time", self.max_time, "above 0")
+        check(
+            self.repetition_penalty > 0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "above 0; 1 is off",
+        )
+        check(
+            self.no_repeat_ngram_size >= 0,
+            "no_repeat_ngram_size",
+            self.no_repeat_ngram_size,
+            "0 (off) or more",
+        )
 
 
 def check_depths(key: str, depths: Sequence[int], num_layers: int, at_least: int = 1) -> None:

@@ -1,46 +1,280 @@
-"""Drafters: what proposes the tokens that the verifying rungs then judge."""
+"""Drafters: what proposes the tokens that the verifying levels then judge.
+
+A drafter serves rows. `lookup` and `recycle` are free, they run no layer; the exit chain runs the
+shallowest rung. A pair of them lets the exit serve the rows where the free one has nothing.
+"""
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from .config import DecodeConfig
+from .proposal import Proposal
 
 if TYPE_CHECKING:
     from .decode import Decode
 
+_CANDIDATES = 8  # kept per token by `Recycle`
+
 
 class Drafter(Protocol):
-    """Something that may append proposals to every row of a decode."""
+    """Something that may put proposals to the first verifying level."""
 
     rungs: int
     """How many of the ladder's rungs, from the shallowest on, draft and do not verify."""
+    observes: bool
+    """Whether it wants to see logits."""
 
-    def propose(self, decode: Decode) -> None:
-        """Append proposals, or none."""
+    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
+        """Propose for some of the rows; returns which of them were served."""
+
+    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        """Hear how many of its proposals the first verifying level accepted."""
+
+    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
+        """See the logits that some level computed after each of `tokens`."""
 
 
 class NoDraft:
-    """Proposes nothing: every round is one token of the first verifying rung."""
+    """Proposes nothing: every round is one token of the first verifying level."""
 
     rungs = 0
+    observes = False
 
-    def propose(self, decode: Decode) -> None:
+    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
+        return np.zeros_like(rows_B)
+
+    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        pass
+
+    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
         pass
 
 
-class ExitChain:
+class ExitChain(NoDraft):
     """The shallowest rung continues its own draft, one token at a time (LayerSkip, HiSpec).
 
-    Args:
-        length: tokens drafted before the first verifying rung runs.
+    A draft ends after `draft_length` tokens, or after a token whose law had a top probability
+    below `draft_threshold`. With `max_draft_length` the length of a row follows its acceptance as
+    in transformers' assisted generation: 2 more where all was accepted, else 1 less.
     """
 
     rungs = 1
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, config: DecodeConfig, rows: int) -> None:
+        self.threshold = config.draft_threshold
+        self.most = config.max_draft_length
+        self.length_B = np.full(rows, config.draft_length)
 
-    def propose(self, decode: Decode) -> None:
-        for _ in range(self.length):
-            if not decode.room().any():
-                return
-            decode.advance(0)
+    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
+        going_B = served_B = rows_B & decode.room()
+        for drafted in range(1, int(self.length_B.max()) + 1):
+            if not going_B.any():
+                break
+            sure_B = decode.extend(going_B, self.threshold)
+            going_B = going_B & sure_B & decode.room() & (drafted < self.length_B)
+        return served_B
+
+    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        if self.most is None:
+            return
+        length_B = np.where(accepted_B == proposed_B, self.length_B + 2, self.length_B - 1)
+        self.length_B = np.where(proposed_B > 0, length_B.clip(1, self.most), self.length_B)
+
+
+class Lookup(NoDraft):
+    """What followed the last tokens where they stood before, in the prompt or in the output.
+
+    The longest match wins, then the latest (prompt lookup decoding, Saxena 2023). Where the match
+    overlaps the end of the text, the text is taken to go on periodically.
+    """
+
+    def __init__(self, config: DecodeConfig) -> None:
+        self.length = config.lookup_length
+        self.longest = config.lookup_ngram
+        self.shortest = config.lookup_shortest
+
+    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
+        length_B = decode.agreed[0]
+        source_B = find_ngram(decode.tokens_BN, length_B, self.longest, self.shortest)
+        found_B = rows_B & (source_B >= 0)
+        if found_B.any():
+            period_B1 = np.where(found_B, length_B - source_B, 1)[:, None]
+            from_BN = source_B[:, None] + np.arange(self.length) % period_B1
+            tokens_BN = np.take_along_axis(decode.tokens_BN, from_BN.clip(0), axis=1)
+            decode.offer_chain(tokens_BN, found_B)
+        return found_B
+
+
+def find_ngram(
+    tokens_BN: np.ndarray, length_B: np.ndarray, longest: int, shortest: int
+) -> np.ndarray:
+    """Where the text went on after the best earlier occurrence of its last tokens.
+
+    Args:
+        tokens_BN: texts; what lies at or past `length` is ignored.
+        longest: tokens of a match that count; a longer one is not better.
+        shortest: tokens that a match needs.
+
+    Returns:
+        Index [B] of the token after the match, -1 where there is none.
+    """
+    every = np.arange(len(tokens_BN))
+    width = int(length_B.max())
+    text_BN = tokens_BN[:, :width]
+    ends_N = np.arange(width)
+    # an occurrence ends before the last token, which is where the text itself ends
+    alive_BN = ends_N < length_B[:, None] - 1
+    matched_BN = np.zeros_like(text_BN)
+    for back in range(min(longest, width)):
+        last_B = text_BN[every, np.maximum(length_B - 1 - back, 0)]
+        alive_BN = alive_BN & (length_B > back)[:, None]
+        alive_BN[:, back:] &= text_BN[:, : width - back] == last_B[:, None]
+        alive_BN[:, :back] = False
+        if not alive_BN.any():
+            break
+        matched_BN += alive_BN
+    score_BN = np.where(matched_BN >= shortest, matched_BN * width + ends_N, -1)
+    best_B = score_BN.argmax(1)
+    return np.where(score_BN[every, best_B] >= 0, best_B + 1, -1)
+
+
+class Recycle(NoDraft):
+    """A tree of tokens that were among the top candidates the last time (Token Recycling,
+    2408.08696).
+
+    A table holds, for every token of the vocabulary, the top candidates that a level last computed
+    after it; it begins with what follows each token in the prompts. The tree's shape is fixed.
+    """
+
+    observes = True
+
+    def __init__(self, config: DecodeConfig, vocab_size: int) -> None:
+        self.width = min(_CANDIDATES, vocab_size)
+        self.template = tree_template(config.tree_tokens, self.width)
+        self.table_VK = np.full((vocab_size, self.width), -1, dtype=np.int64)
+        self._begun = False
+
+    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
+        if not self._begun:
+            self._read_prompts(decode)
+        length_B = decode.agreed[0]
+        every = np.arange(len(length_B))
+        width = len(self.template)
+        # Column 0 is the last agreed token. A column without a token has no children.
+        tokens_BC = np.full((len(length_B), width + 1), -1, dtype=np.int64)
+        tokens_BC[:, 0] = np.where(rows_B, decode.tokens_BN[every, length_B - 1], -1)
+        depth_C = np.zeros(width + 1, dtype=np.int64)
+        room_B = decode.end_B - 1 - length_B  # the full model adds the last token itself
+        for i, (parent, rank) in enumerate(self.template, start=1):
+            depth_C[i] = depth_C[parent] + 1
+            before_B = tokens_BC[:, parent]
+            open_B = (before_B >= 0) & (depth_C[i] <= room_B)
+            if parent:
+                open_B &= ~np.isin(before_B, decode.eos)
+            tokens_BC[:, i] = np.where(open_B, self.table_VK[before_B, rank], -1)
+        served_B = (tokens_BC[:, 1:] >= 0).sum(1) > 0
+        if served_B.any():
+            parents = np.array([parent for parent, _ in self.template])
+            parent_BN = np.where(tokens_BC[:, 1:] >= 0, parents, -1)
+            decode.offer_tree(compact(tokens_BC[:, 1:], parent_BN), served_B)
+        return served_B
+
+    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
+        self.table_VK[tokens_N] = top_candidates(logits_NV, self.width).cpu().numpy()
+
+    def _read_prompts(self, decode: Decode) -> None:
+        self._begun = True
+        inside_BN = np.arange(decode.tokens_BN.shape[1] - 1) < decode.prompt_B[:, None] - 1
+        known_V = self.table_VK[:, 0] >= 0
+        before, after = decode.tokens_BN[:, :-1][inside_BN], decode.tokens_BN[:, 1:][inside_BN]
+        new = ~known_V[before]  # what the full model said is better than what the prompt said
+        self.table_VK[before[new], 0] = after[new]
+
+
+def top_candidates(logits_NV: torch.Tensor, k: int, block: int = 64) -> torch.Tensor:
+    """Ids [N, k] of the k largest logits, largest first.
+
+    In two stages, since `topk` over a whole vocabulary costs as much as a few layers on a CPU: the
+    k largest lie in the k blocks with the largest maxima.
+    """
+    rows, vocab = logits_NV.shape
+    if vocab % block or vocab // block <= k:
+        return logits_NV.topk(min(k, vocab)).indices
+    blocks_NMS = logits_NV.view(rows, -1, block)
+    best_NK = blocks_NMS.amax(-1).topk(k).indices
+    inside_NKS = blocks_NMS.gather(1, best_NK[..., None].expand(-1, -1, block))
+    at_NK = inside_NKS.reshape(rows, -1).topk(k).indices
+    return best_NK.gather(1, at_NK // block) * block + at_NK % block
+
+
+def tree_template(tokens: int, width: int) -> list[tuple[int, int]]:
+    """The `tokens` likeliest (parent column, rank of the candidate) of a recycled tree.
+
+    Best first, by the product of the ranks' hit rates along the path. The rates, about 1 / (rank +
+    1)^1.5 of a first one of 0.5, are a guess: trees of other rates differ by little.
+    """
+    rates = [0.5 / (rank + 1) ** 1.5 for rank in range(width)]
+    template: list[tuple[int, int]] = []
+    open_nodes = [(-rates[0], 0, 0, 1.0)]  # (-probability, parent, rank, the parent's probability)
+    while len(template) < tokens:
+        chance, parent, rank, above = heapq.heappop(open_nodes)
+        template.append((parent, rank))
+        heapq.heappush(open_nodes, (chance * rates[0], len(template), 0, -chance))
+        if rank + 1 < width:
+            heapq.heappush(open_nodes, (-above * rates[rank + 1], parent, rank + 1, above))
+    return template
+
+
+def compact(tokens_BN: np.ndarray, parent_BN: np.ndarray) -> Proposal:
+    """A tree without its empty places: each row's proposals move to its first columns."""
+    rows, width = parent_BN.shape
+    there_BN = parent_BN >= 0
+    order_BN = np.argsort(~there_BN, axis=1, kind="stable")
+    column_BC = np.zeros((rows, width + 1), dtype=np.int64)  # old column -> new column
+    column_BC[:, 1:] = np.cumsum(there_BN, axis=1)
+    parent_BN = np.where(there_BN, np.take_along_axis(column_BC, parent_BN.clip(0), axis=1), -1)
+    most = int(there_BN.sum(1).max())
+    return Proposal(
+        np.take_along_axis(tokens_BN, order_BN, axis=1)[:, :most],
+        np.take_along_axis(parent_BN, order_BN, axis=1)[:, :most],
+        chain=False,
+    )
+
+
+class FreeFirst(NoDraft):
+    """A free drafter, and the exit chain for the rows where it has nothing."""
+
+    rungs = 1
+
+    def __init__(self, free: Drafter, chain: ExitChain) -> None:
+        self.free = free
+        self.chain = chain
+        self.observes = free.observes
+
+    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
+        served_B = self.free.propose(decode, rows_B)
+        return served_B | self.chain.propose(decode, rows_B & ~served_B)
+
+    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        self.chain.judged(accepted_B, proposed_B)
+
+    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
+        self.free.observe(tokens_N, logits_NV)
+
+
+def build_drafter(config: DecodeConfig, rows: int, vocab_size: int) -> Drafter:
+    """The drafter that a config names; none for a ladder of one rung and nothing free."""
+    free: Drafter = NoDraft()
+    if "lookup" in config.drafter:
+        free = Lookup(config)
+    elif "recycle" in config.drafter:
+        free = Recycle(config, vocab_size)
+    if "exit" not in config.drafter or len(config.ladder) == 1:
+        return free
+    chain = ExitChain(config, rows)
+    return chain if config.drafter == "exit" else FreeFirst(free, chain)

@@ -15,6 +15,7 @@ import torch
 
 from .cache import Cache
 from .model import ExitModel
+from .proposal import Proposal
 
 _PREFILL = 256  # tokens of one pass: bounds the mask, [tokens, keys]
 
@@ -47,28 +48,35 @@ class Ladder:
         depth = self.depths[rung]
         return len(self.model.head(depth).blocks) if depth < self.model.num_layers else 0
 
-    def bring(self, rung: int, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
-        """Bring `rung` to at least `upto` tokens in every row."""
+    def bring(
+        self,
+        rung: int,
+        tokens_BN: np.ndarray,
+        upto_B: np.ndarray,
+        tree: Proposal | None = None,
+        base_B: np.ndarray | None = None,
+    ) -> None:
+        """Bring `rung` to at least `upto` tokens in every row; a tree's lie from `base` on."""
         if rung > 0:
-            self.bring(rung - 1, tokens_BN, upto_B)
+            self.bring(rung - 1, tokens_BN, upto_B, tree, base_B)
         track = ("segment", rung)
         start_B = self.cache.length(track)
-        positions_BT = self._positions(start_B, upto_B)
-        if positions_BT is None:
+        slots_BT = self._slots(start_B, upto_B)
+        if slots_BT is None:
             return
         if rung == 0:
             rows = np.arange(len(tokens_BN))[:, None]
-            tokens_BT = torch.from_numpy(tokens_BN[rows, positions_BT.cpu().numpy()])
+            tokens_BT = torch.from_numpy(tokens_BN[rows, slots_BT.cpu().numpy()])
             hidden_BTH = self.model.embed(tokens_BT.to(self.model.device))
             from_depth = 0
         else:
-            hidden_BTH = self.cache.hidden(("segment", rung - 1), positions_BT)
+            hidden_BTH = self.cache.hidden(("segment", rung - 1), slots_BT)
             from_depth = self.depths[rung - 1]
-        self.cache.place(positions_BT, int(positions_BT.max()) + 1)
+        positions_BT = self.cache.place(slots_BT, tree, base_B)
         hidden_BTH = self.model.run(
             hidden_BTH, from_depth, self.depths[rung], positions_BT, self.cache
         )
-        self.cache.store_hidden(track, positions_BT, hidden_BTH)
+        self.cache.store_hidden(track, slots_BT, hidden_BTH)
         self.segment_tokens[rung] += self._advance(track, start_B, upto_B)
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
@@ -81,35 +89,48 @@ class Ladder:
                     self._bring_head(rung, block_B)
 
     def logits(
-        self, rung: int, tokens_BN: np.ndarray, first_B: np.ndarray, upto_B: np.ndarray
+        self,
+        rung: int,
+        tokens_BN: np.ndarray,
+        first_B: np.ndarray,
+        upto_B: np.ndarray,
+        tree: Proposal | None = None,
     ) -> torch.Tensor:
-        """Logits [B, C, V] that `rung` gives after the tokens at positions `first` to `upto - 1`.
+        """Logits [B, C, V] that `rung` gives after the tokens in slots `first` to `upto - 1`.
 
-        Rows with fewer such positions are padded on the right with garbage.
+        Rows with fewer such slots are padded on the right with garbage. With a tree, slot `first`
+        holds the last agreed token and the proposals lie behind it.
         """
-        self.bring(rung, tokens_BN, upto_B)
+        base_B = first_B + 1
+        self.bring(rung, tokens_BN, upto_B, tree, base_B)
         track = ("segment", rung)
         if self.head_layers(rung):
-            track = self._bring_head(rung, upto_B)
-        positions_BC = self._positions(first_B, upto_B)
-        assert positions_BC is not None, "a pass that reads nothing"
-        return self.model.read(self.depths[rung], self.cache.hidden(track, positions_BC))
+            track = self._bring_head(rung, upto_B, tree, base_B)
+        slots_BC = self._slots(first_B, upto_B)
+        assert slots_BC is not None, "a pass that reads nothing"
+        return self.model.read(self.depths[rung], self.cache.hidden(track, slots_BC))
 
     def truncate(self, length_B: np.ndarray) -> None:
         """Roll every rung back to at most `length` tokens per row, KV and boundary together."""
         self.cache.truncate(length_B)
 
-    def _bring_head(self, rung: int, upto_B: np.ndarray) -> tuple[str, int]:
+    def _bring_head(
+        self,
+        rung: int,
+        upto_B: np.ndarray,
+        tree: Proposal | None = None,
+        base_B: np.ndarray | None = None,
+    ) -> tuple[str, int]:
         track = ("head", rung)
         start_B = self.cache.length(track)
-        positions_BT = self._positions(start_B, upto_B)
-        if positions_BT is not None:
-            hidden_BTH = self.cache.hidden(("segment", rung), positions_BT)
-            self.cache.place(positions_BT, int(positions_BT.max()) + 1)
+        slots_BT = self._slots(start_B, upto_B)
+        if slots_BT is not None:
+            hidden_BTH = self.cache.hidden(("segment", rung), slots_BT)
+            positions_BT = self.cache.place(slots_BT, tree, base_B)
             hidden_BTH = self.model.run_head(
                 self.depths[rung], hidden_BTH, positions_BT, self.cache
             )
-            self.cache.store_hidden(track, positions_BT, hidden_BTH)
+            self.cache.store_hidden(track, slots_BT, hidden_BTH)
             self.head_tokens[rung] += self._advance(track, start_B, upto_B)
         return track
 
@@ -119,8 +140,8 @@ class Ladder:
         self.cache.lengths[track] = end_B
         return int((end_B - start_B).sum())
 
-    def _positions(self, start_B: np.ndarray, upto_B: np.ndarray) -> torch.Tensor | None:
-        """Positions [B, T] from `start` on, as many as the row with most needs; None for none."""
+    def _slots(self, start_B: np.ndarray, upto_B: np.ndarray) -> torch.Tensor | None:
+        """Slots [B, T] from `start` on, as many as the row with most needs; None for none."""
         most = int((upto_B - start_B).max())
         if most <= 0:
             return None

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from . import checkpoint
 from .config import DecodeConfig, ExitConfig, check
@@ -17,7 +24,7 @@ from .decode import Decode
 from .model import ExitModel
 from .stats import DecodeStats
 
-PLAIN = "plain"
+PLAIN, AUTO = "plain", "auto"
 
 
 @dataclass
@@ -28,7 +35,7 @@ class DecodeResult:
     tokens: list[list[int]]
     """New token ids, the one that ended the text included."""
     depths: list[list[int]]
-    """For each new token, the depth of the rung that produced it."""
+    """For each new token, the depth of the rung that produced it; 0 for a free draft."""
     stats: DecodeStats
 
 
@@ -49,14 +56,30 @@ class EarlyExitLM:
         self.tokenizer = tokenizer
 
     def ladder(self, ladder: str | Sequence[int] | None = None) -> list[int]:
-        """Depths of a ladder: as given, `plain` for the full model alone, or all trained exits."""
+        """Depths of a ladder: as given, `plain` for the full model alone, or `auto`, the same as
+        None: all trained exits."""
         full = self.model.num_layers
-        if ladder is None:
+        if ladder is None or ladder == AUTO:
             return [*self.model.exits.depths, full]
         if ladder == PLAIN:
             return [full]
-        check(not isinstance(ladder, str), "ladder", ladder, f"depths, or {PLAIN!r}")
+        check(not isinstance(ladder, str), "ladder", ladder, f"depths, {AUTO!r} or {PLAIN!r}")
         return [int(depth) for depth in ladder]
+
+    @classmethod
+    def from_transformers(
+        cls, hf: PreTrainedModel, tokenizer: Any, exits: Sequence[int] = ()
+    ) -> EarlyExitLM:
+        """Wrap a loaded transformers model, every depth read through its final norm (LayerSkip).
+
+        Args:
+            exits: the depths that a ladder has unless it is given.
+
+        Raises:
+            ValueError: an architecture that is not supported, or depths that it does not have.
+        """
+        model = ExitModel(hf, ExitConfig(sorted(exits), head="shared"))
+        return cls(model.eval(), tokenizer)
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt.
@@ -90,22 +113,64 @@ class EarlyExitLM:
         *,
         ladder: str | Sequence[int] | None = None,
         chat: bool | None = None,
+        stop_strings: str | Sequence[str] = (),
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **settings: Any,
     ) -> Decode:
-        """A decode that has not run yet; `settings` are the other fields of `DecodeConfig`."""
-        config = DecodeConfig(ladder=self.ladder(ladder), **{"eos": self.eos(), **settings})
-        return Decode(self.model, [self.encode(prompt, chat) for prompt in prompts], config)
-
-    def generate(self, prompts: str | Sequence[str], **settings: Any) -> DecodeResult:
-        """Decode prompts to the end. A string is one row, a list is as many as it holds.
+        """A decode that has not run yet.
 
         Args:
-            settings: `ladder`, `chat` and the fields of `DecodeConfig`.
+            ladder: see `ladder`.
+            chat: see `encode`.
+            stop_strings: a text ends with the token that completes one of them.
+            logits_processor: more processors of transformers, see `Decode`.
+            stopping_criteria: more criteria of transformers, see `Decode`.
+            settings: the other fields of `DecodeConfig`.
 
         Raises:
             ValueError: a setting or a prompt that this model cannot decode.
         """
-        run = self.decode([prompts] if isinstance(prompts, str) else prompts, **settings)
+        if ladder == PLAIN:
+            drafter = settings.get("drafter", "exit")
+            check(drafter == "exit", "drafter", drafter, f"ladder {PLAIN!r} has no drafter")
+        known = {field.name for field in fields(DecodeConfig)}
+        for key in settings:
+            check(key in known, key, settings[key], f"known settings: {', '.join(sorted(known))}")
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        check("" not in strings, "stop_strings", strings, "an empty string stops nothing")
+        stopping = StoppingCriteriaList(stopping_criteria or [])
+        if strings:
+            stopping.append(StopStringCriteria(self.tokenizer, strings))
+        config = DecodeConfig(ladder=self.ladder(ladder), **{"eos": self.eos(), **settings})
+        return Decode(
+            self.model,
+            [self.encode(prompt, chat) for prompt in prompts],
+            config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping,
+        )
+
+    def generate(
+        self, prompts: str | Sequence[str], *, streamer: BaseStreamer | None = None, **settings: Any
+    ) -> DecodeResult:
+        """Decode prompts to the end. A string is one row, a list is as many as it holds.
+
+        Args:
+            streamer: a `TextStreamer` of transformers; for one prompt.
+            settings: those of `decode`.
+
+        Raises:
+            ValueError: a setting or a prompt that this model cannot decode.
+        """
+        rows = [prompts] if isinstance(prompts, str) else list(prompts)
+        check(streamer is None or len(rows) == 1, "streamer", streamer, "for one prompt only")
+        run = self.decode(rows, **settings)
+        if streamer is not None:
+            streamer.put(torch.from_numpy(run.tokens_BN[:1, : run.prompt_B[0]]))
+            for (committed,) in run.run():
+                streamer.put(torch.tensor(committed.tokens))
+            streamer.end()
         tokens = run.finish()
         spans = zip(run.depth_of_BN, run.prompt_B, run.agreed[-1], strict=True)
         depths = [depth_of_N[start:stop].tolist() for depth_of_N, start, stop in spans]
@@ -161,8 +226,6 @@ def load(
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = checkpoint.find_base(str(path)).folder
-    model = ExitModel(
-        checkpoint.load_base(home, dtype), ExitConfig(sorted(exits or ()), head="shared")
-    )
     tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
-    return EarlyExitLM(model.to(device).eval(), tokenizer)
+    hf = checkpoint.load_base(home, dtype).to(device)
+    return EarlyExitLM.from_transformers(hf, tokenizer, exits or ())

@@ -20,10 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from .cache import Cache
 from .config import ExitConfig
+from .families import SLIDING, check_supported, layer_types, longest_text
 from .heads import ExitHead, build_head
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def masked_attention(
@@ -67,7 +65,7 @@ class ExitModel(nn.Module):
     """A causal LM whose hidden states can be entered, left and read at any depth.
 
     Args:
-        hf: a `...ForCausalLM` of one of `FAMILIES`, used as it is.
+        hf: a `...ForCausalLM` of one of `families.FAMILIES`, used as it is.
         exits: trained exits; depths that are not among them are read through the final norm.
 
     Raises:
@@ -76,14 +74,12 @@ class ExitModel(nn.Module):
 
     def __init__(self, hf: PreTrainedModel, exits: ExitConfig | None = None) -> None:
         super().__init__()
-        family = hf.config.model_type
-        if family not in FAMILIES:
-            raise ValueError(
-                f"model_type={family!r} is not supported; supported: {', '.join(FAMILIES)}"
-            )
+        check_supported(hf.config)
         self.hf = hf
         self.num_layers: int = hf.config.num_hidden_layers
+        self.vocab_size: int = hf.lm_head.weight.shape[0]
         self.layer_types = layer_types(hf.config)
+        self.longest_text = longest_text(hf.config)
         self.exits = exits or ExitConfig(head="shared")
         if self.exits.depths:
             self.exits.validate(self.num_layers)
@@ -111,7 +107,9 @@ class ExitModel(nn.Module):
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] at depth 0."""
-        return self.hf.model.embed_tokens(tokens_BT)
+        hidden_BTH = self.hf.model.embed_tokens(tokens_BT)
+        factor = getattr(self.hf.model, "embedding_multiplier", None)  # Granite
+        return hidden_BTH if factor is None else hidden_BTH * factor
 
     def run(
         self,
@@ -159,8 +157,10 @@ class ExitModel(nn.Module):
         return self.project(self.normed(depth, hidden))
 
     def project(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]: LM head, and a soft cap if there is one."""
+        """Logits [..., V] of normed states [..., H]: LM head, and what the family does after it."""
         logits = self.hf.lm_head(normed)
+        if (divisor := getattr(self.hf.config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -221,23 +221,13 @@ class ExitModel(nn.Module):
             length = hidden_BTH.shape[1]
             if window is None or length <= window:
                 return LayerInputs(None, rope)  # plain causal attention needs no mask
-            visible = length
+            keys = torch.arange(length, device=positions_BT.device)
+            seen_BTK = keys <= positions_BT[..., None]
+            seen_BTK &= keys > positions_BT[..., None] - window
         else:
-            visible = cache.visible
-        slots = torch.arange(visible, device=positions_BT.device)
-        seen_BTK = slots <= positions_BT[..., None]
-        if window is not None:
-            seen_BTK &= slots > positions_BT[..., None] - window
+            seen_BTK = cache.seen(window)
         mask = torch.zeros(seen_BTK.shape, dtype=hidden_BTH.dtype, device=hidden_BTH.device)
         mask.masked_fill_(~seen_BTK, float("-inf"))
         if cache is not None:
             mask = mask.repeat(1, self._heads_per_kv, 1)
         return LayerInputs(mask[:, None], rope)
-
-
-def layer_types(config: Any) -> list[str]:
-    """Attention type of every layer: `full_attention` or `sliding_attention`."""
-    if config.model_type in ("llama", "mistral"):  # one type for all, whatever the config carries
-        windowed = config.model_type == "mistral" and config.sliding_window is not None
-        return [SLIDING if windowed else FULL] * config.num_hidden_layers
-    return list(config.layer_types)

@@ -1,22 +1,41 @@
-"""Laws, noise and verification: pure functions, and the sampler that binds them to one decode."""
+"""Laws and verification: what a level chooses, and which proposals it accepts.
+
+A *law* is the next-token distribution after temperature and truncation. Two rules of verification
+keep the target's: `Match` gives the target's own text, `Rejection` its distribution.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from .config import DecodeConfig
+from .proposal import Proposal
 
 _KEPT_POSITIONS = 64
+
+
+def processors(config: DecodeConfig) -> LogitsProcessorList:
+    """The transformers processors of a config that look at the prefix, in `generate`'s order."""
+    chain = LogitsProcessorList()
+    if config.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+    if config.no_repeat_ngram_size:
+        chain.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    return chain
 
 
 def warpers(config: DecodeConfig) -> LogitsProcessorList:
@@ -33,19 +52,28 @@ def warpers(config: DecodeConfig) -> LogitsProcessorList:
     return chain
 
 
-def to_log_law(logits_NV: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
+def to_log_law(scores_NV: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
     """Log of the next-token law, float32 [N, V]; -inf outside its support.
 
     At temperature 0 the law is one-hot on the argmax (first index wins a tie), so that nothing
     downstream needs to know about greedy decoding.
     """
-    logits_NV = logits_NV.float()
+    scores_NV = scores_NV.float()
     if config.temperature == 0:
-        top_N1 = logits_NV.argmax(-1, keepdim=True)
-        return torch.full_like(logits_NV, -math.inf).scatter_(-1, top_N1, 0.0)
+        top_N1 = scores_NV.argmax(-1, keepdim=True)
+        return torch.full_like(scores_NV, -math.inf).scatter_(-1, top_N1, 0.0)
     # The warpers built above look at the scores only, never at the ids.
-    warped: torch.Tensor = warpers(config)(None, logits_NV)
+    warped: torch.Tensor = warpers(config)(None, scores_NV)
     return warped.log_softmax(-1)
+
+
+def confidence(scores: torch.Tensor) -> np.ndarray:
+    """Top probability [...] of softmax(scores [..., V]), whatever the temperature.
+
+    It is known before a token is drawn, so a rule that stops on it does not bend the law.
+    """
+    scores = scores.float()
+    return (scores.amax(-1) - scores.logsumexp(-1)).exp().cpu().numpy()
 
 
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> torch.Tensor:
@@ -69,26 +97,67 @@ def _mix(seed: int, position: int) -> int:
     return (z ^ (z >> 31)) >> 1  # torch takes seeds below 2^63
 
 
-class Sampler:
-    """Chooses tokens by the law of a config with the noise of their positions (`match`).
+@dataclass
+class Verdict:
+    """What a level makes of the proposals of every row."""
 
-    argmax(log law + Gumbel noise) is an exact draw from the law (the Gumbel-max trick). Because
-    the noise is a function of the position, a rung that holds the same law chooses the same token.
+    accepted_B: np.ndarray
+    """Accepted proposals per row."""
+    path_BD: np.ndarray
+    """Their columns in order; a row that accepted fewer is filled up with its last one."""
+    token_B: np.ndarray
+    """The level's own token after the last accepted one."""
+
+
+class Sampler(Protocol):
+    """One rule of verification, bound to one decode."""
+
+    def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
+        """Token ids [B] for `positions`, drawn from the law of the scores."""
+
+    def offered(self, rows_N: np.ndarray, positions_N: np.ndarray, tokens_N: np.ndarray) -> None:
+        """Take note of proposals that no law drew."""
+
+    def judge(
+        self, scores_BCV: torch.Tensor, positions_BC: np.ndarray, proposal: Proposal
+    ) -> Verdict:
+        """Judge proposals by the scores after every column; `positions` are those being filled."""
+
+
+class Match:
+    """Every level takes argmax(log law + noise), and accepts what equals its own choice.
+
+    That is an exact draw from the law (the Gumbel-max trick). The noise is a function of the
+    position, so a level that holds the same law chooses the same token, and the text is that of
+    plain decoding. At temperature 0 the law is one-hot and the noise changes nothing.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
         self.config = config
         self._noise: dict[int, torch.Tensor] = {}
 
-    def choose(self, logits_NV: torch.Tensor, positions_N: np.ndarray) -> np.ndarray:
-        """Token ids [N] for logits [N, V]; `positions_N` are the positions being filled."""
-        if self.config.temperature == 0:  # one-hot law: any noise leaves its argmax where it is
-            return logits_NV.argmax(-1).cpu().numpy()
-        log_law_NV = to_log_law(logits_NV, self.config)
-        noise = [self._noise_at(int(p), logits_NV.shape[-1]) for p in positions_N]
-        for oldest in list(self._noise)[: -max(_KEPT_POSITIONS, len(positions_N))]:
+    def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
+        return self._choose(scores_BV, positions_B)
+
+    def offered(self, rows_N: np.ndarray, positions_N: np.ndarray, tokens_N: np.ndarray) -> None:
+        pass  # a proposal is judged by what it is, wherever it came from
+
+    def judge(
+        self, scores_BCV: torch.Tensor, positions_BC: np.ndarray, proposal: Proposal
+    ) -> Verdict:
+        rows, columns, vocab = scores_BCV.shape
+        choice_BC = self._choose(scores_BCV.reshape(-1, vocab), positions_BC.reshape(-1))
+        return verify_match(choice_BC.reshape(rows, columns), proposal)
+
+    def _choose(self, scores_NV: torch.Tensor, positions_N: np.ndarray) -> np.ndarray:
+        if self.config.temperature == 0:
+            return scores_NV.argmax(-1).cpu().numpy()
+        log_law_NV = to_log_law(scores_NV, self.config)
+        distinct_P, which_N = np.unique(positions_N, return_inverse=True)
+        noise_PV = torch.stack([self._noise_at(int(p), scores_NV.shape[-1]) for p in distinct_P])
+        for oldest in list(self._noise)[: -max(_KEPT_POSITIONS, len(distinct_P))]:
             del self._noise[oldest]
-        noise_NV = torch.stack(noise).to(log_law_NV.device)
+        noise_NV = noise_PV[torch.from_numpy(which_N)].to(log_law_NV.device)
         return (log_law_NV + noise_NV).argmax(-1).cpu().numpy()
 
     def _noise_at(self, position: int, vocab_size: int) -> torch.Tensor:
@@ -97,19 +166,113 @@ class Sampler:
         return self._noise[position]
 
 
-def verify_match(
-    choice_BC: np.ndarray, proposed_BC: np.ndarray, judged_B: np.ndarray
-) -> np.ndarray:
-    """How many of the first `judged` proposals of each row equal the verifier's own choices.
+def verify_match(choice_BC: np.ndarray, proposal: Proposal) -> Verdict:
+    """Follow the proposals for as long as they equal the verifier's own choices.
 
     Args:
-        choice_BC: what the verifier chooses at each position.
-        proposed_BC: what was proposed there.
-        judged_B: how many leading columns of a row are proposals; the rest is padding.
-
-    Returns:
-        Accepted tokens per row [B]: the length of the leading run of agreement.
+        choice_BC: what the verifier chooses after each column; the last column may be missing
+            where nothing is asked after it.
     """
-    columns = np.arange(choice_BC.shape[1])
-    agree_BC = (choice_BC == proposed_BC) & (columns < judged_B[:, None])
-    return np.logical_and.accumulate(agree_BC, axis=1).sum(axis=1)
+    every = np.arange(len(choice_BC))
+    column_B = np.zeros_like(every)
+    accepted_B = np.zeros_like(every)
+    path = []
+    going_B = np.ones(len(every), dtype=bool)
+    for _ in range(proposal.tokens_BN.shape[1]):
+        follows_BN = proposal.parent_BN == column_B[:, None]
+        fits_BN = follows_BN & (proposal.tokens_BN == choice_BC[every, column_B][:, None])
+        going_B = going_B & fits_BN.any(1)
+        if not going_B.any():
+            break
+        column_B = np.where(going_B, fits_BN.argmax(1) + 1, column_B)
+        accepted_B = accepted_B + going_B
+        path.append(column_B)
+    path_BD = np.stack(path, axis=1) if path else np.zeros((len(every), 0), dtype=np.int64)
+    token_B = choice_BC[every, np.minimum(column_B, choice_BC.shape[1] - 1)]
+    return Verdict(accepted_B, path_BD, token_B)
+
+
+class Rejection:
+    """Speculative sampling (Leviathan et al. 2211.17192; Chen et al. 2302.01318), level by level.
+
+    A proposal x ~ q is accepted with probability min(1, p(x) / q(x)); the first that is not is
+    replaced by a draw from norm(max(p - q, 0)). What a level has judged is distributed by its own
+    law p, so p, not q, is the proposal law of the next level: the full row of every pending
+    position is kept. Chains only.
+
+    Args:
+        shape: rows, positions that may await a verdict at once, size of the vocabulary.
+    """
+
+    def __init__(
+        self, config: DecodeConfig, shape: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self.config = config
+        self.generator = torch.Generator(device).manual_seed(_mix(int(config.seed), 0))
+        self._laws_BPV = torch.zeros(shape, device=device)
+        """Law that the pending token of each position was drawn from, position modulo P."""
+        self._rows_B1 = torch.arange(shape[0], device=device)[:, None]
+
+    def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
+        law_BV = self._law(scores_BV)
+        self._laws_BPV[self._at(positions_B[:, None])] = law_BV[:, None]
+        return self.sample(law_BV)
+
+    def offered(self, rows_N: np.ndarray, positions_N: np.ndarray, tokens_N: np.ndarray) -> None:
+        # a sure proposal: its law is one-hot
+        slots_N = positions_N % self._laws_BPV.shape[1]
+        self._laws_BPV[rows_N, slots_N] = 0
+        self._laws_BPV[rows_N, slots_N, tokens_N] = 1
+
+    def judge(
+        self, scores_BCV: torch.Tensor, positions_BC: np.ndarray, proposal: Proposal
+    ) -> Verdict:
+        assert proposal.chain, "trees are judged by `Match` only"
+        rows, width = proposal.tokens_BN.shape
+        columns = scores_BCV.shape[1]
+        law_BCV = self._law(scores_BCV)
+        positions_BN = positions_BC[:, :1] + np.arange(width)
+        proposed_BNV = self._laws_BPV[self._at(positions_BN)]
+        tokens_BN1 = torch.from_numpy(proposal.tokens_BN).to(law_BCV.device)[..., None]
+        p_BN = law_BCV[:, :width].gather(-1, tokens_BN1)[..., 0].double()
+        q_BN = proposed_BNV.gather(-1, tokens_BN1)[..., 0].double()
+        accept_BN = self.accept(p_BN / q_BN.clamp_min(1e-300)).cpu().numpy()
+        accept_BN &= np.arange(width) < proposal.count_B[:, None]
+        accepted_B = np.logical_and.accumulate(accept_BN, axis=1).sum(axis=1)
+
+        every = np.arange(rows)
+        law_BV = law_BCV[every, np.minimum(accepted_B, columns - 1)]
+        if width:
+            refused_B1 = torch.from_numpy(accepted_B < proposal.count_B)[:, None].to(law_BV.device)
+            proposed_BV = proposed_BNV[every, np.minimum(accepted_B, width - 1)]
+            law_BV = torch.where(refused_B1, self.residual(law_BV, proposed_BV), law_BV)
+        self._laws_BPV[self._at(positions_BC)] = law_BCV
+        path_BD = np.broadcast_to(np.arange(1, width + 1), (rows, width))
+        return Verdict(accepted_B, path_BD, self.sample(law_BV))
+
+    def accept(self, ratio_BN: torch.Tensor) -> torch.Tensor:
+        """Which proposals are accepted, bool [B, N], each with probability min(1, ratio)."""
+        uniform_BN = torch.rand(
+            ratio_BN.shape, generator=self.generator, dtype=ratio_BN.dtype, device=ratio_BN.device
+        )
+        return uniform_BN < ratio_BN
+
+    def residual(self, law_BV: torch.Tensor, proposed_BV: torch.Tensor) -> torch.Tensor:
+        """Law of the token that takes a refused proposal's place: norm(max(p - q, 0))."""
+        left_BV = (law_BV.double() - proposed_BV.double()).clamp_min(0)
+        # where p = q up to rounding nothing is left, and nothing was refused but by rounding
+        left_BV = torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, law_BV.double())
+        return (left_BV / left_BV.sum(-1, keepdim=True)).to(law_BV)
+
+    def sample(self, law_BV: torch.Tensor) -> np.ndarray:
+        """One token id per row, [B]."""
+        return torch.multinomial(law_BV, 1, generator=self.generator)[:, 0].cpu().numpy()
+
+    def _law(self, scores: torch.Tensor) -> torch.Tensor:
+        vocab = scores.shape[-1]
+        return to_log_law(scores.reshape(-1, vocab), self.config).exp().view(scores.shape)
+
+    def _at(self, positions_BN: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the laws of positions [B, N] are kept."""
+        slots_BN = torch.from_numpy(positions_BN % self._laws_BPV.shape[1])
+        return self._rows_B1, slots_BN.to(self._rows_B1.device)

@@ -14,11 +14,14 @@ from .lm import EarlyExitLM
 from .stats import DecodeStats
 
 _COLOURS = ("yellow", "cyan", "magenta", "blue")
-_FINAL = "green"
+_FINAL, _FREE = "green", "bright_black"
 
 
 def colour(depth: int, ladder: tuple[int, ...]) -> str:
-    """Style of the tokens that the rung at `depth` produced; the full model has its own."""
+    """Style of the tokens that the rung at `depth` produced; the full model has its own, and so
+    have free drafts, which no rung made (depth 0)."""
+    if depth == 0:
+        return _FREE
     if depth == ladder[-1]:
         return f"bold {_FINAL}"
     return _COLOURS[ladder.index(depth) % len(_COLOURS)]
@@ -29,6 +32,8 @@ def stream(out: Output, lm: EarlyExitLM, run: Decode, show_rungs: bool) -> list[
     tokens, ladder = [], run.ladder.depths
     if show_rungs:
         legend = Text("tokens by rung: ")
+        if run.config.drafter != "exit":
+            legend.append("free draft", style=colour(0, ladder)).append("  ")
         for depth in ladder:
             legend.append(f"depth {depth}", style=colour(depth, ladder)).append("  ")
         out.print(legend)
@@ -49,6 +54,9 @@ def stats_table(out: Output, stats: DecodeStats) -> None:
     table = Table()
     for title in ("rung", "layers", "passes", "tokens run", "proposed", "accepted", "seconds"):
         table.add_column(title, justify="right")
+    if stats.free.proposed:
+        share = f"{stats.free.accepted} ({stats.free.acceptance:.0%})"
+        table.add_row("free draft", "0", "", "", str(stats.free.proposed), share, "")
     for rung in stats.rungs:
         rate = "" if rung.acceptance is None else f" ({rung.acceptance:.0%})"
         head = f" + {rung.head_layers}" if rung.head_layers else ""
@@ -77,14 +85,28 @@ def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> 
     Greedy text is compared with transformers' `generate`; sampled text, which `generate` draws
     from other noise, with our own plain decoding at the same seed.
     """
+    config = run.config
+    if config.law == "rejection" and config.temperature > 0:
+        out.say("law 'rejection' keeps the distribution, not the text: nothing to compare")
+        return
     prompt = run.tokens_BN[0, : run.prompt_B[0]].tolist()
-    if run.config.temperature == 0:
+    if config.temperature == 0:
         other = "transformers' generate"
-        plain = hf_generate(lm.model.hf, prompt, run.config.max_new_tokens, run.config.eos)
+        plain = hf_generate(
+            lm.model.hf,
+            prompt,
+            config.max_new_tokens,
+            config.eos,
+            stopping_criteria=run.stopping,
+            repetition_penalty=config.repetition_penalty,
+            no_repeat_ngram_size=config.no_repeat_ngram_size,
+        )
     else:
         other = "own plain decoding with the same seed"
-        alone = Decode(lm.model, [prompt], replace(run.config, ladder=[lm.model.num_layers]))
-        (plain,) = alone.finish()
+        alone = replace(config, ladder=[lm.model.num_layers], drafter="exit", max_time=None)
+        (plain,) = Decode(lm.model, [prompt], alone, stopping_criteria=run.stopping).finish()
+    if config.max_time is not None:
+        plain = plain[: len(tokens)]
     difference = first_difference(lm.model.hf, prompt, tokens, plain)
     if difference is None:
         out.say(f"identical to {other}: all {len(tokens)} tokens")

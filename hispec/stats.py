@@ -5,10 +5,31 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass
-class RungStats:
-    """One rung's share of a decode."""
+class DraftStats:
+    """Proposals and what became of them."""
+
+    proposed: int = 0
+    """Tokens handed to the next deeper level to judge; all those of a tree."""
+    accepted: int = 0
+    """How many of these the next deeper level agreed with."""
+
+    def add(self, proposed_B: np.ndarray, accepted_B: np.ndarray) -> None:
+        """Count one verdict over some rows."""
+        self.proposed += int(proposed_B.sum())
+        self.accepted += int(accepted_B.sum())
+
+    @property
+    def acceptance(self) -> float | None:
+        return self.accepted / self.proposed if self.proposed else None
+
+
+@dataclass(kw_only=True)
+class RungStats(DraftStats):
+    """One rung's share of a decode. The last rung proposes nothing."""
 
     depth: int
     layers: int
@@ -21,16 +42,8 @@ class RungStats:
     """Tokens run through its segment."""
     head_tokens_run: int = 0
     """Tokens run through the blocks of its head."""
-    proposed: int = 0
-    """Tokens it handed to the next deeper rung to judge; 0 for the last rung."""
-    accepted: int = 0
-    """How many of these the next deeper rung agreed with."""
     seconds: float = 0.0
     """Wall time of the steps that it led, with the catching up of shallower rungs for them."""
-
-    @property
-    def acceptance(self) -> float | None:
-        return self.accepted / self.proposed if self.proposed else None
 
 
 @dataclass
@@ -38,6 +51,8 @@ class DecodeStats:
     """Counts of one decode, over all its rows."""
 
     rungs: list[RungStats] = field(default_factory=list)
+    free: DraftStats = field(default_factory=DraftStats)
+    """Drafts that no rung made: lookups and recycled trees."""
     rows: int = 1
     prompt_tokens: int = 0
     new_tokens: int = 0

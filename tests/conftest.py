@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hispec.config import ExitConfig
-from hispec.model import FAMILIES, ExitModel
+from hispec.families import FAMILIES
+from hispec.model import ExitModel
 from hispec.text import stdlib_documents
 
 VOCAB = 61
@@ -46,13 +47,18 @@ def tiny_config(family: str, layers: int = 6, **extra):
         eos_token_id=2,
         pad_token_id=0,
     )
-    if family in ("mistral", "gemma3_text"):
+    if family in ("mistral", "gemma3_text", "phi3"):
         sizes["sliding_window"] = 7  # shorter than the prompts of the tests
     if family in ("qwen2", "qwen3"):
         sizes.update(use_sliding_window=True, sliding_window=7, max_window_layers=2)
     if family == "gemma3_text":
         sizes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
         sizes["query_pre_attn_scalar"] = 8
+    if family == "smollm3":
+        sizes.update(use_sliding_window=True, sliding_window=7, no_rope_layer_interval=3)
+    if family == "granite":
+        sizes.update(embedding_multiplier=3.0, attention_multiplier=0.5)
+        sizes.update(residual_multiplier=0.4, logits_scaling=0.5)
     return AutoConfig.for_model(family, **{**sizes, **extra})
 
 

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, tiny_hf, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hispec.config import DecodeConfig
 from hispec.decode import Decode
@@ -69,43 +67,6 @@ def test_rows_get_what_they_get_alone(ladder, prompts):
         assert decode(model, prompts, ladder, **config)[0] == alone
 
 
-MODELS = {
-    (family, head): tiny_model(family, exits=(2, 4), head=head)
-    for family in ("llama", "gemma3_text")
-    for head in ("shared", "block")
-}
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    kind=st.sampled_from(sorted(MODELS)),
-    inner=st.sets(st.integers(1, 5), max_size=3),
-    draft_length=st.integers(1, 5),
-    buffer=st.integers(1, 9),
-    max_new_tokens=st.integers(1, 20),
-    temperature=st.sampled_from([0.0, 0.5, 1.0]),
-    seed=st.integers(0, 2**62),
-    eos=st.sets(st.integers(0, VOCAB - 1), max_size=6),
-    prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12), min_size=1,
-                     max_size=3),
-)  # fmt: skip
-def test_any_setting_equals_plain_decoding(
-    kind, inner, draft_length, buffer, max_new_tokens, temperature, seed, eos, prompts
-):
-    model = MODELS[kind]
-    common = dict(
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, eos=tuple(sorted(eos))
-    )
-    plain = [decode(model, [prompt], (6,), **common)[0][0] for prompt in prompts]
-    if temperature == 0:
-        alone = [generate(model.hf, prompt, max_new_tokens, eos) for prompt in prompts]
-        assert plain == alone
-    ladder = (*sorted(inner), 6)
-    rows, run = decode(model, prompts, ladder, draft_length=draft_length, buffer=buffer, **common)
-    assert rows == plain
-    assert run.stats.new_tokens == sum(map(len, rows))
-
-
 class LayerLog:
     """Watches the real layers: which (layer, position) runs, on which prefix, and what was kept.
 
@@ -123,7 +84,8 @@ class LayerLog:
             for block in head.blocks:  # negative numbers tell blocks from layers of the trunk
                 hook = self._hook(-block.self_attn.layer_idx)
                 block.register_forward_pre_hook(hook, with_kwargs=True)
-        decode.advance, self._advance = self.advance, decode.advance
+        for step in ("advance", "extend"):
+            setattr(decode, step, self._watch(getattr(decode, step)))
 
     def _hook(self, index):
         def record(module, args, kwargs):
@@ -139,9 +101,13 @@ class LayerLog:
     def prefix(self, position: int) -> tuple[int, ...]:
         return tuple(self.decode.tokens_BN[0, : position + 1].tolist())
 
-    def advance(self, level: int) -> None:
-        self._advance(level)
-        self.live = {e for e in self.live if e[1] == self.prefix(len(e[1]) - 1)}
+    def _watch(self, step):
+        def stepped(*args):
+            result = step(*args)
+            self.live = {e for e in self.live if e[1] == self.prefix(len(e[1]) - 1)}
+            return result
+
+        return stepped
 
 
 @pytest.mark.parametrize("ladder", LADDERS)
