@@ -31,6 +31,10 @@ class Settings(PromptSource):
     """EE checkpoint, or a base model: every depth is then read through the final norm."""
     ladders: list[str] = field(default_factory=list)
     """Such as ["6,30","6,12,30"]; default: every exit with the full model, and all together."""
+    drafters: list[str] = field(default_factory=lambda: ["exit"])
+    """Such as ["exit","lookup","recycle","lookup+exit","recycle+exit"]; each with each ladder."""
+    rows: int = 1
+    """Prompts decoded together."""
     against: str = "generate"
     """`generate`: transformers', greedy only; `plain`: own plain decoding."""
     temperature: float = 0.0
@@ -61,9 +65,12 @@ def main(words: Sequence[str]) -> int:
     ]
     prompts = load_prompts(lm, settings, settings.checkpoint)
 
-    def decode(prompt: list[int], ladder: list[int]) -> list[int]:
+    check(settings.rows >= 1, "rows", settings.rows, "1 or more")
+
+    def decode(rows: list[list[int]], ladder: list[int], drafter: str) -> list[list[int]]:
         config = DecodeConfig(
             ladder,
+            drafter=drafter,
             draft_length=settings.draft_length,
             buffer=settings.buffer,
             max_new_tokens=settings.max_new_tokens,
@@ -71,37 +78,41 @@ def main(words: Sequence[str]) -> int:
             seed=settings.seed,
             eos=lm.eos(),
         )
-        return Decode(lm.model, [prompt], config).finish()[0]
+        return Decode(lm.model, rows, config).finish()
 
+    compared = [(ladder, drafter) for drafter in settings.drafters for ladder in ladders]
     by_generate = settings.against == "generate"
+    if by_generate:
+        compared.insert(0, ([full], "exit"))
     reference = "transformers' generate" if by_generate else "own plain decoding"
     differences: list[dict[str, Any]] = []
     tokens = 0
-    for number, prompt in enumerate(
-        track(prompts, "comparing", transient=True, console=Output(stderr=True))
-    ):
+    groups = range(0, len(prompts), settings.rows)
+    for start in track(groups, "comparing", transient=True, console=Output(stderr=True)):
+        rows = prompts[start : start + settings.rows]
         if by_generate:
-            wanted = hf_generate(lm.model.hf, prompt, settings.max_new_tokens, lm.eos())
-            compared = [[full], *ladders]
+            wanted = [hf_generate(lm.model.hf, p, settings.max_new_tokens, lm.eos()) for p in rows]
         else:
-            wanted, compared = decode(prompt, [full]), ladders
-        tokens += len(wanted)
-        for ladder in compared:
-            found = first_difference(lm.model.hf, prompt, decode(prompt, ladder), wanted)
-            if found is not None:
-                differences.append({"prompt": number, "ladder": ladder, **asdict(found)})
+            wanted = decode(rows, [full], "exit")
+        tokens += sum(map(len, wanted))
+        for ladder, drafter in compared:
+            texts = zip(rows, decode(rows, ladder, drafter), wanted, strict=True)
+            for row, (prompt, ours, theirs) in enumerate(texts):
+                if (found := first_difference(lm.model.hf, prompt, ours, theirs)) is not None:
+                    where = {"prompt": start + row, "ladder": ladder, "drafter": drafter}
+                    differences.append({**where, **asdict(found)})
 
     out = Output()
     for d in differences:
         out.say(
-            f"prompt {d['prompt']}, ladder {tuple(d['ladder'])}: differs at new token "
-            f"{d['position']} ({d['ours']} instead of {d['theirs']}), gap of the two top logits "
-            f"{d['gap']:.5f}"
+            f"prompt {d['prompt']}, ladder {tuple(d['ladder'])}, {d['drafter']}: differs at new "
+            f"token {d['position']} ({d['ours']} instead of {d['theirs']}), gap of the two top "
+            f"logits {d['gap']:.5f}"
         )
-    shown = ", ".join(str(tuple(ladder)) for ladder in compared)
+    shown = ", ".join(f"{tuple(ladder)} {drafter}" for ladder, drafter in compared)
     out.say(
         f"{len(differences)} differences from {reference}: {len(prompts)} prompts, {tokens} "
-        f"tokens, ladders {shown}, {settings.dtype}, temperature {settings.temperature}"
+        f"tokens, {shown}, {settings.dtype}, temperature {settings.temperature}"
     )
     print(json.dumps({"settings": asdict(settings), "tokens": tokens, "differences": differences}))
     return 1 if differences else 0

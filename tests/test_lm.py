@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -10,7 +11,15 @@ import sys
 import pytest
 import torch
 from conftest import HISPEC, ROOT, run, tiny_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextStreamer,
+)
 
 import hispec
 from hispec import checkpoint
@@ -55,6 +64,81 @@ def test_rows_are_what_they_are_alone(lm):
     assert together.stats.rows == 3
 
 
+DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_sixteen_rows_are_what_they_are_alone(lm, drafter):
+    prompts = [PROMPT[: 1 + n] + " x" * (n % 5) for n in range(16)]
+    for law in ({}, {"temperature": 0.8, "seed": 3}):
+        settings = dict(max_new_tokens=12, drafter=drafter, chat=False, **law)
+        together = lm.generate(prompts, **settings)
+        assert together.tokens == [lm.generate(p, **settings).tokens[0] for p in prompts]
+
+
+def strings_over_borders(lm, tokens: list[int]) -> list[str]:
+    """The end of one token with the beginning of the next, wherever both are plain characters."""
+    words = [lm.tokenizer.decode([token]) for token in tokens]
+    return [a[-1] + b[0] for a, b in itertools.pairwise(words) if a.isascii() and b.isascii()]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_stop_strings_end_where_transformers_ends(lm, drafter):
+    """Also where the string lies over a token border, or over two validations."""
+    tokens = lm.encode(PROMPT, chat=False)
+    plain = hf_generate(lm.model.hf, tokens, 40, lm.eos())
+    strings = strings_over_borders(lm, plain)
+    assert len(strings) > 5
+    for string in strings[:6]:
+        criteria = StoppingCriteriaList([StopStringCriteria(lm.tokenizer, [string])])
+        expected = hf_generate(lm.model.hf, tokens, 40, lm.eos(), stopping_criteria=criteria)
+        assert len(expected) < 40
+        for buffer in (1, 5):
+            settings = dict(chat=False, max_new_tokens=40, drafter=drafter, buffer=buffer)
+            result = lm.generate(PROMPT, stop_strings=string, **settings)
+            assert result.tokens[0] == expected
+    rows = lm.generate([PROMPT, "import os"], chat=False, stop_strings=[strings[3], "zzzz"])
+    assert rows.tokens[0] == lm.generate(PROMPT, chat=False, stop_strings=strings[3]).tokens[0]
+
+
+def test_logits_processors_see_the_full_prefix(lm):
+    """Bigrams over the whole text: a processor that saw the chunk alone would let them through."""
+    tokens = lm.encode(PROMPT, chat=False)
+    expected = hf_generate(
+        lm.model.hf, tokens, 40, lm.eos(), repetition_penalty=1.3, no_repeat_ngram_size=2
+    )
+    assert expected != hf_generate(lm.model.hf, tokens, 40, lm.eos())
+    extra = LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
+    for drafter in DRAFTERS:
+        common = dict(chat=False, max_new_tokens=40, drafter=drafter, repetition_penalty=1.3)
+        own = lm.generate(PROMPT, no_repeat_ngram_size=2, **common)
+        assert own.tokens[0] == expected
+        assert lm.generate(PROMPT, logits_processor=extra, **common).tokens[0] == expected
+
+
+def test_a_text_streamer_of_transformers_works(lm, capsys):
+    streamer = TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    result = lm.generate(PROMPT, chat=False, max_new_tokens=20, streamer=streamer)
+    assert capsys.readouterr().out == result.text[0] + "\n"
+    with pytest.raises(ValueError, match="for one prompt only"):
+        lm.generate([PROMPT, PROMPT], streamer=streamer)
+
+
+def test_max_time_ends_after_the_round(lm):
+    result = lm.generate(PROMPT, chat=False, max_new_tokens=200, max_time=1e-9)
+    assert len(result.tokens[0]) == 1
+    whole = lm.generate(PROMPT, chat=False, max_new_tokens=9, max_time=1e9)
+    assert len(whole.tokens[0]) == 9
+
+
+def test_a_loaded_transformers_model_decodes_as_it_is(lm, tiny_base):
+    hf = AutoModelForCausalLM.from_pretrained(tiny_base)
+    wrapped = hispec.EarlyExitLM.from_transformers(hf, lm.tokenizer, exits=(3,))
+    assert wrapped.ladder("auto") == [3, 6]
+    expected = hf_generate(hf, wrapped.encode(PROMPT), 12, wrapped.eos())
+    assert wrapped.generate(PROMPT, max_new_tokens=12).tokens[0] == expected
+
+
 def test_a_stream_adds_up_to_the_text(lm):
     """Also where a character is spread over several tokens."""
     for seed in range(5):
@@ -79,7 +163,19 @@ def test_the_chat_template_is_the_default_where_there_is_one(lm):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ladder": "auto"}, "ladder='auto' is not possible: depths, or 'plain'"),
+        ({"ladder": "fast"}, "ladder='fast' is not possible: depths, 'auto' or 'plain'"),
+        ({"ladder": "plain", "drafter": "lookup"}, "ladder 'plain' has no drafter"),
+        ({"drafter": "guess"}, "drafter='guess' is not possible: one of exit, lookup"),
+        ({"ladder": (6,), "drafter": "lookup+exit"}, "needs an exit below the full model"),
+        ({"drafter": "recycle", "law": "rejection"}, "proposes trees, and these need 'match'"),
+        ({"law": "typical"}, "law='typical' is not possible: one of match, rejection"),
+        ({"lookup_ngram": 1}, "lookup_shortest=2 is not possible: at most lookup_ngram, 1"),
+        ({"max_draft_length": 1}, "max_draft_length=1 is not possible"),
+        ({"draft_treshold": 0.5}, "draft_treshold=0.5 is not possible: known settings"),
+        ({"draft_threshold": 1.5}, "draft_threshold=1.5 is not possible: from 0"),
+        ({"max_time": 0.0}, "max_time=0.0 is not possible"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is not possible"),
+        ({"stop_strings": [""]}, "an empty string stops nothing"),
         ({"ladder": (2, 4)}, "must end at 6"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_config, tiny_hf, tiny_model
+from conftest import VOCAB, decode_tokens, tiny_config, tiny_hf, tiny_model
 
 from hispec.config import ExitConfig
+from hispec.families import check_supported
 from hispec.ladder import Ladder
 from hispec.model import ExitModel
 
@@ -103,6 +106,38 @@ def test_block_heads_start_as_the_top_of_the_model():
         exit_logits = model.logits(4, hidden)
         final_logits = model.logits(6, model.run(hidden, 4, 6))
     torch.testing.assert_close(exit_logits, final_logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            dict(model_type="gpt2"),
+            r"model_type='gpt2' is not supported; supported: llama, .*granite",
+        ),
+        (dict(model_type="mamba"), "keep a running state, from which a rejected draft cannot"),
+        (dict(model_type="new", layer_types=["linear_attention"]), "keep a running state"),
+        (dict(model_type="new", expert_capacity=4), "its experts drop tokens by capacity"),
+    ],
+)
+def test_unsupported_architectures_are_refused_with_the_reason(config, message):
+    with pytest.raises(ValueError, match=message):
+        check_supported(SimpleNamespace(**config))
+
+
+def test_texts_end_before_the_rotary_frequencies_change():
+    """longrope takes other frequencies for all positions past the original context."""
+    parameters = dict(
+        rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+        original_max_position_embeddings=20,
+    )  # fmt: skip
+    model = ExitModel(
+        tiny_hf("phi3", rope_parameters=parameters, original_max_position_embeddings=20)
+    )
+    assert model.longest_text == 20
+    assert len(decode_tokens(model, [3] * 10, (2, 6), max_new_tokens=10)) == 10
+    with pytest.raises(ValueError, match="up to 21 tokens, and from 20 on"):
+        decode_tokens(model, [3] * 11, (2, 6), max_new_tokens=10)
 
 
 def test_another_architecture_is_refused_by_name():
