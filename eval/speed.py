@@ -69,9 +69,12 @@ def main(words: Sequence[str]) -> None:
 
     prompts = load_prompts(lm, settings, settings.checkpoint)
 
-    def by_ladder(ladder: list[int]) -> Callable[[list[int]], tuple[list[int], Any]]:
+    def by_ladder(
+        ladder: list[int], drafter: str = "exit"
+    ) -> Callable[[list[int]], tuple[list[int], Any]]:
         config = DecodeConfig(
             ladder,
+            drafter=drafter,
             draft_length=settings.draft_length,
             buffer=settings.buffer,
             max_new_tokens=settings.max_new_tokens,
@@ -94,6 +97,12 @@ def main(words: Sequence[str]) -> None:
     if len(exits) > 1:
         shown = ", ".join(map(str, [*exits, full]))
         timed.append(Timed(f"HiSpec ({shown})", by_ladder([*exits, full])))
+
+    timed += [
+        Timed(f"prompt lookup ({full})", by_ladder([full], "lookup")),
+        Timed(f"token recycling ({full})", by_ladder([full], "recycle")),
+        *(Timed(f"ECHO ({e}, {full})", by_ladder([e, full], "recycle")) for e in exits[-1:]),
+    ]
 
     for entry in timed:
         entry.decode(prompts[0])  # warm-up

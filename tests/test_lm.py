@@ -350,6 +350,9 @@ def test_speed_times_all_settings_in_one_run(ee):
         "LayerSkip (2, 6)",
         "LayerSkip (4, 6)",
         "HiSpec (2, 4, 6)",
+        "prompt lookup (6)",
+        "token recycling (6)",
+        "ECHO (4, 6)",
     ]
     assert all(row["same_as_generate"] == row["same_as_plain"] == 2 for row in line["results"])
     assert line["results"][1]["tokens_per_target_pass"] == 1
