@@ -63,12 +63,10 @@ def main(words: Sequence[str]) -> int:
         *([e, full] for e in exits),
         *([[*exits, full]] if len(exits) > 1 else []),
     ]
-    prompts = load_prompts(lm, settings, settings.checkpoint)
-
     check(settings.rows >= 1, "rows", settings.rows, "1 or more")
 
-    def decode(rows: list[list[int]], ladder: list[int], drafter: str) -> list[list[int]]:
-        config = DecodeConfig(
+    def config(ladder: list[int], drafter: str) -> DecodeConfig:
+        return DecodeConfig(
             ladder,
             drafter=drafter,
             draft_length=settings.draft_length,
@@ -78,12 +76,17 @@ def main(words: Sequence[str]) -> int:
             seed=settings.seed,
             eos=lm.eos(),
         )
-        return Decode(lm.model, rows, config).finish()
+
+    def decode(rows: list[list[int]], ladder: list[int], drafter: str) -> list[list[int]]:
+        return Decode(lm.model, rows, config(ladder, drafter)).finish()
 
     compared = [(ladder, drafter) for drafter in settings.drafters for ladder in ladders]
     by_generate = settings.against == "generate"
     if by_generate:
         compared.insert(0, ([full], "exit"))
+    for ladder, drafter in compared:  # all of them are known to be possible before the first runs
+        config(ladder, drafter).validate(full)
+    prompts = load_prompts(lm, settings, settings.checkpoint)
     reference = "transformers' generate" if by_generate else "own plain decoding"
     differences: list[dict[str, Any]] = []
     tokens = 0

@@ -9,11 +9,13 @@ a number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from .attention import Branch
 from .proposal import Proposal
 
 # Attention kernels sum keys in whole vectors and the rest one by one. With no rest ever, the same
@@ -102,6 +104,46 @@ class Cache:
             seen_BTK = seen_BTK & (key_positions > positions_BT[..., None] - window)
         return seen_BTK
 
+    def branches(
+        self, window: int | None, mask: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[Branch]:
+        """The announced tree branch by branch, depth first; nothing if none was announced.
+
+        The first branch of a row includes the tokens of the pass before the tree.
+
+        Args:
+            window: as in `seen`.
+            mask: makes the attention's mask of what is seen, bool [1, T, K].
+        """
+        if self._tree is None:
+            return []
+        assert self._slots_BT is not None
+        found: list[Branch] = []
+        for row, runs in enumerate(self._tree.runs):
+            begin, end = int(self._slots_BT[row, 0]), int(self._slots_BT[row, -1]) + 1
+            base = int(self._tree.base_B1[row, 0])
+            for place, slot, stop in runs:
+                first, stop = begin if slot == base else max(begin, slot), min(stop, end)
+                if stop <= first:
+                    continue
+                moved = place - slot
+                positions_T1 = torch.arange(first + moved, stop + moved)[:, None]
+                keys_K = torch.arange(_round_up(stop + moved))
+                seen_TK = keys_K <= positions_T1
+                if window is not None:
+                    seen_TK &= keys_K > positions_T1 - window
+                found.append(
+                    Branch(
+                        row=row,
+                        tokens=slice(first - begin, stop - begin),
+                        slots=slice(first, stop),
+                        places=slice(first + moved, stop + moved),
+                        proposals=slice(base, base + self._tree.width),
+                        mask=mask(seen_TK[None]),
+                    )
+                )
+        return found
+
     def update(
         self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,6 +203,14 @@ class _PlacedTree:
         self.depth_BN = torch.from_numpy(proposal.depth_BC[:, 1:].copy()).to(device)
         self.sees_BNN = torch.from_numpy(proposal.sees_BNN).to(device)
         self.width = proposal.parent_BN.shape[1]
+        self.runs = [
+            [(base + depth_C[first] - 1, base + first - 1, base + stop - 1) for first, stop in runs]
+            or [(base, base, base)]  # nothing but the tokens before
+            for base, depth_C, runs in zip(
+                base_B.tolist(), proposal.depth_BC.tolist(), proposal.runs, strict=True
+            )
+        ]
+        """Chains of each row: position of the first, slot of the first, slot after the last."""
 
     def _inside(self, slots_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(which slots hold proposals, the number of the proposal there)."""

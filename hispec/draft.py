@@ -213,21 +213,23 @@ def top_candidates(logits_NV: torch.Tensor, k: int, block: int = 64) -> torch.Te
 
 
 def tree_template(tokens: int, width: int) -> list[tuple[int, int]]:
-    """The `tokens` likeliest (parent column, rank of the candidate) of a recycled tree.
+    """A recycled tree: the `tokens` likeliest (parent column, rank of the candidate), depth first.
 
-    Best first, by the product of the ranks' hit rates along the path. The rates, about 1 / (rank +
-    1)^1.5 of a first one of 0.5, are a guess: trees of other rates differ by little.
+    Likeliest by the product of the ranks' hit rates along the path. The rates are about 1 / (rank +
+    1)^1.5 of a first one of 0.5; trees made for rates that were counted on real text are no better
+    (docs/decisions.md).
     """
     rates = [0.5 / (rank + 1) ** 1.5 for rank in range(width)]
-    template: list[tuple[int, int]] = []
-    open_nodes = [(-rates[0], 0, 0, 1.0)]  # (-probability, parent, rank, the parent's probability)
-    while len(template) < tokens:
-        chance, parent, rank, above = heapq.heappop(open_nodes)
-        template.append((parent, rank))
-        heapq.heappush(open_nodes, (chance * rates[0], len(template), 0, -chance))
-        if rank + 1 < width:
-            heapq.heappush(open_nodes, (-above * rates[rank + 1], parent, rank + 1, above))
-    return template
+    paths: list[tuple[int, ...]] = []  # of ranks
+    open_nodes: list[tuple[float, tuple[int, ...]]] = [(-rates[0], (0,))]
+    while len(paths) < tokens:
+        chance, path = heapq.heappop(open_nodes)
+        paths.append(path)
+        heapq.heappush(open_nodes, (chance * rates[0], (*path, 0)))
+        if (rank := path[-1] + 1) < width:
+            heapq.heappush(open_nodes, (chance * rates[rank] / rates[rank - 1], (*path[:-1], rank)))
+    column = {path: i for i, path in enumerate(sorted(paths), start=1)}
+    return [(column.get(path[:-1], 0), path[-1]) for path in sorted(paths)]
 
 
 def compact(tokens_BN: np.ndarray, parent_BN: np.ndarray) -> Proposal:

@@ -10,47 +10,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .attention import NAME, Branch, rounds_alike
 from .cache import Cache
 from .config import ExitConfig
 from .families import SLIDING, check_supported, layer_types, longest_text
 from .heads import ExitHead, build_head
-
-
-def masked_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention over the cache, always with an explicit mask, [B, 1, heads per KV head * T, K].
-
-    The query heads that share a KV head become rows of one problem, so the keys are not copied per
-    head. It also keeps a pass of one token off the kernel for single rows, which rounds otherwise:
-    a token gets the same bits in any small pass.
-    """
-    B, Hq, T, D = query.shape
-    Hkv = key.shape[1]
-    packed = query.reshape(B, Hkv, Hq // Hkv * T, D)
-    if packed.shape[2] == 1:
-        packed = packed.expand(-1, -1, 2, -1)
-    out = F.scaled_dot_product_attention(
-        packed, key, value, attn_mask=attention_mask, scale=scaling
-    )[:, :, : Hq // Hkv * T]
-    return out.reshape(B, Hq, T, D).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("hispec", masked_attention)
 
 
 @dataclass
@@ -59,6 +30,8 @@ class LayerInputs:
 
     attention_mask: torch.Tensor | None
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    branches: list[Branch] = field(default_factory=list)
+    """Of a tree whose branches are computed one by one; they bring masks of their own."""
 
 
 class ExitModel(nn.Module):
@@ -191,6 +164,7 @@ class ExitModel(nn.Module):
                     position_ids=positions_BT,
                     past_key_values=cache,
                     use_cache=cache is not None,
+                    **({"branches": inputs[kind].branches} if cache is not None else {}),
                 )
         return hidden_BTH
 
@@ -205,7 +179,7 @@ class ExitModel(nn.Module):
             yield
             return
         before = config._attn_implementation
-        config._attn_implementation = "hispec"
+        config._attn_implementation = NAME
         try:
             yield
         finally:
@@ -224,10 +198,17 @@ class ExitModel(nn.Module):
             keys = torch.arange(length, device=positions_BT.device)
             seen_BTK = keys <= positions_BT[..., None]
             seen_BTK &= keys > positions_BT[..., None] - window
-        else:
-            seen_BTK = cache.seen(window)
-        mask = torch.zeros(seen_BTK.shape, dtype=hidden_BTH.dtype, device=hidden_BTH.device)
-        mask.masked_fill_(~seen_BTK, float("-inf"))
-        if cache is not None:
-            mask = mask.repeat(1, self._heads_per_kv, 1)
-        return LayerInputs(mask[:, None], rope)
+            return LayerInputs(_mask(seen_BTK, hidden_BTH.dtype), rope)
+        mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
+        if rounds_alike(positions_BT.numel(), hidden_BTH):
+            branches = cache.branches(window, mask)
+            if branches:
+                return LayerInputs(None, rope, branches)
+        return LayerInputs(mask(cache.seen(window)), rope)
+
+
+def _mask(seen_BTK: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
+    """The additive mask [B, 1, repeats * T, K] of what may be seen."""
+    mask_BTK = torch.zeros(seen_BTK.shape, dtype=dtype, device=seen_BTK.device)
+    mask_BTK.masked_fill_(~seen_BTK, float("-inf"))
+    return mask_BTK.repeat(1, repeats, 1)[:, None]

@@ -18,7 +18,8 @@ class Proposal:
     Args:
         tokens_BN: proposed token ids.
         parent_BN: column of the token before each, smaller than its own; -1 where there is no
-            proposal. The proposals of a row come first, then its padding.
+            proposal. The proposals of a row come first, then its padding. They lie depth first:
+            each follows the one to its left or an ancestor of that one.
         chain: whether every proposal follows the one to its left.
     """
 
@@ -77,6 +78,16 @@ class Proposal:
             sees_BNN[:, i] = np.where((parent_B > 0)[:, None], above_BN, False)
             sees_BNN[:, i, i] = True
         return sees_BNN
+
+    @cached_property
+    def runs(self) -> list[list[tuple[int, int]]]:
+        """For each row the stretches of columns, (first, stop), that are chains of their own."""
+        found: list[list[tuple[int, int]]] = []
+        for parent_N, count in zip(self.parent_BN, self.count_B, strict=True):
+            columns = np.arange(1, count + 1)
+            starts = columns[(parent_N[:count] != columns - 1) | (columns == 1)].tolist()
+            found.append(list(zip(starts, [*starts[1:], int(count) + 1], strict=False)))
+        return found
 
 
 def chain_parents(count_B: np.ndarray, width: int) -> np.ndarray:

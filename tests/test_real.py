@@ -62,14 +62,21 @@ def test_sampled_float32_does_not_depend_on_the_ladder(lm, ladder):
         assert decode_tokens(lm.model, prompt, ladder, **law) == plain
 
 
+DRAFTERS = ["lookup", "recycle", "lookup+exit", "recycle+exit"]
+
+
 def test_bf16_on_the_cpu_is_the_same_text_too(folder, lm):
-    """Small passes give a token the same bits whatever their size, so even near-ties agree."""
+    """Small passes give a token the same bits whatever their size and shape, so even near-ties
+    agree."""
     half = load(folder, torch.bfloat16)
     for text, law in [(PROMPTS[0], {}), (PROMPTS[1], {}), (PROMPTS[2], {"temperature": 0.8})]:
         settings = dict(max_new_tokens=20, eos=half.eos(), **law)
         prompt = half.encode(text)
         plain = decode_tokens(half.model, prompt, (30,), **settings)
-        for ladder in LADDERS:
-            got = decode_tokens(half.model, prompt, ladder, **settings)
+        for ladder, drafter in [
+            *((ladder, "exit") for ladder in LADDERS),
+            *((LADDERS[1], drafter) for drafter in DRAFTERS),
+        ]:
+            got = decode_tokens(half.model, prompt, ladder, drafter=drafter, **settings)
             difference = first_difference(half.model.hf, prompt, got, plain)
-            assert difference is None, difference
+            assert difference is None, (ladder, drafter, difference)
