@@ -9,13 +9,13 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,6 +66,11 @@ class LocalBase:
     def license(self) -> str | None:
         return self.provenance.get("license")
 
+    @property
+    def trained(self) -> bool:
+        """Whether these are no longer the weights that the name stands for."""
+        return bool(self.provenance.get("trained"))
+
     def weights(self) -> dict[str, str]:
         """SHA-256 of every weight file."""
         return weight_hashes(self.folder)
@@ -109,6 +114,15 @@ def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
+def base_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a base model's weights are stored in."""
+    (file, *_) = base_weight_files(folder)
+    with safe_open(file, framework="pt") as tensors:
+        name = next(iter(tensors.keys()))
+        dtype: torch.dtype = tensors.get_tensor(name).dtype
+        return dtype
+
+
 def base_weight_files(folder: Path) -> list[Path]:
     """The base's weight files in a folder; those of the exits are not among them."""
     return [file for file in sorted(folder.glob("*.safetensors")) if file.name != EXITS]
@@ -127,6 +141,8 @@ def save(
     recipe: dict[str, Any] | None = None,
     figures: dict[str, Any] | None = None,
     full: bool = False,
+    exits: dict[str, torch.Tensor] | None = None,
+    trunk: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an EE checkpoint, whole or not at all.
 
@@ -136,6 +152,8 @@ def save(
         recipe: resolved settings of the training.
         figures: what was measured, with what and on what.
         full: include the base, so that plain transformers loads the folder.
+        exits: state dict of the exits, instead of what the model holds.
+        trunk: weights of a trunk that was trained too, instead of the base's; always included.
 
     Raises:
         ValueError: `folder` holds something that is no EE checkpoint, or the base itself.
@@ -143,18 +161,21 @@ def save(
     check_target(folder)
     if folder.resolve() == base.folder.resolve():
         raise ValueError(f"{folder} is the base model itself; name another folder")
-    dtype = model.hf.lm_head.weight.dtype
+    dtype = base_dtype(base.folder)
     tensors = {
         f"exits.{name}": tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.heads.state_dict().items()
+        for name, tensor in (model.heads.state_dict() if exits is None else exits).items()
     }
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
-        weights = base.weights()
-        if full:
-            for file in base.folder.iterdir():
-                if file.name not in (CONFIG, EXITS) and any(map(file.match, MODEL_FILES)):
-                    shutil.copy2(file, temporary / file.name)
+        if full or trunk is not None:
+            replaced = ("model*.safetensors*",) if trunk is not None else ()
+            _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
+        if trunk is not None:
+            plain = AutoModelForCausalLM.from_config(model.hf.config, dtype=dtype)
+            plain.load_state_dict({name: tensor.to(dtype) for name, tensor in trunk.items()})
+            plain.save_pretrained(temporary)
+        weights = base.weights() if trunk is None else weight_hashes(temporary)
         config = {
             "format_version": FORMAT_VERSION,
             "exits": asdict(model.exits),
@@ -164,7 +185,8 @@ def save(
                 "hub_id": base.hub_id,
                 "revision": base.revision,
                 "license": base.license,
-                "included": full,
+                "included": full or trunk is not None,
+                "trained": trunk is not None or base.trained,
                 "weights": weights,
             },
             "files": {EXITS: sha256(temporary / EXITS)},
@@ -179,6 +201,13 @@ def save(
         write_json(temporary / CONFIG, config)
 
 
+def _copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
+    """Copy the files that make a model, but for those whose names match one of `without`."""
+    for file in source.iterdir():
+        if any(map(file.match, MODEL_FILES)) and not any(map(file.match, without)):
+            shutil.copy2(file, folder / file.name)
+
+
 def check_target(folder: Path) -> None:
     """Raise ValueError unless a checkpoint may be written to `folder`, replacing what is there.
 
@@ -190,6 +219,19 @@ def check_target(folder: Path) -> None:
         raise ValueError(f"{folder} is a file; name a folder for the checkpoint")
     if any(folder.iterdir()) and not is_checkpoint(folder):
         raise ValueError(f"{folder} is not empty and no EE checkpoint; name another folder")
+
+
+def copy(source: Path, folder: Path) -> None:
+    """Write a checkpoint a second time, whole or not at all.
+
+    Raises:
+        ValueError: `source` is none, or `folder` may not be replaced.
+    """
+    check_target(folder)
+    config = read_config(source)
+    with new_folder(folder) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        write_text(temporary / CARD, model_card(folder.name, config))
 
 
 def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> None:
@@ -217,7 +259,12 @@ def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -
     config = read_config(source)
     model, _ = load(source, base=base)
     home = _base_folder(source, config, base)
-    provenance = {key: config["base"][key] for key in ("hub_id", "revision", "license")}
+    kept = ("hub_id", "revision", "license", "trained")
+    provenance = {key: config["base"].get(key) for key in kept}
+    if not full and provenance["trained"]:
+        raise ValueError(
+            f"{source} cannot be exported without its trunk, which was trained too: use --full"
+        )
     save(
         folder,
         model,
@@ -255,7 +302,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: section {section!r} must be an object, it is {content!r}")
         if missing := [key for key in keys if key not in content]:
             raise ValueError(f"{path}: section {section!r} lacks {', '.join(missing)}")
-    if unknown := set(config["exits"]) - set(_SECTIONS["exits"]):
+    if unknown := set(config["exits"]) - {f.name for f in fields(ExitConfig)}:
         raise ValueError(f"{path}: section 'exits' has the unknown {', '.join(sorted(unknown))}")
     return config
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
 
-HEAD_KINDS = ("shared", "block")
+HEAD_KINDS = ("shared", "adapter", "block")
 DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
 LAWS = ("match", "rejection")
 
@@ -30,10 +30,12 @@ class ExitConfig:
     depths: list[int] = field(default_factory=list)
     """Depths of the exits, increasing, each from 1 to L - 1."""
     head: str = "block"
-    """`shared`: final norm and LM head as they are (LayerSkip). `block`: own transformer blocks
-    and own norm before the shared LM head."""
+    """`shared`: final norm and LM head as they are (LayerSkip). `adapter`: own norm and a low-rank
+    adapter before the shared LM head. `block`: own transformer blocks and own norm."""
     blocks: int = 2
     """Transformer blocks of a `block` head."""
+    rank: int = 64
+    """Width of an `adapter` head's bottleneck."""
 
     def validate(self, num_layers: int) -> None:
         """Raises ValueError if this cannot describe exits of a model of `num_layers` layers."""
@@ -46,6 +48,7 @@ class ExitConfig:
                 self.blocks,
                 f"from 1 to {num_layers}, the layers of the model",
             )
+        check(self.rank >= 1, "rank", self.rank, "1 or more")
 
 
 @dataclass

@@ -5,14 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from .config import ExitConfig
 
 
+class LowRank(nn.Module):
+    """`h + up(silu(down(h)))`; a fresh one passes on what it gets."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = hidden + self.up(F.silu(self.down(hidden)))
+        return out
+
+
 class ExitHead(nn.Module):
-    """Transformer blocks (none for the `shared` kind), then a norm; the LM head comes after it.
+    """Transformer blocks, a norm and an adapter, each as far as the kind has them, for the LM head.
 
     The blocks attend over the states of their own exit, so they have KV and a length of their own:
     a side segment of the ladder.
@@ -21,12 +36,18 @@ class ExitHead(nn.Module):
         blocks: decoder layers of the base model's own class.
         norm: the exit's own norm, or None where the final norm of the base model is used.
         layer_types: for each block, the attention type of the layer it was copied from.
+        adapter: what comes after the norm, or None.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], norm: nn.Module | None, layer_types: Sequence[str]
+        self,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None,
+        layer_types: Sequence[str],
+        adapter: LowRank | None = None,
     ) -> None:
         super().__init__()
+        self.adapter = adapter
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.layer_types = list(layer_types)
@@ -38,7 +59,8 @@ def build_head(
     """A fresh head for a base model `hf`.
 
     `block` heads start as copies of the last layers and of the final norm: the place where the
-    base model itself turns hidden states into something that the LM head reads.
+    base model itself turns hidden states into something that the LM head reads. An `adapter` head
+    starts as a copy of the final norm.
 
     Args:
         layer_types: attention type of every layer of the base model.
@@ -47,6 +69,11 @@ def build_head(
     if config.head == "shared":
         return ExitHead([], None, [])
     trunk = hf.model
+    norm = type(trunk.norm)(hf.config.hidden_size, eps=hf.config.rms_norm_eps)
+    norm.to(_place(trunk.norm)).load_state_dict(trunk.norm.state_dict())
+    if config.head == "adapter":
+        adapter = LowRank(hf.config.hidden_size, config.rank).to(_place(trunk.norm))
+        return ExitHead([], norm, [], adapter)
     blocks = []
     for offset, layer in enumerate(trunk.layers[-config.blocks :]):
         source = layer.self_attn.layer_idx
@@ -55,8 +82,6 @@ def build_head(
         block.load_state_dict(layer.state_dict())
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
-    norm = type(trunk.norm)(hf.config.hidden_size, eps=hf.config.rms_norm_eps)
-    norm.to(_place(trunk.norm)).load_state_dict(trunk.norm.state_dict())
     return ExitHead(blocks, norm, layer_types[-config.blocks :])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from .model import ExitModel
 
 _CHUNK = 128  # tokens whose laws are in memory at one time, for two depths
+LONGEST_RUN = 8
 
 
 @dataclass
@@ -24,6 +25,9 @@ class Agreement:
     acceptance: float
     """Mean of sum_v min(p(v), q(v)), 1 - total variation: what rejection sampling accepts."""
     tokens: int
+    runs: list[float] = field(default_factory=list)
+    """Share of the tokens from which on 1, 2, ... argmaxes in a row are the same: greedily, a draft
+    of n tokens has the sum of the first n accepted on average."""
 
 
 @torch.inference_mode()
@@ -36,8 +40,9 @@ def agreement(
     """
     depths = sorted({depth for pair in pairs for depth in pair})
     judged_by = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
-    top1, acceptance = dict.fromkeys(pairs, 0.0), dict.fromkeys(pairs, 0.0)
-    for row_T in rows_RT:
+    acceptance = dict.fromkeys(pairs, 0.0)
+    same_RT = {pair: torch.zeros(rows_RT.shape, dtype=torch.bool) for pair in pairs}
+    for r, row_T in enumerate(rows_RT):
         states = dict(_normed_states(model, row_T[None].to(model.device), depths))
         for start in range(0, rows_RT.shape[1], _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -46,10 +51,59 @@ def agreement(
                 top_N = p_NV.max(-1).indices  # three times as fast as argmax on a CPU
                 for shallow in shallows:
                     q_NV = model.project(states[shallow][part]).float().softmax(-1)
-                    top1[shallow, deep] += (q_NV.max(-1).indices == top_N).sum().item()
+                    same_RT[shallow, deep][r, part] = (q_NV.max(-1).indices == top_N).cpu()
                     acceptance[shallow, deep] += torch.minimum(p_NV, q_NV).sum().item()
     count = rows_RT.numel()
-    return [Agreement(*pair, top1[pair] / count, acceptance[pair] / count, count) for pair in pairs]
+    return [
+        Agreement(
+            *pair,
+            top1=same_RT[pair].float().mean().item(),
+            acceptance=acceptance[pair] / count,
+            tokens=count,
+            runs=run_shares(same_RT[pair]),
+        )
+        for pair in pairs
+    ]
+
+
+def run_shares(same_RT: torch.Tensor) -> list[float]:
+    """Share of the places from which on at least 1, 2, ... `LONGEST_RUN` are true in a row.
+
+    Only places count that have that many behind them.
+    """
+    longest = min(LONGEST_RUN, same_RT.shape[1])
+    windows_RPK = same_RT.unfold(1, longest, 1)
+    return windows_RPK.int().cumprod(-1).float().mean((0, 1)).tolist()
+
+
+@dataclass
+class ExpectedSpeed:
+    """What a ladder of one exit and the full model would gain in greedy decoding."""
+
+    depth: int
+    draft_length: int
+    tokens_per_target_pass: float
+    speed: float
+    """Against plain decoding, if a pass costs what its weights weigh, as where memory is the
+    bottleneck; the drafts' own cost included."""
+
+
+def expected_speed(model: ExitModel, measured: Sequence[Agreement]) -> ExpectedSpeed:
+    """The fastest two rungs that the measured agreement with the full model promises."""
+    layer = sum(p.numel() for p in model.hf.model.layers.parameters()) / model.num_layers
+    lm_head = model.hf.lm_head.weight.numel()
+    target = model.num_layers * layer + lm_head
+    found = []
+    for judged in measured:
+        if judged.deep != model.num_layers:
+            continue
+        head = sum(p.numel() for p in model.head(judged.shallow).parameters())
+        draft = judged.shallow * layer + head + lm_head
+        for length in range(1, len(judged.runs) + 1):
+            tokens = 1 + sum(judged.runs[:length])
+            speed = tokens * target / (target + length * draft)
+            found.append(ExpectedSpeed(judged.shallow, length, tokens, speed))
+    return max(found, key=lambda e: e.speed)
 
 
 def _normed_states(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -122,16 +123,21 @@ class ExitModel(nn.Module):
 
     def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """States [..., H] at `depth` (after `run_head`) as the LM head expects them."""
-        norm = self.head(depth).norm if depth < self.num_layers else None
-        return (norm if norm is not None else self.hf.model.norm)(hidden)
+        head = self.head(depth) if depth < self.num_layers else self._untrained
+        normed = (head.norm if head.norm is not None else self.hf.model.norm)(hidden)
+        return normed if head.adapter is None else head.adapter(normed)
 
     def read(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
         return self.project(self.normed(depth, hidden))
 
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]: LM head, and what the family does after it."""
-        logits = self.hf.lm_head(normed)
+    def project(self, normed: torch.Tensor, head_VH: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H]: LM head, and what the family does after it.
+
+        Args:
+            head_VH: weights to read with instead of the LM head's own.
+        """
+        logits = self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
         if (divisor := getattr(self.hf.config, "logits_scaling", None)) is not None:  # Granite
             logits = logits / divisor
         cap = getattr(self.hf.config, "final_logit_softcapping", None)

@@ -1,14 +1,40 @@
-"""Loss of several exits against the final rung, without ever holding all logits at once."""
+"""Losses of several rungs over one vocabulary, without ever holding all logits at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 Read = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Teacher:
+    """A law that a pupil is to imitate, as what the LM head reads; no gradient flows into it."""
+
+    normed_NH: torch.Tensor
+    share: float = 1.0
+    """Of the mixture of a pupil's teachers; the shares sum to one."""
+    read: Read | None = None
+    """Its own LM head, if that is not the pupil's."""
+
+
+@dataclass
+class Pupil:
+    """One rung in training."""
+
+    normed_NH: torch.Tensor
+    """What the LM head reads."""
+    weight: float
+    """Of its loss in the total; the weights of all pupils sum to one."""
+    ce_weight: float
+    teachers: Sequence[Teacher] = field(default_factory=list)
+    distill_weight: float = 0.0
+    divergence: str = "forward_kl"
 
 
 @dataclass
@@ -16,91 +42,167 @@ class ExitLoss:
     """The training signal of one batch."""
 
     loss: torch.Tensor
-    """Scalar, differentiable: mean over the exits of their mean loss per token."""
-    loss_E: torch.Tensor
-    """Loss of each exit, detached."""
-    agreement_E: torch.Tensor
-    """Share of tokens at which the exit's argmax equals the final rung's."""
+    """Scalar, differentiable: the weighted sum over the pupils of their mean loss per label."""
+    loss_P: torch.Tensor
+    """Mean loss of each pupil, unweighted, detached."""
+    agreement_P: torch.Tensor
+    """Share of labelled tokens at which the pupil's argmax equals the final rung's."""
 
 
-def soft_targets(
-    teacher_NV: torch.Tensor, labels_N: torch.Tensor, distill_weight: float, ce_weight: float
+def divergence(
+    kind: str, logits_NV: torch.Tensor, teacher_NV: torch.Tensor, labelled_N: torch.Tensor
 ) -> torch.Tensor:
-    """`distill_weight * p + ce_weight * onehot(label)`, float32 [N, V]; no label where it is -100.
+    """Summed distance of a pupil's law q from its teacher's p, over the labelled tokens.
 
-    Cross-entropy to this mixture has the gradient of `distill_weight * KL(p || q) + ce_weight * CE`
-    and costs one pass over the vocabulary instead of two.
+    Args:
+        kind: `forward_kl` is the cross-entropy -sum p log q, which is KL(p || q) but for p's own
+            entropy; `reverse_kl` KL(q || p); `tv` the total variation, one half of sum |p - q|,
+            whose complement sum min(p, q) is what rejection sampling accepts.
+        teacher_NV: probabilities, float32.
     """
-    targets_NV = teacher_NV.float().softmax(-1).mul_(distill_weight)
-    labelled = labels_N >= 0
-    columns = labels_N.clamp_min(0)[:, None]
-    return targets_NV.scatter_add_(1, columns, (ce_weight * labelled.float())[:, None])
+    log_q_NV = logits_NV.float().log_softmax(-1)
+    if kind == "forward_kl":
+        each_N = -(teacher_NV * log_q_NV).sum(-1)
+    elif kind == "reverse_kl":
+        q_NV = log_q_NV.exp()
+        tiny = torch.finfo(torch.float32).tiny
+        each_N = (q_NV * (log_q_NV - teacher_NV.clamp_min(tiny).log())).sum(-1)
+    else:
+        each_N = 0.5 * (teacher_NV - log_q_NV.exp()).abs().sum(-1)
+    return (each_N * labelled_N).sum()
+
+
+def pupil_loss(
+    pupil: Pupil, logits_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor
+) -> torch.Tensor:
+    """Summed loss of some tokens: `distill_weight` * divergence + `ce_weight` * cross-entropy.
+
+    With the forward KL both are one cross-entropy, to `distill_weight * p + ce_weight *
+    onehot(label)`: the same gradient in one pass over the vocabulary instead of two.
+    """
+    labelled_N = labels_N >= 0
+    if teacher_NV is None:
+        hard = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        return pupil.ce_weight * hard
+    if pupil.divergence == "forward_kl":
+        targets_NV = teacher_NV * (pupil.distill_weight * labelled_N.float())[:, None]
+        columns = labels_N.clamp_min(0)[:, None]
+        targets_NV.scatter_add_(1, columns, (pupil.ce_weight * labelled_N.float())[:, None])
+        return F.cross_entropy(logits_NV.float(), targets_NV, reduction="sum")
+    soft = divergence(pupil.divergence, logits_NV, teacher_NV, labelled_N)
+    loss = pupil.distill_weight * soft
+    if pupil.ce_weight:
+        hard = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        loss = loss + pupil.ce_weight * hard
+    return loss
+
+
+def _law(teachers: Sequence[Teacher], read: Read, part: slice) -> torch.Tensor | None:
+    """The mixture of the teachers' laws [n, V], float32."""
+    with torch.no_grad():
+        law_NV = None
+        for teacher in teachers:
+            own_NV = (teacher.read or read)(teacher.normed_NH[part]).float().softmax(-1)
+            if teacher.share != 1.0:
+                own_NV *= teacher.share
+            law_NV = own_NV if law_NV is None else law_NV.add_(own_NV)
+        return law_NV
+
+
+def _is_final(teacher: Teacher, final_NH: torch.Tensor) -> bool:
+    """Whether a teacher is the final rung as it is, whose law has its argmax."""
+    same = teacher.normed_NH.data_ptr() == final_NH.data_ptr()
+    return same and teacher.share == 1.0 and teacher.read is None
 
 
 def _top(logits_NV: torch.Tensor) -> torch.Tensor:
     """Argmax [N]; on a CPU `max` finds it in a third of the time that `argmax` takes."""
-    return logits_NV.float().max(-1).indices
+    return logits_NV.detach().float().max(-1).indices
 
 
-class _ChunkedExitLoss(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """Runs forward and backward of one chunk after another inside its forward.
 
     Between chunks only the gradients with respect to the hidden states stay, so the logits in
-    memory are those of one chunk of one exit (and the final rung's). Backward scales what is there.
+    memory are those of one chunk of one pupil (and its teacher). Backward scales what is there.
+    For an LM head that is not trained: its own gradient is not computed.
     """
 
     @staticmethod
-    def forward(ctx, read, final_NH, labels_N, weights, chunk, *hidden_E_NH):  # type: ignore[no-untyped-def]
-        count, exits = len(labels_N), len(hidden_E_NH)
-        grads = [torch.empty_like(hidden) for hidden in hidden_E_NH]
-        loss_E = torch.zeros(exits, device=final_NH.device)
-        agreed_E = torch.zeros(exits, device=final_NH.device)
-        for start in range(0, count, chunk):
-            part = slice(start, min(start + chunk, count))
-            with torch.no_grad():
-                teacher_NV = read(final_NH[part])
-                teacher_top = _top(teacher_NV)
-                targets_NV = soft_targets(teacher_NV, labels_N[part], *weights)
-                del teacher_NV
-            for e, hidden_NH in enumerate(hidden_E_NH):
-                leaf = hidden_NH[part].detach().requires_grad_()
+    def forward(ctx, read, pupils, final_NH, labels_N, chunk, *normed_P_NH):  # type: ignore[no-untyped-def]
+        grads = [torch.empty_like(normed) for normed in normed_P_NH]
+        loss_P, agreed_P = torch.zeros(2, len(pupils), device=final_NH.device)
+        labels = (labels_N >= 0).sum().clamp_min(1)
+        for start in range(0, len(labels_N), chunk):
+            part = slice(start, start + chunk)
+            labels_n = labels_N[part]
+            top_n, laws = None, {}
+            for p, (pupil, normed_NH) in enumerate(zip(pupils, normed_P_NH, strict=True)):
+                key = tuple((id(t.normed_NH), t.share) for t in pupil.teachers)
+                if key not in laws:  # most pupils share one teacher
+                    laws = {key: _law(pupil.teachers, read, part)}
+                if top_n is None:
+                    own = any(_is_final(teacher, final_NH) for teacher in pupil.teachers)
+                    top_n = _top(laws[key] if own else read(final_NH[part]))
+                leaf = normed_NH[part].detach().requires_grad_()
                 with torch.enable_grad():
-                    logits_NV = read(leaf)
-                    loss = F.cross_entropy(logits_NV.float(), targets_NV, reduction="sum") / count
-                (grads[e][part],) = torch.autograd.grad(loss, leaf)
-                loss_E[e] += loss.detach()
-                agreed_E[e] += (_top(logits_NV.detach()) == teacher_top).sum() / count
-                del logits_NV, loss
-        ctx.grads = grads
-        ctx.mark_non_differentiable(loss_E, agreed_E)
-        return loss_E.mean(), loss_E, agreed_E
+                    logits_nV = read(leaf)
+                    loss = pupil_loss(pupil, logits_nV, laws[key], labels_n) / labels
+                (grads[p][part],) = torch.autograd.grad(loss, leaf)
+                loss_P[p] += loss.detach()
+                agreed_P[p] += ((_top(logits_nV) == top_n) & (labels_n >= 0)).sum() / labels
+                del logits_nV, loss
+        ctx.grads = [grad * pupil.weight for grad, pupil in zip(grads, pupils, strict=True)]
+        ctx.mark_non_differentiable(loss_P, agreed_P)
+        total = sum(pupil.weight * loss for pupil, loss in zip(pupils, loss_P, strict=True))
+        return total, loss_P, agreed_P
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        scaled = [grad * (grad_loss / len(ctx.grads)) for grad in ctx.grads]
-        return (None, None, None, None, None, *scaled)
+        return (None, None, None, None, None, *(grad * grad_loss for grad in ctx.grads))
 
 
 def exit_loss(
     read: Read,
-    exits_E_NH: Sequence[torch.Tensor],
+    pupils: Sequence[Pupil],
     final_NH: torch.Tensor,
     labels_N: torch.Tensor,
     *,
-    distill_weight: float,
-    ce_weight: float,
     chunk: int,
+    train_head: bool = False,
 ) -> ExitLoss:
-    """Distillation from the final rung plus cross-entropy to the text, averaged over the exits.
+    """The weighted loss of all rungs that are trained.
 
     Args:
-        read: the LM head, [n, H] -> [n, V]; it is not trained.
-        exits_E_NH: for each exit, its normed states [N, H].
-        final_NH: normed states [N, H] of the final rung; no gradient flows into them.
-        labels_N: next token of each state, -100 where there is none.
+        read: the LM head, [n, H] -> [n, V].
+        final_NH: normed states [N, H] of the final rung, for the agreement.
+        labels_N: next token of each state; where it is -100 nothing is taught.
         chunk: tokens whose logits are held at one time.
+        train_head: let the gradient flow into `read` too. The logits of a chunk are then computed
+            a second time in the backward pass, so that ordinary autograd sees the head (and DDP,
+            FSDP and ZeRO with it).
     """
-    loss, loss_E, agreement_E = _ChunkedExitLoss.apply(
-        read, final_NH.detach(), labels_N, (distill_weight, ce_weight), chunk, *exits_E_NH
-    )
-    return ExitLoss(loss, loss_E, agreement_E)
+    final_NH = final_NH.detach()
+    if not train_head:
+        states = [pupil.normed_NH for pupil in pupils]
+        return ExitLoss(*_ChunkedLoss.apply(read, pupils, final_NH, labels_N, chunk, *states))
+
+    def part_of(pupil: Pupil, normed_nH: torch.Tensor, part: slice) -> list[torch.Tensor]:
+        logits_nV = read(normed_nH)
+        loss = pupil_loss(pupil, logits_nV, _law(pupil.teachers, read, part), labels_N[part])
+        with torch.no_grad():
+            same_n = _top(logits_nV) == _top(read(final_NH[part]))
+            return [loss, (same_n & (labels_N[part] >= 0)).sum()]
+
+    labels = (labels_N >= 0).sum().clamp_min(1)
+    losses, agreed = [], []
+    for pupil in pupils:
+        parts = [
+            checkpoint(part_of, pupil, pupil.normed_NH[part], part, use_reentrant=False)
+            for part in (slice(at, at + chunk) for at in range(0, len(labels_N), chunk))
+        ]
+        losses.append(sum(loss for loss, _ in parts) / labels)
+        agreed.append(sum(same for _, same in parts) / labels)
+    total = sum(pupil.weight * loss for pupil, loss in zip(pupils, losses, strict=True))
+    assert isinstance(total, torch.Tensor)
+    return ExitLoss(total, torch.stack(losses).detach(), torch.stack(agreed))

@@ -11,7 +11,21 @@ from omegaconf import MISSING
 from hispec.config import HEAD_KINDS, ExitConfig, check, resolve
 from hispec.text import STDLIB
 
+from .layer_dropout import SCHEDULES
+from .schedule import CURRICULA, CURVES, EXIT_WEIGHTS
+
 PRECISIONS = ("fp32", "bf16")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "head": HEAD_KINDS,
+    "trunk": ("frozen", "lora", "full"),
+    "dropout_schedule": SCHEDULES,
+    "divergence": ("forward_kl", "reverse_kl", "tv"),
+    "exit_weights": EXIT_WEIGHTS,
+    "curriculum": CURRICULA,
+    "lr_schedule": CURVES,
+    "precision": PRECISIONS,
+    "log_with": (None, "tensorboard", "wandb", "trackio"),
+}
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
@@ -29,8 +43,29 @@ class Recipe:
     exits: list[int] = MISSING
     """Depths of the exits."""
     head: str = "block"
+    """`shared` (LayerSkip: final norm and LM head as they are), `adapter` or `block`."""
     head_blocks: int = 2
+    head_rank: int = 64
+    """Width of an `adapter` head's bottleneck."""
+
+    # trunk
     trunk: str = "frozen"
+    """`frozen`: the model's text stays what it was. `lora`, `full`: it is trained too, on the
+    text's next tokens, and the checkpoint carries it."""
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    layer_dropout: float = 0.0
+    """Probability that a sample skips the last layer; not for a frozen trunk."""
+    dropout_schedule: str = "exp"
+    """How it grows over the depth: see `train/layer_dropout.py`."""
+    dropout_warmup: float = 0.0
+    """Share of the steps over which it rises from 0."""
+    base_kl: float = 0.0
+    """Weight of the KL of the final rung to the untouched base in the final rung's loss. With
+    trunk=full it needs a second copy of the base."""
+    max_drift: float | None = None
+    """Stop when the KL of the final rung to the base on held-out text is more nats than this; the
+    best checkpoint within it is kept."""
 
     # text
     data: str = STDLIB
@@ -48,19 +83,39 @@ class Recipe:
     """Stop early, and export, when this wall time is spent (evaluation and saving included, loading
     not); the schedule still spans `steps`."""
     batch_size: int = 4
-    """Sequences per process and step."""
+    """Sequences per process and pass."""
+    accumulate: int = 1
+    """Passes per step."""
+    gradient_checkpointing: bool = False
+    """Compute the trunk's layers a second time in the backward pass instead of keeping their
+    inside."""
     lr: float = 1e-3
+    lr_schedule: str = "cosine"
+    """Fall of the learning rate after the warm-up, `cosine` or `linear`."""
     warmup: float = 0.05
-    """Share of the steps over which the learning rate rises; it falls as a cosine afterwards."""
+    """Share of the steps over which the learning rate rises."""
     min_lr: float = 0.1
-    """Where the cosine ends, as a share of `lr`."""
+    """Where it ends, as a share of `lr`."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
+
+    # loss
     distill_weight: float = 1.0
-    """Weight of the cross-entropy to the final rung's law."""
+    """Weight of an exit's distance from the final rung's law."""
+    divergence: str = "forward_kl"
+    """That distance: `forward_kl`, `reverse_kl` or `tv` (1 - tv is the acceptance rate)."""
+    neighbour_share: float = 0.0
+    """Share of the next deeper exit's law in what an exit is to imitate."""
     ce_weight: float = 0.1
     """Weight of the cross-entropy to the text's next token."""
+    exit_weights: str = "uniform"
+    """Weights over the exits: `uniform`, or growing with the depth, `linear` or `sum`."""
+    e_scale: float = 1.0
+    """What the exits weigh against the final rung, if the trunk is trained."""
+    curriculum: str = "none"
+    """`none`: all exits in every step. `rotational`: one after another. `gradual`: from the deepest
+    on, all from the middle of the training on."""
     loss_chunk: int = 128
     """Tokens whose logits are in memory at one time. On a CPU 128 was 1.5x faster than 256 with a
     vocabulary of 49,152: larger buffers come from the system anew each time."""
@@ -74,6 +129,8 @@ class Recipe:
     # watching
     eval_every: int = 200
     eval_sequences: int = 16
+    log_with: str | None = None
+    """`tensorboard`, `wandb` or `trackio`, if it is installed; logs go to `OUTPUT.run/logs`."""
     save_every: int = 100
     """Steps between two states that a killed run resumes from."""
     export_full: bool = False
@@ -81,31 +138,77 @@ class Recipe:
 
     def validate(self) -> None:
         """Raises ValueError naming the key, the value and what is allowed."""
-        check(self.head in HEAD_KINDS, "head", self.head, f"one of {', '.join(HEAD_KINDS)}")
-        check(self.trunk == "frozen", "trunk", self.trunk, "only 'frozen' so far")
+        for key, allowed in CHOICES.items():
+            check(
+                getattr(self, key) in allowed,
+                key,
+                getattr(self, key),
+                f"one of {', '.join(map(str, allowed))}",
+            )
+        trained = self.trunk != "frozen"
         check(
-            self.head != "shared",
+            trained or self.head != "shared",
             "head",
             self.head,
-            "with trunk='frozen' a shared head has nothing to train; use head=block, or decode the "
-            "base as it is with `hispec generate BASE --exits ...`",
+            "with trunk='frozen' a shared head has nothing to train; use head=block, trunk=lora or "
+            "trunk=full, or decode the base as it is with `hispec generate BASE --exits ...`",
         )
-        for key in ("head_blocks", "steps", "batch_size", "loss_chunk", "eval_every",
-                    "eval_sequences", "save_every"):  # fmt: skip
+        for key in ("layer_dropout", "base_kl"):
+            check(
+                trained or getattr(self, key) == 0,
+                key,
+                getattr(self, key),
+                "a frozen trunk is not trained; it needs trunk=lora or trunk=full",
+            )
+        check(
+            trained or self.max_drift is None,
+            "max_drift",
+            self.max_drift,
+            "a frozen trunk does not drift",
+        )
+        check(0 <= self.layer_dropout < 1, "layer_dropout", self.layer_dropout, "from 0, below 1")
+        check(
+            0 <= self.neighbour_share < 1,
+            "neighbour_share",
+            self.neighbour_share,
+            "from 0, below 1",
+        )
+        check(
+            self.neighbour_share == 0 or self.distill_weight > 0,
+            "neighbour_share",
+            self.neighbour_share,
+            "it is a share of the distillation, and distill_weight is 0",
+        )
+        check(
+            self.max_drift is None or self.max_drift > 0,
+            "max_drift",
+            self.max_drift,
+            "above 0, or null",
+        )
+        for key in ("lora_alpha", "e_scale"):
+            check(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+        for key in ("head_blocks", "head_rank", "lora_rank", "steps", "batch_size", "accumulate",
+                    "loss_chunk", "eval_every", "eval_sequences", "save_every"):  # fmt: skip
             check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         check(bool(self.exits), "exits", self.exits, "name one depth or more")
         check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
         check(self.seq_len >= 2, "seq_len", self.seq_len, "2 or more tokens")
         check(0 < self.held_out < 1, "held_out", self.held_out, "above 0, below 1")
         check(self.lr > 0, "lr", self.lr, "above 0")
-        check(0 <= self.warmup <= 1, "warmup", self.warmup, "a share of the steps, 0 to 1")
+        for key in ("warmup", "dropout_warmup"):
+            check(
+                0 <= getattr(self, key) <= 1,
+                key,
+                getattr(self, key),
+                "a share of the steps, 0 to 1",
+            )
         check(0 <= self.min_lr <= 1, "min_lr", self.min_lr, "a share of lr, 0 to 1")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         check(self.clip > 0, "clip", self.clip, "above 0")
         check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
         minutes = self.max_minutes
         check(minutes is None or minutes > 0, "max_minutes", minutes, "above 0, or null")
-        for key in ("distill_weight", "ce_weight"):
+        for key in ("distill_weight", "ce_weight", "base_kl"):
             check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         check(
             self.distill_weight + self.ce_weight > 0,
@@ -113,15 +216,9 @@ class Recipe:
             self.distill_weight,
             "it and ce_weight cannot both be 0: there would be no loss",
         )
-        check(
-            self.precision in PRECISIONS,
-            "precision",
-            self.precision,
-            f"one of {', '.join(PRECISIONS)}",
-        )
 
     def exit_config(self) -> ExitConfig:
-        return ExitConfig(list(self.exits), self.head, self.head_blocks)
+        return ExitConfig(list(self.exits), self.head, self.head_blocks, self.head_rank)
 
 
 def load_recipe(words: Sequence[str]) -> Recipe:

@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+CURVES = ("cosine", "linear")
+EXIT_WEIGHTS = ("uniform", "linear", "sum")
+CURRICULA = ("none", "rotational", "gradual")
 
 
-def learning_rate(step: int, total: int, *, warmup: float, floor: float) -> float:
-    """Share of the peak rate at `step` of `total`: linear rise, then a cosine down to `floor`.
+def learning_rate(
+    step: int, total: int, *, warmup: float, floor: float, curve: str = "cosine"
+) -> float:
+    """Share of the peak rate at `step` of `total`: linear rise, then a fall down to `floor`.
 
     Args:
         warmup: share of the steps that rise.
         floor: share of the peak rate at the end.
+        curve: of the fall, `cosine` or `linear`.
     """
     rising = warmup * total
     if step < rising:
         return (step + 1) / (rising + 1)
     progress = min((step - rising) / max(total - rising, 1), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if curve == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * left
+
+
+def active_exits(curriculum: str, exits: int, step: int, total: int) -> list[int]:
+    """Which exits, numbered from the shallowest, are trained at `step` (LayerSkip, 2404.16710).
+
+    `rotational`: one after another. `gradual`: the deepest from the start, all from the middle of
+    the training on.
+    """
+    if curriculum == "rotational":
+        return [step % exits]
+    if curriculum == "gradual":
+        return [e for e in range(exits) if 2 * exits * step >= (exits - 1 - e) * total]
+    return list(range(exits))
+
+
+def exit_weights(
+    kind: str, depths: Sequence[int], *, e_scale: float, final: int | None = None
+) -> list[float]:
+    """Weights of the exits at `depths`, then of the final rung if it is trained; they sum to one.
+
+    Args:
+        kind: `uniform`, or growing with the depth d as d (`linear`) or 1 + 2 + ... + d (`sum`,
+            as in LayerSkip's section 4.1.2).
+        e_scale: what the exits weigh against the final rung; without that it cancels out.
+        final: depth of the final rung if it is trained.
+    """
+    raw = {"uniform": lambda d: 1.0, "linear": float, "sum": lambda d: d * (d + 1) / 2}[kind]
+    weights = [e_scale * raw(depth) for depth in depths]
+    if final is not None:
+        weights.append(raw(final))
+    return [weight / sum(weights) for weight in weights]

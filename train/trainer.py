@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    set_seed,
 )
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from hispec import checkpoint
 from hispec.console import Output, quiet_transformers
-from hispec.files import clear_leftovers, read_json, swap_in, write_json
-from hispec.measure import agreement, ladder_pairs
+from hispec.files import clear_leftovers, write_json
 from hispec.model import ExitModel
 
 from .data import training_sets
-from .losses import ExitLoss, exit_loss
+from .forward import Batch, TrainingStep, Wrapped
+from .judge import Judge, shown
+from .losses import ExitLoss
 from .recipe import Recipe
-from .schedule import learning_rate
+from .schedule import active_exits, learning_rate
+from .state import load_state, save_state
+from .trunk import Trunk
+from .watch import Figures, progress_bar
 
-PROGRESS = "progress.json"
-_LOG_EVERY = 50  # steps between two lines where there is no terminal for a bar
-# A resumed run may change these: they do not touch what a step computes.
-_FREE_KEYS = {"max_minutes", "save_every", "export_full", "threads"}
-
-
-class Exits(nn.Module):
-    """The trained part as one module, so that accelerate wraps, saves and averages it as one."""
-
-    def __init__(self, model: ExitModel) -> None:
-        super().__init__()
-        self.heads = model.heads
-        self._model = (model,)  # in a tuple: the frozen trunk must not become a submodule
-
-    def forward(self, states: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-        """Normed states [B, T, H] of every exit, from the trunk's states there."""
-        (model,) = self._model
-        return [model.normed(d, model.run_head(d, hidden)) for d, hidden in states.items()]
+_SHARDED = ("FSDP", "DEEPSPEED")
 
 
 class Trainer:
@@ -70,9 +52,17 @@ class Trainer:
         self.output = Path(recipe.output)
         checkpoint.check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
+        skips = recipe.curriculum != "none" or recipe.layer_dropout > 0
         self.accelerator = Accelerator(
             mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=recipe.accumulate, sync_with_dataloader=False
+            ),
+            # what a step skips gets no gradient in it; without this DDP would wait for one
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips)],
+            log_with=recipe.log_with,
+            project_dir=str(self.run_folder / "logs"),
         )
         if self.accelerator.device.type == "cpu":
             share = (os.cpu_count() or 1) // self.accelerator.num_processes
@@ -80,27 +70,38 @@ class Trainer:
         set_seed(recipe.seed)
         quiet_transformers()
         self.base = checkpoint.find_base(recipe.base)
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        hf = checkpoint.load_base(self.base.folder, half.get(recipe.precision, torch.float32))
-        hf.requires_grad_(False)
+        half = {"bf16": torch.bfloat16}
+        dtype = half.get(recipe.precision, torch.float32)
+        hf = checkpoint.load_base(self.base.folder, dtype)
         self.model = ExitModel(hf, recipe.exit_config()).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
+        self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
+        untouched = None
+        if recipe.base_kl and recipe.trunk == "full":
+            untouched = ExitModel(checkpoint.load_base(self.base.folder, dtype))
+            untouched.to(self.accelerator.device).requires_grad_(False)
+        self.training_step = TrainingStep(recipe, self.trunk, untouched)
         self.tokenizer = AutoTokenizer.from_pretrained(self.base.folder, local_files_only=True)
 
-        training, self.held_out = training_sets(
-            recipe, self.tokenizer, self.accelerator.num_processes
-        )
+        training, held_out = training_sets(recipe, self.tokenizer, self.accelerator.num_processes)
+        self.judge = Judge(held_out.tensors[0], self.trunk)
         loader = DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)
-        exits = Exits(self.model)
+        sharded = self.accelerator.distributed_type in _SHARDED
+        wrapped = Wrapped(self.model, with_trunk=self.trunk.trained or sharded)
         optimizer = torch.optim.AdamW(
-            exits.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+            [p for p in wrapped.parameters() if p.requires_grad],
+            lr=recipe.lr,
+            betas=(0.9, 0.95),
+            weight_decay=recipe.weight_decay,
         )
-        self.exits, self.optimizer, self.loader = self.accelerator.prepare(exits, optimizer, loader)
-        if len(self.loader) == 0:
+        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
+            wrapped, optimizer, loader
+        )
+        if len(self.loader) < recipe.accumulate:
             raise ValueError(
                 f"batch_size={recipe.batch_size} times {self.accelerator.num_processes} "
-                f"process(es) is more than the {len(training)} rows of {recipe.seq_len} tokens "
-                f"that data={recipe.data!r} gives"
+                f"process(es), {recipe.accumulate} times a step, is more than the "
+                f"{len(training)} rows of {recipe.seq_len} tokens that data={recipe.data!r} gives"
             )
         self._console = Output()
         self.step = 0
@@ -108,71 +109,78 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
 
     def train(self) -> Path:
-        """Train to the end and export; returns the checkpoint's folder."""
+        """Train to the end and export the best; returns the checkpoint's folder."""
+        self._on_model(self.judge.remember_base)
         self._resume()
-        recipe = self.recipe
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        if recipe.log_with:
+            self.accelerator.init_trackers("hispec", config=_flat(asdict(recipe)))
         began, spent = time.perf_counter(), self.minutes
         if self.step == 0:
-            self._evaluate(None)
-        with self._progress_bar() as watch:
-            for (tokens_BT,) in self._batches():
-                if self.step >= recipe.steps or self._time_is_up():
-                    break
-                result = self._train_step(tokens_BT)
+            self._evaluate()
+        bar = progress_bar(
+            *(self._console, recipe.steps, self.step), shown=self.accelerator.is_main_process
+        )
+        with bar as watch:
+            batches = self._batches()
+            while self.step < recipe.steps and not self._time_is_up() and not self._drifted():
+                figures, tokens = self._train_step(batches)
                 self.step += 1
                 self.minutes = spent + (time.perf_counter() - began) / 60
-                watch(result, tokens_BT.numel() * self.accelerator.num_processes)
+                watch(self.step, figures, tokens * processes)
+                self.accelerator.log(figures, step=self.step)
                 if self.step % recipe.eval_every == 0 and self.step < recipe.steps:
-                    self._evaluate(result)
+                    self._evaluate(figures)
                 if self.step % recipe.save_every == 0:
                     self._save_state()
         if not self.history or self.history[-1]["step"] != self.step:
-            self._evaluate(None)
+            self._evaluate()
         self._save_state()
+        self.accelerator.end_training()
         return self._export()
 
-    def _train_step(self, tokens_BT: torch.Tensor) -> ExitLoss:
+    def _train_step(self, batches: Iterator[list[torch.Tensor]]) -> tuple[Figures, int]:
+        """One step of the optimizer; (its figures by name, tokens that this process ran)."""
         recipe = self.recipe
         rate = recipe.lr * learning_rate(
-            self.step, recipe.steps, warmup=recipe.warmup, floor=recipe.min_lr
+            *(self.step, recipe.steps),
+            **dict(warmup=recipe.warmup, floor=recipe.min_lr, curve=recipe.lr_schedule),
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        states, final_BTH = self._trunk(tokens_BT)
-        width = final_BTH.shape[-1]
-        labels_BT = torch.full_like(tokens_BT, -100)
-        labels_BT[:, :-1] = tokens_BT[:, 1:]
-        normed = self.exits(states)
-        with self.accelerator.autocast():
-            result = exit_loss(
-                self.model.project,
-                [hidden.reshape(-1, width) for hidden in normed],
-                final_BTH.reshape(-1, width),
-                labels_BT.reshape(-1),
-                distill_weight=recipe.distill_weight,
-                ce_weight=recipe.ce_weight,
-                chunk=recipe.loss_chunk,
-            )
-        self.accelerator.backward(result.loss)
-        self.accelerator.clip_grad_norm_(self.exits.parameters(), recipe.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return result
+        results: list[ExitLoss] = []
+        tokens = 0
+        for micro in range(recipe.accumulate):
+            tokens_BT, labels_BT = next(batches)
+            tokens += tokens_BT.numel()
+            with self.accelerator.accumulate(self.wrapped):
+                batch = Batch(tokens_BT, labels_BT, self.step, micro)
+                result = self._on_model(self.training_step, batch)
+                self.accelerator.backward(result.loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            results.append(result)
+        loss_P = torch.stack([r.loss_P for r in results]).mean(0).tolist()
+        agreement_P = torch.stack([r.agreement_P for r in results]).mean(0).tolist()
+        figures: Figures = {}
+        chosen = active_exits(recipe.curriculum, len(recipe.exits), self.step, recipe.steps)
+        for place, e in enumerate(chosen):
+            figures[f"@{recipe.exits[e]} loss"] = loss_P[place]
+            figures[f"@{recipe.exits[e]} agree"] = agreement_P[place]
+        if self.trunk.trained:
+            figures["final loss"] = loss_P[-1]
+        return figures, tokens
 
-    @torch.no_grad()
-    def _trunk(self, tokens_BT: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-        """(states at every exit, normed final states), without gradient: the trunk is frozen."""
-        model, states, at = self.model, {}, 0
-        hidden_BTH = model.embed(tokens_BT)
-        for depth in [*self.recipe.exits, model.num_layers]:
-            hidden_BTH, at = model.run(hidden_BTH, at, depth), depth
-            states[depth] = hidden_BTH
-        final_BTH = states.pop(model.num_layers)
-        return states, model.normed(model.num_layers, final_BTH)
+    def _on_model(self, job: Callable[..., Any], *args: Any) -> Any:
+        """Do something with the model from inside what accelerate wrapped."""
+        with self.accelerator.autocast():
+            return self.wrapped(job, *args)
 
     def _batches(self) -> Iterator[list[torch.Tensor]]:
         """Batches without end, from the run's position on: a function of (seed, step) alone."""
-        epoch, skip = divmod(self.step, len(self.loader))
+        epoch, skip = divmod(self.step * self.recipe.accumulate, len(self.loader))
         while True:
             self.loader.set_epoch(epoch)
             yield from self.accelerator.skip_first_batches(self.loader, skip)
@@ -183,156 +191,130 @@ class Trainer:
         limit = self.recipe.max_minutes
         if limit is None:
             return False
-        return broadcast_object_list([self.minutes >= limit])[0]
+        return cast(bool, broadcast_object_list([self.minutes >= limit])[0])
 
-    def _evaluate(self, result: ExitLoss | None) -> None:
-        """Measure the exits on held-out text, and keep the figures with the run."""
-        if not self.accelerator.is_main_process:
-            return
-        (rows_RT,) = self.held_out.tensors
-        with self.accelerator.autocast():
-            pairs = ladder_pairs(self.recipe.exits, self.model.num_layers)
-            measured = agreement(self.model, rows_RT, pairs)
+    def _drifted(self) -> bool:
+        """Whether the last evaluation found the final rung further from the base than allowed."""
+        if not self._beyond(self.history[-1]):
+            return False
+        self.say(
+            f"the final rung is {self.history[-1]['drift']:.4f} nats from its base, more than "
+            f"max_drift={self.recipe.max_drift}: stopping"
+        )
+        return True
+
+    def _beyond(self, entry: dict[str, Any]) -> bool:
+        limit = self.recipe.max_drift
+        return limit is not None and entry["drift"] > limit
+
+    def _evaluate(self, figures: Figures | None = None) -> None:
+        """Measure the exits on held-out text, and keep the best so far in the run's folder."""
+        self.wrapped.eval()
+        found = self._on_model(self.judge)
+        self.wrapped.train()
         entry: dict[str, Any] = {
             "step": self.step,
             "tokens": self._tokens_seen(),
             "minutes": self.minutes,
-            "agreement": [asdict(m) for m in measured],
+            **found,
+            **({"training": figures} if figures else {}),
         }
-        if result is not None:
-            entry["loss"] = result.loss_E.tolist()
         self.history.append(entry)
-        shown = "  ".join(
-            f"{m.shallow}->{m.deep} agreement {m.top1:.3f} acceptance {m.acceptance:.3f}"
-            for m in measured
-        )
-        self.say(f"step {self.step}: held-out text: {shown}")
+        self.say(f"step {self.step}: held-out text: {shown(found)}")
+        self.accelerator.log(_flat({"held out": found["expected"]}), step=self.step)
+        within = [e for e in self.history if e["step"] > 0 and not self._beyond(e)]
+        if max(within, key=lambda e: e["expected"]["speed"], default=None) is entry:
+            self._write_best(entry)
 
     def _tokens_seen(self) -> int:
-        per_step = self.recipe.batch_size * self.recipe.seq_len * self.accelerator.num_processes
-        return self.step * per_step
+        recipe = self.recipe
+        per_step = recipe.batch_size * recipe.seq_len * recipe.accumulate
+        return self.step * per_step * self.accelerator.num_processes
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             self._console.say(text)
 
-    @contextmanager
-    def _progress_bar(self) -> Iterator[Any]:
-        columns = (
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-        )
-        bar = Progress(
-            *columns, console=self._console, disable=not self.accelerator.is_main_process
-        )
-        with bar:
-            task = bar.add_task("", total=self.recipe.steps, completed=self.step, figures="")
-            mean: dict[str, Any] = {}
-
-            def watch(result: ExitLoss, tokens: int) -> None:
-                now = time.perf_counter()
-                seen = {"loss": result.loss_E, "agree": result.agreement_E}
-                if "at" in mean:
-                    seen["rate"] = tokens / (now - mean["at"])
-                for key, value in seen.items():  # moving average over about twenty steps
-                    mean[key] = value if key not in mean else 0.95 * mean[key] + 0.05 * value
-                mean["at"] = now
-                per_exit = "  ".join(
-                    f"@{depth} loss {loss:.2f} agree {agree:.2f}"
-                    for depth, loss, agree in zip(
-                        self.recipe.exits, mean["loss"], mean["agree"], strict=True
-                    )
-                )
-                figures = f"{per_exit}  {mean.get('rate', 0):.0f} tok/s"
-                bar.update(task, completed=self.step, figures=figures)
-                if not self._console.is_terminal and self.step % _LOG_EVERY == 0:
-                    self.say(f"step {self.step} of {self.recipe.steps}: {figures}")
-
-            yield watch
-
-    # State of an unfinished run ---------------------------------------------------------------
-
     def _save_state(self) -> None:
-        """Write all that a killed run needs to go on, whole or not at all.
-
-        Every process takes part: each has random states of its own to save.
-        """
-        staging = self.run_folder / "state.new"  # one name for all processes
-        if self.accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(staging), safe_serialization=True)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_json(
-                staging / PROGRESS,
-                {
-                    "step": self.step,
-                    "minutes": self.minutes,
-                    "history": self.history,
-                    "processes": self.accelerator.num_processes,
-                    "recipe": asdict(self.recipe),
-                },
-            )
-            swap_in(staging, self.run_folder / "state")
-        self.accelerator.wait_for_everyone()
+        progress = {"step": self.step, "minutes": self.minutes, "history": self.history}
+        save_state(self.accelerator, self.run_folder / "state", self.recipe, progress)
 
     def _resume(self) -> None:
         state = self.run_folder / "state"
         if self.accelerator.is_main_process:
-            for target in (self.output, state):
+            for target in (self.output, state, self.run_folder / "best"):
                 if clear_leftovers(target):
                     self.say(f"an earlier run was interrupted while it wrote {target}: cleaned up")
             if not state.exists() and self.run_folder.exists():
                 self.say(f"an earlier run in {self.run_folder} saved no state: starting anew")
             self.run_folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        if not (state / PROGRESS).is_file():
-            return
-        progress = read_json(state / PROGRESS)
-        now, then = asdict(self.recipe), progress["recipe"]
-        changed = [
-            f"{key}: {then.get(key)!r} there, {now[key]!r} now"
-            for key in now
-            if key not in _FREE_KEYS and now[key] != then.get(key)
-        ]
-        if (processes := self.accelerator.num_processes) != progress["processes"]:
-            changed.append(f"processes: {progress['processes']} there, {processes} now")
-        if changed:
-            raise ValueError(
-                f"{state} belongs to a run with other settings ({'; '.join(changed)}); "
-                f"remove {self.run_folder} or choose another output="
-            )
-        self.accelerator.load_state(str(state))
-        self.step = progress["step"]
-        self.minutes = progress["minutes"]
-        self.history = progress["history"]
-        self.say(f"going on at step {self.step} of {self.recipe.steps}, from {state}")
+        progress = load_state(self.accelerator, state, self.recipe)
+        if progress is not None:
+            self.step = progress["step"]
+            self.minutes = progress["minutes"]
+            self.history = progress["history"]
+            self.say(f"going on at step {self.step} of {self.recipe.steps}, from {state}")
 
-    # The end of a run -------------------------------------------------------------------------
+    # The best so far, and the end of a run ------------------------------------------------------
 
-    def _export(self) -> Path:
+    def _write_best(self, entry: dict[str, Any]) -> None:
+        """Write the model as it is to the run's folder. Every process takes part: each may hold a
+        part of the weights."""
+        state = self.accelerator.get_state_dict(self.wrapped)
         if self.accelerator.is_main_process:
-            last = self.history[-1]
+            kept = {k: entry[k] for k in ("agreement", "expected", "drift", "loss") if k in entry}
             checkpoint.save(
-                self.output,
+                self.run_folder / "best",
                 self.model,
                 self.base,
                 recipe=asdict(self.recipe),
                 figures={
                     "text": f"held-out documents of {self.recipe.data}",
-                    "agreement": last["agreement"],
+                    **kept,
                     "untrained": self.history[0]["agreement"],
-                    "training_tokens": last["tokens"],
-                    "minutes": last["minutes"],
+                    "training_tokens": entry["tokens"],
+                    "minutes": entry["minutes"],
                 },
                 full=self.recipe.export_full,
+                exits=_below(state, "heads."),
+                trunk=self.trunk.merged(_below(state, "trunk.")) if self.trunk.trained else None,
             )
+        self.accelerator.wait_for_everyone()
+
+    def _export(self) -> Path:
+        best = self.run_folder / "best"
+        if not checkpoint.is_checkpoint(best):
+            if self._beyond(self.history[-1]):
+                raise ValueError(
+                    f"max_drift={self.recipe.max_drift}: the final rung was further from its base "
+                    "at every evaluation, so there is no checkpoint; lower lr, raise base_kl, or "
+                    "set a smaller eval_every"
+                )
+            self._write_best(self.history[-1])
+        if self.accelerator.is_main_process:
             write_json(self.run_folder / "history.json", {"history": self.history})
-            self.say(f"EE checkpoint: {self.output}")
+            checkpoint.copy(best, self.output)
+            figures = checkpoint.read_config(self.output)["figures"]
+            self.say(
+                f"EE checkpoint: {self.output}, the fastest by expectation, "
+                f"{figures['expected']['speed']:.2f}x, after {figures['training_tokens']} tokens"
+            )
         self.accelerator.wait_for_everyone()
         return self.output
+
+
+def _below(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries of a state dict that begin with a prefix, without it."""
+    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """Values that every tracker takes, by one name each."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update({f"{key} {name}": inner for name, inner in value.items()})
+        else:
+            flat[key] = value if isinstance(value, (int, float, str)) else str(value)
+    return flat

@@ -1,0 +1,170 @@
+"""One training step's forward pass: trunk with layer dropout, exits, the loss of every rung."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hispec.model import ExitModel
+
+from .layer_dropout import rates, skipped, warmed_up
+from .losses import ExitLoss, Pupil, Teacher, exit_loss
+from .recipe import Recipe
+from .schedule import active_exits, exit_weights
+from .trunk import Trunk
+
+
+class Wrapped(nn.Module):
+    """What accelerate wraps: the trained part, and the frozen trunk too where it must be sharded.
+
+    Everything that touches the model runs inside `forward`, as a job that is handed the model, so
+    that the hooks of DDP, FSDP and ZeRO see it.
+    """
+
+    def __init__(self, model: ExitModel, *, with_trunk: bool) -> None:
+        super().__init__()
+        self.heads = model.heads
+        if with_trunk:
+            self.trunk = model.hf
+        self._model = (model,)  # in a tuple: a frozen trunk must not become a submodule
+        self._no_split_modules = model.hf._no_split_modules  # where FSDP may cut
+
+    def forward(self, job: Callable[..., Any], *args: Any) -> Any:
+        return job(self._model[0], *args)
+
+
+@dataclass
+class Batch:
+    """Rows of tokens and what they teach."""
+
+    tokens_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    """The token after each; -100 where nothing is taught."""
+    step: int
+    micro: int = 0
+    """Number of this batch within its step."""
+
+
+class TrainingStep:
+    """The loss of a batch under a recipe.
+
+    Args:
+        base: an untouched copy of the base, where the recipe holds a fully trained trunk to it.
+    """
+
+    def __init__(self, recipe: Recipe, trunk: Trunk, base: ExitModel | None = None) -> None:
+        self.recipe = recipe
+        self.trunk = trunk
+        self.base = base
+
+    def __call__(self, model: ExitModel, batch: Batch) -> ExitLoss:
+        recipe = self.recipe
+        chosen = active_exits(recipe.curriculum, len(recipe.exits), batch.step, recipe.steps)
+        depths = [recipe.exits[e] for e in chosen]
+        with torch.set_grad_enabled(self.trunk.trained):
+            states = self._states(model, batch, depths)
+        final_BTH = model.normed(model.num_layers, states[model.num_layers])
+        flat = lambda hidden_BTH: hidden_BTH.flatten(0, 1)  # noqa: E731
+        final_NH = flat(final_BTH)
+        taught_NH = final_NH.detach()
+
+        weights = exit_weights(
+            recipe.exit_weights,
+            depths,
+            e_scale=recipe.e_scale,
+            final=model.num_layers if self.trunk.trained else None,
+        )
+        normed = {d: flat(model.normed(d, model.run_head(d, states[d]))) for d in depths}
+        pupils = []
+        for i, depth in enumerate(depths):
+            teachers = [Teacher(taught_NH)]
+            if recipe.neighbour_share and i + 1 < len(depths):
+                deeper_NH = normed[depths[i + 1]].detach()
+                teachers = [
+                    Teacher(taught_NH, 1 - recipe.neighbour_share),
+                    Teacher(deeper_NH, recipe.neighbour_share),
+                ]
+            pupils.append(
+                Pupil(
+                    normed[depth],
+                    weights[i],
+                    recipe.ce_weight,
+                    teachers if recipe.distill_weight else [],
+                    recipe.distill_weight,
+                    recipe.divergence,
+                )
+            )
+        if self.trunk.trained:
+            kept_to = [self._base_law(model, batch)] if recipe.base_kl else []
+            pupils.append(Pupil(final_NH, weights[-1], 1.0, kept_to, recipe.base_kl))
+        return exit_loss(
+            model.project,
+            pupils,
+            taught_NH,
+            batch.labels_BT.flatten(),
+            chunk=recipe.loss_chunk,
+            train_head=self.trunk.kind == "full",
+        )
+
+    def _states(self, model: ExitModel, batch: Batch, depths: list[int]) -> dict[int, torch.Tensor]:
+        """States [B, T, H] at some depths and at the end."""
+        wanted = {*depths, model.num_layers}
+        hidden_BTH = model.embed(batch.tokens_BT)
+        found: dict[int, torch.Tensor] = {}
+        if not self.trunk.trained:
+            at = 0
+            for depth in sorted(wanted):
+                hidden_BTH, at = model.run(hidden_BTH, at, depth), depth
+                found[depth] = hidden_BTH
+            return found
+        recipe = self.recipe
+        warm = warmed_up(batch.step, recipe.dropout_warmup * recipe.steps)
+        layer_rates = rates(recipe.dropout_schedule, model.num_layers, recipe.layer_dropout)
+        for layer, rate in enumerate(layer_rates):
+            skip = skipped(
+                *(rate * warm, len(hidden_BTH)),
+                **dict(seed=recipe.seed, step=batch.step, micro=batch.micro, layer=layer),
+            )
+            hidden_BTH = self._layer(model, layer, hidden_BTH, ~skip)
+            if layer + 1 in wanted:
+                found[layer + 1] = hidden_BTH
+        return found
+
+    def _layer(
+        self, model: ExitModel, layer: int, hidden_BTH: torch.Tensor, keep_B: Any
+    ) -> torch.Tensor:
+        """One layer over the samples that do not skip it; the others are not computed."""
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            return model.run(hidden, layer, layer + 1)
+
+        def maybe_twice(hidden: torch.Tensor) -> torch.Tensor:
+            if self.recipe.gradient_checkpointing:
+                return checkpoint(run, hidden, use_reentrant=False)
+            return run(hidden)
+
+        if keep_B.all():
+            return maybe_twice(hidden_BTH)
+        if not keep_B.any():
+            return hidden_BTH
+        rows_K = torch.from_numpy(keep_B.nonzero()[0]).to(hidden_BTH.device)
+        ran_KTH = maybe_twice(hidden_BTH.index_select(0, rows_K))
+        return hidden_BTH.index_copy(0, rows_K, ran_KTH.to(hidden_BTH.dtype))
+
+    @torch.no_grad()
+    def _base_law(self, model: ExitModel, batch: Batch) -> Teacher:
+        """What the untouched base says to the batch."""
+
+        def normed(base: ExitModel) -> torch.Tensor:
+            hidden_BTH = base.run(base.embed(batch.tokens_BT), 0, base.num_layers)
+            return base.normed(base.num_layers, hidden_BTH).flatten(0, 1)
+
+        if self.base is not None:
+            return Teacher(normed(self.base), read=self.base.project)
+        with self.trunk.untouched():
+            return Teacher(normed(model))

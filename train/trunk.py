@@ -1,0 +1,68 @@
+"""The trunk in training: left alone, with LoRA adapters, or trained as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Trunk:
+    """A base model whose parameters have been set up for the recipe's kinds.
+
+    Args:
+        hf: the base model; with `lora` its linear layers are replaced in place.
+        kind: `frozen`, `lora` or `full`.
+        rank: of the LoRA adapters.
+        alpha: what they add is scaled by alpha / rank.
+    """
+
+    def __init__(self, hf: PreTrainedModel, kind: str, *, rank: int, alpha: float) -> None:
+        self.hf = hf
+        self.kind = kind
+        self.scale = alpha / rank
+        self._adapted: PeftModel | None = None
+        hf.requires_grad_(kind == "full")
+        if kind == "full":
+            hf.float()  # master weights; autocast does the rest
+        if kind == "lora":
+            config = LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            self._adapted = get_peft_model(hf, config)
+
+    @property
+    def trained(self) -> bool:
+        return self.kind != "frozen"
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those that are trained."""
+        return (p for p in self.hf.parameters() if p.requires_grad)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """While this lasts a LoRA trunk is the base model that it was."""
+        assert self._adapted is not None
+        with self._adapted.disable_adapter():
+            yield
+
+    def merged(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The state dict of a plain model, with what the adapters learned in its weights.
+
+        Args:
+            state: that of the model in training, gathered from all processes.
+        """
+        plain: dict[str, torch.Tensor] = {}
+        for name, tensor in state.items():
+            if ".lora_" in name:
+                continue
+            stem, adapted, leaf = name.partition(".base_layer")
+            if adapted and leaf == ".weight":
+                down, up = (state[f"{stem}.lora_{side}.default.weight"] for side in "AB")
+                tensor = tensor.float() + self.scale * (up.float() @ down.float())
+            plain[stem + leaf] = tensor
+        return plain
