@@ -90,19 +90,20 @@ def main(words: Sequence[str]) -> int:
     reference = "transformers' generate" if by_generate else "own plain decoding"
     differences: list[dict[str, Any]] = []
     tokens = 0
-    groups = range(0, len(prompts), settings.rows)
-    for start in track(groups, "comparing", transient=True, console=Output(stderr=True)):
-        rows = prompts[start : start + settings.rows]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    groups = [by_length[i : i + settings.rows] for i in range(0, len(prompts), settings.rows)]
+    for group in track(groups, "comparing", transient=True, console=Output(stderr=True)):
+        rows = [prompts[i] for i in group]
         if by_generate:
             wanted = [hf_generate(lm.model.hf, p, settings.max_new_tokens, lm.eos()) for p in rows]
         else:
             wanted = decode(rows, [full], "exit")
         tokens += sum(map(len, wanted))
         for ladder, drafter in compared:
-            texts = zip(rows, decode(rows, ladder, drafter), wanted, strict=True)
-            for row, (prompt, ours, theirs) in enumerate(texts):
+            texts = zip(group, rows, decode(rows, ladder, drafter), wanted, strict=True)
+            for number, prompt, ours, theirs in texts:
                 if (found := first_difference(lm.model.hf, prompt, ours, theirs)) is not None:
-                    where = {"prompt": start + row, "ladder": ladder, "drafter": drafter}
+                    where = {"prompt": number, "ladder": ladder, "drafter": drafter}
                     differences.append({**where, **asdict(found)})
 
     out = Output()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,10 +173,10 @@ def save(
             replaced = ("model*.safetensors*",) if trunk is not None else ()
             _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
         if trunk is not None:
-            plain = AutoModelForCausalLM.from_config(model.hf.config, dtype=dtype)
-            plain.load_state_dict({name: tensor.to(dtype) for name, tensor in trunk.items()})
-            plain.save_pretrained(temporary)
-        weights = base.weights() if trunk is None else weight_hashes(temporary)
+            tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
+            weights = {name: trunk[name].to("cpu", dtype) for name in trunk if name not in tied}
+            save_torch_state_dict(weights, temporary)
+        hashes = base.weights() if trunk is None else weight_hashes(temporary)
         config = {
             "format_version": FORMAT_VERSION,
             "exits": asdict(model.exits),
@@ -187,7 +188,7 @@ def save(
                 "license": base.license,
                 "included": full or trunk is not None,
                 "trained": trunk is not None or base.trained,
-                "weights": weights,
+                "weights": hashes,
             },
             "files": {EXITS: sha256(temporary / EXITS)},
             "recipe": recipe or {},

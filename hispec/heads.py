@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import ExitConfig
 
@@ -70,7 +73,9 @@ def build_head(
         return ExitHead([], None, [])
     trunk = hf.model
     norm = type(trunk.norm)(hf.config.hidden_size, eps=hf.config.rms_norm_eps)
-    norm.to(_place(trunk.norm)).load_state_dict(trunk.norm.state_dict())
+    norm.to(_place(trunk.norm))
+    with whole(trunk.norm):
+        norm.load_state_dict(trunk.norm.state_dict())
     if config.head == "adapter":
         adapter = LowRank(hf.config.hidden_size, config.rank).to(_place(trunk.norm))
         return ExitHead([], norm, [], adapter)
@@ -79,10 +84,22 @@ def build_head(
         source = layer.self_attn.layer_idx
         # Built, not deep-copied: a deep copy would carry a copy of the config with it.
         block = type(layer)(hf.config, source).to(_place(layer))
-        block.load_state_dict(layer.state_dict())
+        with whole(layer):
+            block.load_state_dict(layer.state_dict())
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
     return ExitHead(blocks, norm, layer_types[-config.blocks :])
+
+
+def whole(module: nn.Module) -> AbstractContextManager[Any]:
+    """While this lasts the module's parameters are all here, even where DeepSpeed's ZeRO-3 has
+    spread them over processes."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed import zero  # it is there, since it is in use
+
+    gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(module.parameters()))
+    return gathered
 
 
 def _place(module: nn.Module) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch import nn
 
 from .model import ExitModel
 
@@ -90,20 +91,24 @@ class ExpectedSpeed:
 
 def expected_speed(model: ExitModel, measured: Sequence[Agreement]) -> ExpectedSpeed:
     """The fastest two rungs that the measured agreement with the full model promises."""
-    layer = sum(p.numel() for p in model.hf.model.layers.parameters()) / model.num_layers
-    lm_head = model.hf.lm_head.weight.numel()
+    layer = _size(model.hf.model.layers) / model.num_layers
+    lm_head = _size(model.hf.lm_head)
     target = model.num_layers * layer + lm_head
     found = []
     for judged in measured:
         if judged.deep != model.num_layers:
             continue
-        head = sum(p.numel() for p in model.head(judged.shallow).parameters())
-        draft = judged.shallow * layer + head + lm_head
+        draft = judged.shallow * layer + _size(model.head(judged.shallow)) + lm_head
         for length in range(1, len(judged.runs) + 1):
             tokens = 1 + sum(judged.runs[:length])
             speed = tokens * target / (target + length * draft)
             found.append(ExpectedSpeed(judged.shallow, length, tokens, speed))
     return max(found, key=lambda e: e.speed)
+
+
+def _size(module: nn.Module) -> int:
+    """Parameters of a module, counted whole where DeepSpeed has spread them over processes."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def _normed_states(

@@ -51,7 +51,7 @@ class ExitModel(nn.Module):
         check_supported(hf.config)
         self.hf = hf
         self.num_layers: int = hf.config.num_hidden_layers
-        self.vocab_size: int = hf.lm_head.weight.shape[0]
+        self.vocab_size: int = hf.lm_head.out_features
         self.layer_types = layer_types(hf.config)
         self.longest_text = longest_text(hf.config)
         self.exits = exits or ExitConfig(head="shared")

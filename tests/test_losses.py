@@ -174,14 +174,12 @@ def test_layers_are_skipped_at_the_rate_of_the_schedule(schedule):
     assert wanted[-1] == pytest.approx(0.4, rel=0.01)
     assert all(a <= b + 1e-12 for a, b in pairwise(wanted))
     for layer, rate in enumerate(wanted):
-        found = [
-            skipped(rate, 8, seed=1, step=step, micro=0, layer=layer).mean() for step in range(500)
-        ]
+        found = [skipped(rate, 8, seed=1, step=step, layer=layer).mean() for step in range(500)]
         assert sum(found) / 500 == pytest.approx(rate, abs=0.03)
 
 
-def test_what_is_skipped_depends_on_seed_step_pass_and_layer_alone():
-    where = dict(seed=3, step=5, micro=1, layer=2)
+def test_what_is_skipped_depends_on_seed_step_and_layer_alone():
+    where = dict(seed=3, step=5, layer=2)
     first = skipped(0.5, 64, **where)
     assert (first == skipped(0.5, 64, **where)).all()
     for key in where:

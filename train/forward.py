@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,12 +56,23 @@ class TrainingStep:
 
     Args:
         base: an untouched copy of the base, where the recipe holds a fully trained trunk to it.
+        rank: number of this process among `processes`.
     """
 
-    def __init__(self, recipe: Recipe, trunk: Trunk, base: ExitModel | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        trunk: Trunk,
+        base: ExitModel | None = None,
+        *,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.recipe = recipe
         self.trunk = trunk
         self.base = base
+        self.rank = rank
+        self.processes = processes
 
     def __call__(self, model: ExitModel, batch: Batch) -> ExitLoss:
         recipe = self.recipe
@@ -125,35 +137,39 @@ class TrainingStep:
         recipe = self.recipe
         warm = warmed_up(batch.step, recipe.dropout_warmup * recipe.steps)
         layer_rates = rates(recipe.dropout_schedule, model.num_layers, recipe.layer_dropout)
+        rows = len(hidden_BTH)
+        pass_rows = rows * self.processes
+        first = batch.micro * pass_rows
+        own = slice(self.rank * rows, (self.rank + 1) * rows)
         for layer, rate in enumerate(layer_rates):
             skip = skipped(
-                *(rate * warm, len(hidden_BTH)),
-                **dict(seed=recipe.seed, step=batch.step, micro=batch.micro, layer=layer),
-            )
-            hidden_BTH = self._layer(model, layer, hidden_BTH, ~skip)
+                *(rate * warm, pass_rows * recipe.accumulate),
+                **dict(seed=recipe.seed, step=batch.step, layer=layer),
+            )[first : first + pass_rows]
+            if not skip.all():  # on any process: all of them enter, or the collectives would hang
+                hidden_BTH = self._layer(model, layer, hidden_BTH, (~skip[own]).nonzero()[0])
             if layer + 1 in wanted:
                 found[layer + 1] = hidden_BTH
         return found
 
     def _layer(
-        self, model: ExitModel, layer: int, hidden_BTH: torch.Tensor, keep_B: Any
+        self, model: ExitModel, layer: int, hidden_BTH: torch.Tensor, kept_K: np.ndarray
     ) -> torch.Tensor:
         """One layer over the samples that do not skip it; the others are not computed."""
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
+            if self.recipe.gradient_checkpointing:
+                again = checkpoint(model.run, hidden, layer, layer + 1, use_reentrant=False)
+                assert isinstance(again, torch.Tensor)
+                return again
             return model.run(hidden, layer, layer + 1)
 
-        def maybe_twice(hidden: torch.Tensor) -> torch.Tensor:
-            if self.recipe.gradient_checkpointing:
-                return checkpoint(run, hidden, use_reentrant=False)
-            return run(hidden)
-
-        if keep_B.all():
-            return maybe_twice(hidden_BTH)
-        if not keep_B.any():
-            return hidden_BTH
-        rows_K = torch.from_numpy(keep_B.nonzero()[0]).to(hidden_BTH.device)
-        ran_KTH = maybe_twice(hidden_BTH.index_select(0, rows_K))
+        if len(kept_K) == len(hidden_BTH):
+            return run(hidden_BTH)
+        if len(kept_K) == 0:  # enters for the others' sake
+            return hidden_BTH + 0.0 * run(hidden_BTH[:1]).sum()
+        rows_K = torch.from_numpy(kept_K).to(hidden_BTH.device)
+        ran_KTH = run(hidden_BTH.index_select(0, rows_K))
         return hidden_BTH.index_copy(0, rows_K, ran_KTH.to(hidden_BTH.dtype))
 
     @torch.no_grad()

@@ -38,10 +38,11 @@ def warmed_up(step: int, steps: float) -> float:
     return min(1.0, (step + 1) / (steps + 1))
 
 
-def skipped(rate: float, rows: int, *, seed: int, step: int, micro: int, layer: int) -> np.ndarray:
-    """Which samples [rows] of a batch skip a layer.
+def skipped(rate: float, rows: int, *, seed: int, step: int, layer: int) -> np.ndarray:
+    """Which of the samples [rows] of a step, those of all processes and passes, skip a layer.
 
-    A pure function of its arguments and the same on every process, so that no process waits in a
-    layer's collectives for one that skips it, and a resumed run skips what it would have skipped.
+    A pure function of its arguments: every process knows what all of them skip, a resumed run skips
+    what it would have skipped, and the samples of a step share its fate however they are spread
+    over processes and passes.
     """
-    return np.random.default_rng([seed, step, micro, layer]).random(rows) < rate
+    return np.random.default_rng([seed, step, layer]).random(rows) < rate

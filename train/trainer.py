@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    set_seed,
-)
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -30,13 +23,12 @@ from .data import training_sets
 from .forward import Batch, TrainingStep, Wrapped
 from .judge import Judge, shown
 from .losses import ExitLoss
+from .processes import build_accelerator, sharded
 from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
 from .trunk import Trunk
 from .watch import Figures, progress_bar
-
-_SHARDED = ("FSDP", "DEEPSPEED")
 
 
 class Trainer:
@@ -52,42 +44,37 @@ class Trainer:
         self.output = Path(recipe.output)
         checkpoint.check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
-        skips = recipe.curriculum != "none" or recipe.layer_dropout > 0
-        self.accelerator = Accelerator(
-            mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=recipe.accumulate, sync_with_dataloader=False
-            ),
-            # what a step skips gets no gradient in it; without this DDP would wait for one
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=skips)],
-            log_with=recipe.log_with,
-            project_dir=str(self.run_folder / "logs"),
-        )
+        self.accelerator = build_accelerator(recipe, self.run_folder / "logs")
         if self.accelerator.device.type == "cpu":
             share = (os.cpu_count() or 1) // self.accelerator.num_processes
             torch.set_num_threads(recipe.threads or max(1, share))
         set_seed(recipe.seed)
         quiet_transformers()
         self.base = checkpoint.find_base(recipe.base)
-        half = {"bf16": torch.bfloat16}
-        dtype = half.get(recipe.precision, torch.float32)
+        half = (
+            recipe.precision == "bf16" and recipe.trunk != "full"
+        )  # else it is the master weights
+        dtype = torch.bfloat16 if half else torch.float32
         hf = checkpoint.load_base(self.base.folder, dtype)
         self.model = ExitModel(hf, recipe.exit_config()).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
         self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
         untouched = None
         if recipe.base_kl and recipe.trunk == "full":
-            untouched = ExitModel(checkpoint.load_base(self.base.folder, dtype))
+            untouched = ExitModel(checkpoint.load_base(self.base.folder, half))
             untouched.to(self.accelerator.device).requires_grad_(False)
-        self.training_step = TrainingStep(recipe, self.trunk, untouched)
+        self.training_step = TrainingStep(
+            *(recipe, self.trunk, untouched),
+            rank=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(self.base.folder, local_files_only=True)
 
         training, held_out = training_sets(recipe, self.tokenizer, self.accelerator.num_processes)
         self.judge = Judge(held_out.tensors[0], self.trunk)
         loader = DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)
-        sharded = self.accelerator.distributed_type in _SHARDED
-        wrapped = Wrapped(self.model, with_trunk=self.trunk.trained or sharded)
+        with_trunk = self.trunk.trained or sharded(self.accelerator)
+        wrapped = Wrapped(self.model, with_trunk=with_trunk)
         optimizer = torch.optim.AdamW(
             [p for p in wrapped.parameters() if p.requires_grad],
             lr=recipe.lr,
@@ -136,8 +123,9 @@ class Trainer:
         if not self.history or self.history[-1]["step"] != self.step:
             self._evaluate()
         self._save_state()
+        exported = self._export()
         self.accelerator.end_training()
-        return self._export()
+        return exported
 
     def _train_step(self, batches: Iterator[list[torch.Tensor]]) -> tuple[Figures, int]:
         """One step of the optimizer; (its figures by name, tokens that this process ran)."""

@@ -27,8 +27,6 @@ class Trunk:
         self.scale = alpha / rank
         self._adapted: PeftModel | None = None
         hf.requires_grad_(kind == "full")
-        if kind == "full":
-            hf.float()  # master weights; autocast does the rest
         if kind == "lora":
             config = LoraConfig(
                 r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"

@@ -1,0 +1,57 @@
+"""The accelerator of a run: one process or many, on GPUs or, for small models, on a CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
+
+from .recipe import Recipe
+
+_SHARDED = ("FSDP", "DEEPSPEED")
+
+
+def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
+    """An accelerator for what `accelerate launch` has started.
+
+    Raises:
+        ValueError: FSDP without a GPU; accelerate would go on as plain data parallelism.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    deepspeed = _asked_for("ACCELERATE_USE_DEEPSPEED")
+    if on_cpu and _asked_for("ACCELERATE_USE_FSDP"):
+        raise ValueError("FSDP needs GPUs; on a CPU launch with ddp.yaml, zero2.yaml or zero3.yaml")
+    skips = recipe.curriculum != "none" or recipe.layer_dropout > 0
+    # What a step skips gets no gradient in it; without this DDP would wait for one.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=skips)]
+    if on_cpu and deepspeed:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(
+        cpu=on_cpu and not deepspeed,
+        mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=recipe.accumulate, sync_with_dataloader=False
+        ),
+        kwargs_handlers=handlers,
+        log_with=recipe.log_with,
+        project_dir=str(logs),
+    )
+
+
+def sharded(accelerator: Accelerator) -> bool:
+    """Whether weights, gradients or optimizer state may be spread over the processes."""
+    return accelerator.distributed_type in _SHARDED
+
+
+def _asked_for(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
