@@ -88,7 +88,7 @@ FSDP_SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 sys.path[:0] = ["tests", "."]
-from conftest import tiny_hf
+from conftest import VOCAB, tiny_hf
 from hispec.config import ExitConfig
 from hispec.model import ExitModel
 from train.data import next_tokens
@@ -113,7 +113,7 @@ def losses(shard, rows):
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
     found = []
     for i in range(4):
-        tokens = torch.randint(3, 97, (4, 16), generator=torch.Generator().manual_seed(i))[rows]
+        tokens = torch.randint(3, VOCAB, (4, 16), generator=torch.Generator().manual_seed(i))[rows]
         result = wrapped(step, Batch(tokens, next_tokens(tokens), i))
         result.loss.backward()
         optimizer.step()
@@ -139,8 +139,8 @@ def test_fsdp2_gives_the_losses_of_one_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FSDP_SCRIPT)
     done = run(
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-        *("--master_port", "0", str(script)),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", "2", str(script)),
         OMP_NUM_THREADS="1",
     )
     assert done.returncode == 0, done.stderr[-3000:]
