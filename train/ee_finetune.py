@@ -1,6 +1,7 @@
 """Train early exits: `accelerate launch train/ee_finetune.py recipe=NAME [key=value ...]`.
 
-The recipe's keys, with their defaults and meanings, are in `train/recipe.py`.
+With `--plan` it only says what the run would need. The recipe's keys, with their defaults and
+meanings, are in `train/recipe.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from train.recipe import load_recipe
 def main(words: list[str]) -> int:
     """Exit code 0, or 2 for settings that cannot be run or a place that cannot be written to."""
     try:
-        recipe = load_recipe(words)
+        recipe = load_recipe([word for word in words if word != "--plan"])
+        if "--plan" in words:
+            from train.plan import show_plan
+
+            show_plan(recipe)
+            return 0
         from train.trainer import Trainer  # after the settings are known to be good: slow to import
 
         Trainer(recipe).train()

@@ -24,7 +24,8 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
     """An accelerator for what `accelerate launch` has started.
 
     Raises:
-        ValueError: FSDP without a GPU; accelerate would go on as plain data parallelism.
+        ValueError: FSDP without a GPU, where accelerate would go on as plain data parallelism, or
+            mixed precision with ZeRO-3 on a CPU.
     """
     on_cpu = not torch.accelerator.is_available()
     deepspeed = _asked_for("ACCELERATE_USE_DEEPSPEED")
@@ -35,7 +36,7 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=skips)]
     if on_cpu and deepspeed:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
         mixed_precision="no" if recipe.precision == "fp32" else recipe.precision,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -46,6 +47,13 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
         log_with=recipe.log_with,
         project_dir=str(logs),
     )
+    plugin = accelerator.state.deepspeed_plugin if deepspeed else None
+    if on_cpu and plugin is not None and plugin.zero_stage == 3 and recipe.precision != "fp32":
+        raise ValueError(
+            f"precision={recipe.precision!r} is not possible with ZeRO-3 on a CPU: DeepSpeed's own "
+            "linear layer knows no mixed precision there; use precision=fp32 or zero2.yaml"
+        )
+    return accelerator
 
 
 def sharded(accelerator: Accelerator) -> bool:
