@@ -225,3 +225,21 @@ def test_batches_go_on_over_the_end_of_an_epoch(tiny_base, texts, tmp_path):
 
 def test_defaults_are_a_valid_recipe_but_for_what_must_be_named():
     Recipe(base="x", output="y", exits=[1]).validate()
+
+
+def test_a_tracker_gets_the_figures(tiny_base, texts, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = settings(tiny_base, texts, tmp_path / "ee", log_with="tensorboard")
+    Trainer(load_recipe(words)).train()
+    events = EventAccumulator(str(tmp_path / "ee.run" / "logs" / "hispec"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    assert {"@2 loss", "@4 agree", "held out speed"} <= set(scalars)
+    assert [event.step for event in events.Scalars("@2 loss")] == list(range(1, 13))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tiny_base, texts, tmp_path):
+    words = settings(tiny_base, texts, tmp_path / "ee", log_with="wandb")
+    with pytest.raises(ValueError, match=r"log_with='wandb' .* pip install wandb"):
+        Trainer(load_recipe(words))

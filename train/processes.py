@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from accelerate.utils import (
     KwargsHandler,
 )
 
+from hispec.config import check
+
 from .recipe import Recipe
 
 _SHARDED = ("FSDP", "DEEPSPEED")
@@ -25,12 +28,19 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
 
     Raises:
         ValueError: FSDP without a GPU, where accelerate would go on as plain data parallelism, or
-            mixed precision with ZeRO-3 on a CPU.
+            mixed precision with ZeRO-3 on a CPU, or a tracker that is not installed.
     """
     on_cpu = not torch.accelerator.is_available()
     deepspeed = _asked_for("ACCELERATE_USE_DEEPSPEED")
     if on_cpu and _asked_for("ACCELERATE_USE_FSDP"):
         raise ValueError("FSDP needs GPUs; on a CPU launch with ddp.yaml, zero2.yaml or zero3.yaml")
+    tracker = recipe.log_with
+    check(
+        tracker is None or find_spec(tracker) is not None,
+        "log_with",
+        tracker,
+        f"it is not installed: pip install {tracker}",
+    )
     skips = recipe.curriculum != "none" or recipe.layer_dropout > 0
     # What a step skips gets no gradient in it; without this DDP would wait for one.
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(find_unused_parameters=skips)]

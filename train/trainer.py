@@ -51,10 +51,8 @@ class Trainer:
         set_seed(recipe.seed)
         quiet_transformers()
         self.base = checkpoint.find_base(recipe.base)
-        half = (
-            recipe.precision == "bf16" and recipe.trunk != "full"
-        )  # else it is the master weights
-        dtype = torch.bfloat16 if half else torch.float32
+        half = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        dtype = torch.float32 if recipe.trunk == "full" else half  # master weights, or as it is
         hf = checkpoint.load_base(self.base.folder, dtype)
         self.model = ExitModel(hf, recipe.exit_config()).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
