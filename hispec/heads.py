@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import ExitConfig
 
@@ -56,8 +55,16 @@ class ExitHead(nn.Module):
         self.layer_types = list(layer_types)
 
 
+Gather = Callable[[nn.Module], AbstractContextManager[Any]]
+"""Makes all parameters of a module be here for a while, where they are spread over processes."""
+
+
 def build_head(
-    hf: PreTrainedModel, config: ExitConfig, layer_types: Sequence[str], first_index: int
+    hf: PreTrainedModel,
+    config: ExitConfig,
+    layer_types: Sequence[str],
+    first_index: int,
+    gather: Gather = nullcontext,
 ) -> ExitHead:
     """A fresh head for a base model `hf`.
 
@@ -68,13 +75,14 @@ def build_head(
     Args:
         layer_types: attention type of every layer of the base model.
         first_index: cache index of the first block; no other layer may have it.
+        gather: around everything that is copied.
     """
     if config.head == "shared":
         return ExitHead([], None, [])
     trunk = hf.model
     norm = type(trunk.norm)(hf.config.hidden_size, eps=hf.config.rms_norm_eps)
     norm.to(_place(trunk.norm))
-    with whole(trunk.norm):
+    with gather(trunk.norm):
         norm.load_state_dict(trunk.norm.state_dict())
     if config.head == "adapter":
         adapter = LowRank(hf.config.hidden_size, config.rank).to(_place(trunk.norm))
@@ -84,22 +92,11 @@ def build_head(
         source = layer.self_attn.layer_idx
         # Built, not deep-copied: a deep copy would carry a copy of the config with it.
         block = type(layer)(hf.config, source).to(_place(layer))
-        with whole(layer):
+        with gather(layer):
             block.load_state_dict(layer.state_dict())
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
     return ExitHead(blocks, norm, layer_types[-config.blocks :])
-
-
-def whole(module: nn.Module) -> AbstractContextManager[Any]:
-    """While this lasts the module's parameters are all here, even where DeepSpeed's ZeRO-3 has
-    spread them over processes."""
-    if not is_deepspeed_zero3_enabled():
-        return nullcontext()
-    from deepspeed import zero  # it is there, since it is in use
-
-    gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(module.parameters()))
-    return gathered
 
 
 def _place(module: nn.Module) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +22,7 @@ from .attention import NAME, Branch, rounds_alike
 from .cache import Cache
 from .config import ExitConfig
 from .families import SLIDING, check_supported, layer_types, longest_text
-from .heads import ExitHead, build_head
+from .heads import ExitHead, Gather, build_head
 
 
 @dataclass
@@ -41,12 +41,18 @@ class ExitModel(nn.Module):
     Args:
         hf: a `...ForCausalLM` of one of `families.FAMILIES`, used as it is.
         exits: trained exits; depths that are not among them are read through the final norm.
+        gather: see `heads.Gather`; for training with ZeRO-3.
 
     Raises:
         ValueError: an architecture that is not supported, or exits that the model cannot have.
     """
 
-    def __init__(self, hf: PreTrainedModel, exits: ExitConfig | None = None) -> None:
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        exits: ExitConfig | None = None,
+        gather: Gather = nullcontext,
+    ) -> None:
         super().__init__()
         check_supported(hf.config)
         self.hf = hf
@@ -60,7 +66,7 @@ class ExitModel(nn.Module):
         self.heads = nn.ModuleDict()
         for i, depth in enumerate(self.exits.depths):
             first = self.num_layers + i * self.exits.blocks
-            self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first)
+            self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first, gather)
         rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
         self._rope_by_type = "layer_type" in rotary
         config = hf.config

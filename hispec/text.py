@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from .chat import Message, encode, is_chat
+
 STDLIB = "stdlib"
 _PLAIN = (".txt", ".md", ".rst", ".py")
+_READ = (*_PLAIN, ".jsonl", ".parquet")
 _DOCUMENTS_AT_ONCE = 64
 _PIECE = 8_000  # characters of one document cut from a long plain text file
 
@@ -24,14 +27,17 @@ _NOT_WRITING = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the name by which it is split."""
+    """A text or a chat, and the name by which it is split."""
 
     name: str
     text: str
+    chat: tuple[Message, ...] = ()
 
 
 def documents(source: str, text_column: str = "text", hub_split: str = "train") -> list[Document]:
     """All documents of a source: `stdlib`, a local file or folder, or a Hub dataset id.
+
+    A row's `text_column` holds a text, or a chat: a list of messages with `role` and `content`.
 
     Raises:
         ValueError: nothing of that name, no text in it, or rows without `text_column`.
@@ -55,38 +61,46 @@ def stdlib_documents() -> list[Document]:
 
 
 def local_documents(path: Path, text_column: str) -> list[Document]:
-    """Documents of a JSONL file (one row each), a folder of files (one text file each, every row
-    of its JSONL files), or of one plain text file, which is cut into pieces of about 8,000
+    """Documents of a JSONL or Parquet file (one row each), a folder of files (one text file each,
+    every row of the others), or of one plain text file, which is cut into pieces of about 8,000
     characters.
 
     Raises:
         ValueError: nothing readable there, a broken line, or a row without `text_column`.
     """
     if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.suffix in (*_PLAIN, ".jsonl")]
+        files = [f for f in sorted(path.rglob("*")) if f.suffix in _READ]
         documents = [d for f in files for d in _documents_of(f, f.relative_to(path), text_column)]
     else:
         documents = list(_documents_of(path, Path(path.name), text_column))
         if len(documents) == 1:
             documents = list(_pieces(documents[0]))
     if not documents:
-        raise ValueError(f"data={str(path)!r} holds no text ({', '.join((*_PLAIN, '.jsonl'))})")
+        raise ValueError(f"data={str(path)!r} holds no text ({', '.join(_READ)})")
     return documents
 
 
 def _documents_of(file: Path, name: Path, text_column: str) -> Iterator[Document]:
-    if file.suffix == ".jsonl":
-        for number, row in local_rows(file):
-            if not isinstance(row.get(text_column), str):
-                raise ValueError(
-                    f"text_column={text_column!r}: {file}, line {number} has no such text; it "
-                    f"has: {', '.join(row)}"
-                )
-            yield Document(f"{name.as_posix()}:{number}", row[text_column])
+    if file.suffix not in _READ:
+        raise ValueError(f"data={str(file)!r}: a file must end in {', '.join(_READ)}")
+    if file.suffix in _PLAIN:
+        yield Document(name.as_posix(), file.read_text("utf-8", errors="replace"))
         return
-    if file.suffix not in _PLAIN:
-        raise ValueError(f"data={str(file)!r}: a file must end in {', '.join((*_PLAIN, '.jsonl'))}")
-    yield Document(name.as_posix(), file.read_text("utf-8", errors="replace"))
+    rows = local_rows(file) if file.suffix == ".jsonl" else parquet_rows(file)
+    for number, row in rows:
+        value = row.get(text_column)
+        if not isinstance(value, str) and not is_chat(value):
+            raise ValueError(
+                f"text_column={text_column!r}: {file}, line {number} has no such text and no such "
+                f"chat (a list of messages with role and content); it has: {', '.join(row)}"
+            )
+        yield _document(f"{name.as_posix()}:{number}", value)
+
+
+def _document(name: str, value: Any) -> Document:
+    if isinstance(value, str):
+        return Document(name, value)
+    return Document(name, "", tuple({"role": m["role"], "content": m["content"]} for m in value))
 
 
 def _pieces(document: Document) -> Iterator[Document]:
@@ -122,9 +136,24 @@ def local_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
+def parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1 on, row) of a Parquet file.
+
+    Raises:
+        ValueError: it cannot be read as one.
+    """
+    from datasets import Dataset  # slow to import, and seldom wanted
+
+    try:
+        rows = Dataset.from_parquet(str(file))
+    except Exception as error:  # the library raises a dozen unrelated types here
+        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
+    yield from enumerate(rows, start=1)
+
+
 def hub_documents(source: str, text_column: str, hub_split: str) -> list[Document]:
     """The rows of a dataset on the Hugging Face Hub."""
-    from datasets import load_dataset  # slow to import, and the only use of it in this package
+    from datasets import load_dataset  # slow to import, and seldom wanted
 
     try:
         rows = load_dataset(source, split=hub_split)
@@ -139,7 +168,14 @@ def hub_documents(source: str, text_column: str, hub_split: str) -> list[Documen
             f"text_column={text_column!r}: the dataset {source} has the columns "
             f"{', '.join(rows.column_names)}"
         )
-    return [Document(f"{source}:{i}", text) for i, text in enumerate(rows[text_column])]
+    values = list(rows[text_column])
+    for i, value in enumerate(values):
+        if not isinstance(value, str) and not is_chat(value):
+            raise ValueError(
+                f"text_column={text_column!r}: row {i} of {source} holds neither a text nor a chat "
+                "(a list of messages with role and content)"
+            )
+    return [_document(f"{source}:{i}", value) for i, value in enumerate(values)]
 
 
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
@@ -163,26 +199,52 @@ def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document
 def windows(
     documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
 ) -> torch.Tensor:
-    """Documents one after another, each ended by EOS, cut into rows: token ids [R, seq_len].
+    """The rows of `taught_windows` alone: token ids [R, seq_len]."""
+    return taught_windows(documents, tokenizer, seq_len, most)[0]
+
+
+def taught_windows(
+    documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Documents one after another, cut into rows.
+
+    A text is ended by EOS; a chat ends as its template ends it.
 
     Args:
         most: rows wanted; only as many documents are tokenized as they need.
 
+    Returns:
+        Token ids [R, seq_len], and whether each is to be learned, bool [R, seq_len]: in a chat only
+        what the assistant wrote.
+
     Raises:
-        ValueError: less text than one row.
+        ValueError: less text than one row, or a chat that cannot be rendered.
     """
     stream: list[int] = []
+    taught: list[bool] = []
     for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        texts = [d.text for d in documents[start : start + _DOCUMENTS_AT_ONCE]]
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
-            stream += [*ids, tokenizer.eos_token_id]
+        part = documents[start : start + _DOCUMENTS_AT_ONCE]
+        texts = [d.text for d in part if not d.chat]
+        tokenized = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
+        for document in part:
+            if document.chat:
+                ids, said = encode(document.chat, tokenizer, document.name)
+            else:
+                ids = [*next(tokenized), tokenizer.eos_token_id]
+                said = [True] * len(ids)
+            stream += ids
+            taught += said
         if most is not None and len(stream) >= most * seq_len:
             break
     rows = len(stream) // seq_len
     rows = rows if most is None else min(rows, most)
     if rows == 0:
         raise ValueError(f"{len(stream)} tokens of text do not fill one row of {seq_len}")
-    return torch.tensor(stream[: rows * seq_len]).view(rows, seq_len)
+    used = slice(0, rows * seq_len)
+    return (
+        torch.tensor(stream[used]).view(rows, seq_len),
+        torch.tensor(taught[used]).view(rows, seq_len),
+    )
 
 
 def evenly_spaced(rows_RT: torch.Tensor, count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # Each module may import those in lines before its own.
 LAYERS = [
-    {"config", "files", "stats", "bases", "console", "proposal", "families", "attention"},
+    {"config", "files", "stats", "bases", "console", "proposal", "families", "attention", "chat"},
     {"sampling", "cache", "text", "convert"},
     {"fetch"},
     {"heads", "card"},

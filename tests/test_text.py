@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 
-from hispec.text import Document, documents, evenly_spaced, split, windows
+from hispec.text import Document, documents, evenly_spaced, split, taught_windows, windows
 
 
 def test_the_standard_library_is_there_without_tests_and_tables():
@@ -89,3 +89,66 @@ def test_rows_of_a_dataset_become_documents(tmp_path):
     assert len({d.name for d in found}) == 5
     with pytest.raises(ValueError, match=r"text_column='text': .* has the columns content"):
         hub_documents(str(tmp_path), "text", "train")
+
+
+CHAT = [
+    {"role": "user", "content": "import os"},
+    {"role": "assistant", "content": "return 1"},
+    {"role": "user", "content": "and then?"},
+    {"role": "assistant", "content": "def f"},
+]
+
+
+def test_in_a_chat_only_what_the_assistant_says_is_taught(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": CHAT}) for _ in range(3)))
+    tokenizer = tiny_tokenizer()
+    found = documents(str(file), "messages")
+    assert [list(document.chat) for document in found] == [CHAT] * 3
+    tokens, taught = taught_windows(found[:1], tokenizer, 1)
+    said = tokens.flatten()[taught.flatten()].tolist()
+    assert tokenizer.decode(said) == " return 1\n def f\n"
+    unsaid = tokens.flatten()[~taught.flatten()].tolist()
+    assert tokenizer.decode(unsaid).startswith("user: import os\nassistant:user: and then?")
+
+
+def test_texts_and_chats_may_be_mixed():
+    tokenizer = tiny_tokenizer()
+    mixed = [Document("a", "import os\n"), Document("b", "", tuple(CHAT)), Document("c", "x = 1")]
+    tokens, taught = taught_windows(mixed, tokenizer, 1)
+    text = tokenizer.decode(tokens.flatten().tolist())
+    assert text.startswith("import os\n</s>user: import os\nassistant: return 1\n")
+    assert text.endswith("def f\nx = 1</s>")
+    first, last = (len(tokenizer(t)["input_ids"]) + 1 for t in ("import os\n", "x = 1"))
+    assert taught[:first].all()
+    assert taught[-last:].all()
+    assert not taught.all()
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "message"),
+    [
+        (CHAT, None, "d is a chat, but the base's tokenizer has no chat template"),
+        (CHAT[:1], "{{ messages }}", "d: a chat without a turn of the role 'assistant'"),
+        (CHAT, "{{ messages | length }}{{ messages }}", "turn 2 otherwise once more turns follow"),
+    ],
+)
+def test_chats_that_cannot_be_rendered_are_refused(chat, template, message):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        taught_windows([Document("d", "", tuple(chat))], tokenizer, 1)
+
+
+def test_parquet_files_are_read_as_jsonl_files_are(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"body": ["one", "two"]}).to_parquet(str(tmp_path / "t.parquet"))
+    Dataset.from_dict({"body": [CHAT, CHAT]}).to_parquet(str(tmp_path / "c.parquet"))
+    assert [d.text for d in documents(str(tmp_path / "t.parquet"), "body")] == ["one", "two"]
+    assert list(documents(str(tmp_path / "c.parquet"), "body")[0].chat) == CHAT
+    with pytest.raises(ValueError, match=r"text_column='text': .*line 1 has no such text"):
+        documents(str(tmp_path / "t.parquet"))
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"broken.parquet cannot be read as Parquet"):
+        documents(str(tmp_path / "broken.parquet"))

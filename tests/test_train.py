@@ -243,3 +243,25 @@ def test_a_tracker_that_is_not_installed_is_refused(tiny_base, texts, tmp_path):
     words = settings(tiny_base, texts, tmp_path / "ee", log_with="wandb")
     with pytest.raises(ValueError, match=r"log_with='wandb' .* pip install wandb"):
         Trainer(load_recipe(words))
+
+
+def test_chats_teach_what_the_assistant_says(tiny_base, tmp_path):
+    """Labels of a run: the tokens after which the assistant speaks, and nothing else."""
+    file = tmp_path / "chats.jsonl"
+    turns = [
+        [
+            {"role": "user", "content": f"question {i} " * 5},
+            {"role": "assistant", "content": f"answer {i} " * 5},
+        ]
+        for i in range(60)
+    ]
+    file.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    words = settings(tiny_base, file, tmp_path / "ee", text_column="messages", steps=2)
+    trainer = Trainer(load_recipe(words))
+    tokens, labels = next(trainer._batches())
+    taught = trainer.tokenizer.decode(labels[labels >= 0])
+    assert "answer" in taught
+    assert "question" not in taught
+    assert "question" in trainer.tokenizer.decode(tokens.flatten())
+    trainer.train()
+    assert checkpoint.is_checkpoint(tmp_path / "ee")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from hispec.text import documents, evenly_spaced, split, windows
+from hispec.text import documents, evenly_spaced, split, taught_windows, windows
 
 from .recipe import Recipe
 
@@ -23,15 +23,17 @@ def training_sets(
     random.Random(recipe.seed).shuffle(training)
     needed = recipe.steps * recipe.batch_size * recipe.accumulate * processes
     held_out_RT = windows(held_out, tokenizer, recipe.seq_len)
-    rows_RT = windows(training, tokenizer, recipe.seq_len, needed)
+    rows_RT, taught_RT = taught_windows(training, tokenizer, recipe.seq_len, needed)
     return (
-        TensorDataset(rows_RT, next_tokens(rows_RT)),
+        TensorDataset(rows_RT, next_tokens(rows_RT, taught_RT)),
         TensorDataset(evenly_spaced(held_out_RT, recipe.eval_sequences)),
     )
 
 
-def next_tokens(rows_RT: torch.Tensor) -> torch.Tensor:
-    """The token after each; -100 at the end of a row, where it is not known."""
+def next_tokens(rows_RT: torch.Tensor, taught_RT: torch.Tensor | None = None) -> torch.Tensor:
+    """The token after each; -100 where it is not to be learned, or not known: at the row's end."""
     labels_RT = torch.full_like(rows_RT, -100)
     labels_RT[:, :-1] = rows_RT[:, 1:]
+    if taught_RT is not None:
+        labels_RT[:, :-1][~taught_RT[:, 1:]] = -100
     return labels_RT

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hispec.heads import whole
 from hispec.measure import agreement, expected_speed, ladder_pairs
 from hispec.model import ExitModel
 
+from .processes import gather
 from .trunk import Trunk
 
 
@@ -33,7 +33,7 @@ class Judge:
         """Note what the untouched base says, before the first step changes it."""
         if self.trunk.trained:
             self._base_normed = [self._final(model, row_T) for row_T in self.rows_RT]
-            with whole(model.hf.lm_head):
+            with gather(model.hf.lm_head):
                 self._base_head = model.hf.lm_head.weight.detach().clone()
 
     def __call__(self, model: ExitModel) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +17,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     KwargsHandler,
 )
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hispec.config import check
 
@@ -69,6 +73,16 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
 def sharded(accelerator: Accelerator) -> bool:
     """Whether weights, gradients or optimizer state may be spread over the processes."""
     return accelerator.distributed_type in _SHARDED
+
+
+def gather(module: nn.Module) -> AbstractContextManager[Any]:
+    """While this lasts all parameters of a module are here, also with ZeRO-3."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    from deepspeed import zero  # it is there, since it is in use
+
+    gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(module.parameters()))
+    return gathered
 
 
 def _asked_for(variable: str) -> bool:

@@ -69,10 +69,12 @@ class Recipe:
 
     # text
     data: str = STDLIB
-    """`stdlib`, a local text or JSONL file, a folder of such files, or a Hub dataset id."""
+    """`stdlib`, a local text, JSONL or Parquet file, a folder of such, or a Hub dataset id."""
     data_split: str = "train"
     """Split of a Hub dataset."""
     text_column: str = "text"
+    """Its rows hold texts, or chats (lists of messages with role and content), which are rendered
+    by the base's chat template and taught where the assistant speaks."""
     held_out: float = 0.05
     """Share of the documents that is only evaluated on."""
     seq_len: int = 256

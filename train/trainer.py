@@ -23,7 +23,7 @@ from .data import training_sets
 from .forward import Batch, TrainingStep, Wrapped
 from .judge import Judge, shown
 from .losses import ExitLoss
-from .processes import build_accelerator, sharded
+from .processes import build_accelerator, gather, sharded
 from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
@@ -54,7 +54,7 @@ class Trainer:
         half = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         dtype = torch.float32 if recipe.trunk == "full" else half  # master weights, or as it is
         hf = checkpoint.load_base(self.base.folder, dtype)
-        self.model = ExitModel(hf, recipe.exit_config()).to(self.accelerator.device)
+        self.model = ExitModel(hf, recipe.exit_config(), gather).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
         self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
         untouched = None
