@@ -18,7 +18,16 @@ def model_card(name: str, config: dict[str, Any]) -> str:
         tags=["early-exit", "speculative-decoding", "hispec"],
     )
     depths = ", ".join(map(str, exits["depths"]))
-    kind = "own transformer blocks" if exits["head"] == "block" else "the final norm"
+    kind = {
+        "shared": "the final norm",
+        "adapter": "norms and low-rank adapters of their own",
+        "block": "own transformer blocks",
+    }[exits["head"]]
+    trained = (
+        " Its layers were trained together with the exits, so that text is no longer the base's."
+        if base.get("trained")
+        else ""
+    )
     lines = [
         "---",
         metadata.to_yaml(),
@@ -28,7 +37,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
         f"Early exits at depth {depths} of {config['model']['num_hidden_layers']} for "
         f"`{base['id']}`, read through {kind} and the shared LM head. Decoded with HiSpec, a "
         "shallow exit drafts, a deeper one verifies and the full model validates; the text is the "
-        "full model's own.",
+        f"full model's own.{trained}",
         "",
         "```bash",
         f'hispec generate {name} "your prompt" --stats',
@@ -37,6 +46,8 @@ def model_card(name: str, config: dict[str, Any]) -> str:
     ]
     lines += _figures(config["figures"])
     included = "included in this folder" if base["included"] else "not included"
+    if (drift := config["figures"].get("drift")) is not None:
+        lines += [f"KL of the full model to its base on the same text: {drift:.4f} nats.", ""]
     lines += ["## Base", "", f"`{base['id']}`, {included}. SHA-256 of its weights:", ""]
     lines += [f"- `{file}` `{digest}`" for file, digest in base["weights"].items()]
     return "\n".join(lines) + "\n"

@@ -63,6 +63,23 @@ def test_every_exit_gives_the_same_bits_after_a_round_trip(trained, saved):
     ]
 
 
+def test_adapters_come_back_too(tiny_base, tmp_path):
+    base = checkpoint.find_base(str(tiny_base))
+    exits = ExitConfig([2, 4], "adapter", rank=3)
+    model = ExitModel(checkpoint.load_base(base.folder), exits).eval()
+    fresh = all_logits(model)
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    checkpoint.save(tmp_path / "ee", model, base)
+    loaded, _ = checkpoint.load(tmp_path / "ee")
+    assert loaded.exits.rank == 3
+    for before, after in zip(all_logits(model), all_logits(loaded), strict=True):
+        assert torch.equal(before, after)
+    assert not torch.equal(fresh[0], all_logits(loaded)[0])
+    assert "low-rank adapters" in (tmp_path / "ee" / "README.md").read_text()
+
+
 def test_full_loads_in_plain_transformers_and_needs_no_base(trained, saved, tmp_path):
     full = tmp_path / "full"
     checkpoint.export(saved, full, full=True)

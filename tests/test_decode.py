@@ -46,7 +46,7 @@ def test_greedy_equals_generate(family, ladder, prompts):
         assert decode(model, [prompt], ladder, max_new_tokens=24)[0] == [expected]
 
 
-@pytest.mark.parametrize("head", ["shared", "block"])
+@pytest.mark.parametrize("head", ["shared", "adapter", "block"])
 @pytest.mark.parametrize("ladder", LADDERS[1:])
 def test_sampled_text_does_not_depend_on_the_ladder(head, ladder, prompts):
     model = tiny_model(exits=(2, 4), head=head)

@@ -103,6 +103,9 @@ def test_a_trained_trunk_is_exported_with_what_it_learned(tiny_base, texts, tmp_
     assert config["base"]["trained"]
     assert config["base"]["included"]
     assert config["figures"]["drift"] > 0
+    card = (tmp_path / "ee" / "README.md").read_text()
+    assert "that text is no longer the base's" in card
+    assert "KL of the full model to its base" in card
     with pytest.raises(ValueError, match="was trained too: use --full"):
         checkpoint.export(tmp_path / "ee", tmp_path / "light", full=False)
     checkpoint.export(tmp_path / "ee", tmp_path / "again", full=True)
@@ -202,3 +205,23 @@ def test_accumulated_passes_equal_one_large_one(tiny_base, texts, tmp_path):
         trainer.train()
         ends.append(trainer.history[-1]["agreement"][0]["acceptance"])
     assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+
+
+def test_a_tied_lm_head_is_saved_resumed_and_exported_once(texts, tmp_path):
+    from conftest import tiny_hf, tiny_tokenizer
+    from safetensors.torch import load_file
+
+    base = tmp_path / "tied"
+    tiny_hf(vocab_size=320, tie_word_embeddings=True).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    words = dict(trunk="full", head="shared", lr=0.01, steps=8, save_every=4, eval_every=8)
+    trainer = trainer_of(base, texts, tmp_path / "ee", **words)
+    trainer.train()
+    again = trainer_of(base, texts, tmp_path / "ee", **words)
+    again._resume()
+    assert again.step == 8
+    for got, wanted in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(got, wanted)
+    assert "lm_head.weight" not in load_file(tmp_path / "ee" / "model.safetensors")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ee")
+    assert torch.equal(plain.lm_head.weight, trainer.model.hf.model.embed_tokens.weight)
