@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,24 +78,33 @@ def pupil_loss(
 ) -> torch.Tensor:
     """Summed loss of some tokens: `distill_weight` * divergence + `ce_weight` * cross-entropy.
 
-    With the forward KL both are one cross-entropy, to `distill_weight * p + ce_weight *
-    onehot(label)`: the same gradient in one pass over the vocabulary instead of two.
+    Args:
+        teacher_NV: what `mixed` made of the teachers' law; None without teachers.
     """
-    labelled_N = labels_N >= 0
-    if teacher_NV is None:
-        hard = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        return pupil.ce_weight * hard
-    if pupil.divergence == "forward_kl":
-        targets_NV = teacher_NV * (pupil.distill_weight * labelled_N.float())[:, None]
-        columns = labels_N.clamp_min(0)[:, None]
-        targets_NV.scatter_add_(1, columns, (pupil.ce_weight * labelled_N.float())[:, None])
-        return F.cross_entropy(logits_NV.float(), targets_NV, reduction="sum")
-    soft = divergence(pupil.divergence, logits_NV, teacher_NV, labelled_N)
-    loss = pupil.distill_weight * soft
+    if teacher_NV is not None and pupil.divergence == "forward_kl":
+        return F.cross_entropy(logits_NV.float(), teacher_NV, reduction="sum")
+    loss = torch.zeros((), device=logits_NV.device)
+    if teacher_NV is not None:
+        soft = divergence(pupil.divergence, logits_NV, teacher_NV, labels_N >= 0)
+        loss = loss + pupil.distill_weight * soft
     if pupil.ce_weight:
         hard = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
         loss = loss + pupil.ce_weight * hard
     return loss
+
+
+def mixed(pupil: Pupil, law_NV: torch.Tensor | None, labels_N: torch.Tensor) -> torch.Tensor | None:
+    """What a pupil is taught by the law of its teachers, which is used up.
+
+    With the forward KL that is `distill_weight * p + ce_weight * onehot(label)`: cross-entropy to
+    it has the gradient of both terms and is one pass over the vocabulary instead of two.
+    """
+    if law_NV is None or pupil.divergence != "forward_kl":
+        return law_NV
+    labelled_N = (labels_N >= 0).float()
+    law_NV *= (pupil.distill_weight * labelled_N)[:, None]
+    columns = labels_N.clamp_min(0)[:, None]
+    return law_NV.scatter_add_(1, columns, (pupil.ce_weight * labelled_N)[:, None])
 
 
 def _law(teachers: Sequence[Teacher], read: Read, part: slice) -> torch.Tensor | None:
@@ -107,6 +117,12 @@ def _law(teachers: Sequence[Teacher], read: Read, part: slice) -> torch.Tensor |
                 own_NV *= teacher.share
             law_NV = own_NV if law_NV is None else law_NV.add_(own_NV)
         return law_NV
+
+
+def _lesson(pupil: Pupil) -> tuple[Any, ...]:
+    """What two pupils have in common who are taught the same."""
+    teachers = tuple((id(t.normed_NH), t.share, id(t.read)) for t in pupil.teachers)
+    return teachers, pupil.distill_weight, pupil.ce_weight, pupil.divergence
 
 
 def _is_final(teacher: Teacher, final_NH: torch.Tensor) -> bool:
@@ -136,18 +152,21 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             labels_n = labels_N[part]
-            top_n, laws = None, {}
+            top_n, lesson, taught_nV = None, None, None
             for p, (pupil, normed_NH) in enumerate(zip(pupils, normed_P_NH, strict=True)):
-                key = tuple((id(t.normed_NH), t.share) for t in pupil.teachers)
-                if key not in laws:  # most pupils share one teacher
-                    laws = {key: _law(pupil.teachers, read, part)}
+                if lesson != _lesson(pupil):  # most pupils are taught the same
+                    lesson = _lesson(pupil)
+                    taught_nV = _law(pupil.teachers, read, part)
+                    if top_n is None and any(_is_final(t, final_NH) for t in pupil.teachers):
+                        top_n = _top(taught_nV)
+                    taught_nV = mixed(pupil, taught_nV, labels_n)
                 if top_n is None:
-                    own = any(_is_final(teacher, final_NH) for teacher in pupil.teachers)
-                    top_n = _top(laws[key] if own else read(final_NH[part]))
+                    with torch.no_grad():
+                        top_n = _top(read(final_NH[part]))
                 leaf = normed_NH[part].detach().requires_grad_()
                 with torch.enable_grad():
                     logits_nV = read(leaf)
-                    loss = pupil_loss(pupil, logits_nV, laws[key], labels_n) / labels
+                    loss = pupil_loss(pupil, logits_nV, taught_nV, labels_n) / labels
                 (grads[p][part],) = torch.autograd.grad(loss, leaf)
                 loss_P[p] += loss.detach()
                 agreed_P[p] += ((_top(logits_nV) == top_n) & (labels_n >= 0)).sum() / labels
@@ -189,7 +208,8 @@ def exit_loss(
 
     def part_of(pupil: Pupil, normed_nH: torch.Tensor, part: slice) -> list[torch.Tensor]:
         logits_nV = read(normed_nH)
-        loss = pupil_loss(pupil, logits_nV, _law(pupil.teachers, read, part), labels_N[part])
+        taught_nV = mixed(pupil, _law(pupil.teachers, read, part), labels_N[part])
+        loss = pupil_loss(pupil, logits_nV, taught_nV, labels_N[part])
         with torch.no_grad():
             same_n = _top(logits_nV) == _top(read(final_NH[part]))
             return [loss, (same_n & (labels_N[part] >= 0)).sum()]
