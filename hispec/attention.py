@@ -24,6 +24,16 @@ def rounds_alike(tokens: int, like: torch.Tensor) -> bool:
     return tokens <= _ALIKE_TOKENS and like.dtype == torch.bfloat16 and like.device.type == "cpu"
 
 
+def causal(positions: torch.Tensor, keys_K: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which keys the tokens at `positions` [..., T] attend to, bool [..., T, K].
+
+    Args:
+        window: with sliding attention, how many of the last positions, its own included.
+    """
+    seen = keys_K <= positions[..., None]
+    return seen if window is None else seen & (keys_K > positions[..., None] - window)
+
+
 @dataclass
 class Branch:
     """Tokens of a tree that follow each other, computed as if they were alone with their ancestors.

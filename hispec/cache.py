@@ -10,12 +10,13 @@ a number.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from .attention import Branch
+from .attention import Branch, causal
 from .proposal import Proposal
 
 # Attention kernels sum keys in whole vectors and the rest one by one. With no rest ever, the same
@@ -127,11 +128,8 @@ class Cache:
                 if stop <= first:
                     continue
                 moved = place - slot
-                positions_T1 = torch.arange(first + moved, stop + moved)[:, None]
+                positions_1T = torch.arange(first + moved, stop + moved)[None]
                 keys_K = torch.arange(_round_up(stop + moved))
-                seen_TK = keys_K <= positions_T1
-                if window is not None:
-                    seen_TK &= keys_K > positions_T1 - window
                 found.append(
                     Branch(
                         row=row,
@@ -139,7 +137,7 @@ class Cache:
                         slots=slice(first, stop),
                         places=slice(first + moved, stop + moved),
                         proposals=slice(base, base + self._tree.width),
-                        mask=mask(seen_TK[None]),
+                        mask=mask(causal(positions_1T, keys_K, window)),
                     )
                 )
         return found
@@ -201,16 +199,18 @@ class _PlacedTree:
         device = like.device
         self.base_B1 = torch.from_numpy(base_B[:, None]).to(device)
         self.depth_BN = torch.from_numpy(proposal.depth_BC[:, 1:].copy()).to(device)
-        self.sees_BNN = torch.from_numpy(proposal.sees_BNN).to(device)
         self.width = proposal.parent_BN.shape[1]
-        self.runs = [
+        self._proposal = proposal
+
+    @cached_property
+    def runs(self) -> list[list[tuple[int, int, int]]]:
+        """Chains of each row: position of the first, slot of the first, slot after the last."""
+        bases, depth_BC = self.base_B1[:, 0].tolist(), self._proposal.depth_BC.tolist()
+        return [
             [(base + depth_C[first] - 1, base + first - 1, base + stop - 1) for first, stop in runs]
             or [(base, base, base)]  # nothing but the tokens before
-            for base, depth_C, runs in zip(
-                base_B.tolist(), proposal.depth_BC.tolist(), proposal.runs, strict=True
-            )
+            for base, depth_C, runs in zip(bases, depth_BC, self._proposal.runs, strict=True)
         ]
-        """Chains of each row: position of the first, slot of the first, slot after the last."""
 
     def _inside(self, slots_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(which slots hold proposals, the number of the proposal there)."""
@@ -228,6 +228,7 @@ class _PlacedTree:
         """`seen` without the proposals that are no ancestors of the token that looks."""
         inside_BT, number_BT = self._inside(slots_BT)
         index_BTN = number_BT[..., None].expand(-1, -1, self.width)
-        sees_BTN = self.sees_BNN.gather(1, index_BTN) & inside_BT[..., None]
+        sees_BNN = torch.from_numpy(self._proposal.sees_BNN).to(slots_BT.device)
+        sees_BTN = sees_BNN.gather(1, index_BTN) & inside_BT[..., None]
         keys_B1N = self.base_B1[:, None] + torch.arange(self.width, device=slots_BT.device)
         return seen_BTK.scatter(2, keys_B1N.expand_as(sees_BTN), sees_BTN)

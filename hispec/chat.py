@@ -14,12 +14,9 @@ def is_chat(value: Any) -> bool:
         isinstance(value, Sequence)
         and not isinstance(value, str)
         and len(value) > 0
-        and all(isinstance(m, dict) and _is_text(m, "role", "content") for m in value)
+        and all(isinstance(message, dict) for message in value)
+        and all(isinstance(m.get(key), str) for m in value for key in ("role", "content"))
     )
-
-
-def _is_text(message: dict[str, Any], *keys: str) -> bool:
-    return all(isinstance(message.get(key), str) for key in keys)
 
 
 def render(

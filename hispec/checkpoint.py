@@ -170,7 +170,7 @@ def save(
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
         if full or trunk is not None:
-            replaced = ("model*.safetensors*",) if trunk is not None else ()
+            replaced = ("*.safetensors*",) if trunk is not None else ()
             _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
         if trunk is not None:
             tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
@@ -258,14 +258,14 @@ def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -
         raise ValueError(f"{folder} is the checkpoint itself; name another folder")
     check_target(folder)
     config = read_config(source)
-    model, _ = load(source, base=base)
-    home = _base_folder(source, config, base)
     kept = ("hub_id", "revision", "license", "trained")
     provenance = {key: config["base"].get(key) for key in kept}
     if not full and provenance["trained"]:
         raise ValueError(
             f"{source} cannot be exported without its trunk, which was trained too: use --full"
         )
+    model, _ = load(source, base=base)
+    home = _base_folder(source, config, base)
     save(
         folder,
         model,

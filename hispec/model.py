@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import NAME, Branch, rounds_alike
+from .attention import NAME, Branch, causal, rounds_alike
 from .cache import Cache
 from .config import ExitConfig
 from .families import SLIDING, check_supported, layer_types, longest_text
@@ -137,6 +137,11 @@ class ExitModel(nn.Module):
         """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
         return self.project(self.normed(depth, hidden))
 
+    def final(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Normed states [B, T, H] at full depth of whole sequences."""
+        hidden_BTH = self.run(self.embed(tokens_BT), 0, self.num_layers)
+        return self.normed(self.num_layers, hidden_BTH)
+
     def project(self, normed: torch.Tensor, head_VH: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [..., V] of normed states [..., H]: LM head, and what the family does after it.
 
@@ -208,9 +213,7 @@ class ExitModel(nn.Module):
             if window is None or length <= window:
                 return LayerInputs(None, rope)  # plain causal attention needs no mask
             keys = torch.arange(length, device=positions_BT.device)
-            seen_BTK = keys <= positions_BT[..., None]
-            seen_BTK &= keys > positions_BT[..., None] - window
-            return LayerInputs(_mask(seen_BTK, hidden_BTH.dtype), rope)
+            return LayerInputs(_mask(causal(positions_BT, keys, window), hidden_BTH.dtype), rope)
         mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
         if rounds_alike(positions_BT.numel(), hidden_BTH):
             branches = cache.branches(window, mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +88,25 @@ def _documents_of(file: Path, name: Path, text_column: str) -> Iterator[Document
         return
     rows = local_rows(file) if file.suffix == ".jsonl" else parquet_rows(file)
     for number, row in rows:
-        value = row.get(text_column)
-        if not isinstance(value, str) and not is_chat(value):
-            raise ValueError(
-                f"text_column={text_column!r}: {file}, line {number} has no such text and no such "
-                f"chat (a list of messages with role and content); it has: {', '.join(row)}"
-            )
-        yield _document(f"{name.as_posix()}:{number}", value)
+        where = f"{file}, line {number}"
+        yield _document(
+            f"{name.as_posix()}:{number}", row.get(text_column), text_column, where, row
+        )
 
 
-def _document(name: str, value: Any) -> Document:
+def _document(
+    name: str, value: Any, text_column: str, where: str, columns: Iterable[str]
+) -> Document:
+    """The text or chat that stands in a column of a row. Raises ValueError if it is neither."""
     if isinstance(value, str):
         return Document(name, value)
-    return Document(name, "", tuple({"role": m["role"], "content": m["content"]} for m in value))
+    if is_chat(value):
+        chat = tuple({"role": m["role"], "content": m["content"]} for m in value)
+        return Document(name, "", chat)
+    raise ValueError(
+        f"text_column={text_column!r}: {where} has no such text and no such chat (a list of "
+        f"messages with role and content); it has: {', '.join(columns)}"
+    )
 
 
 def _pieces(document: Document) -> Iterator[Document]:
@@ -168,14 +174,10 @@ def hub_documents(source: str, text_column: str, hub_split: str) -> list[Documen
             f"text_column={text_column!r}: the dataset {source} has the columns "
             f"{', '.join(rows.column_names)}"
         )
-    values = list(rows[text_column])
-    for i, value in enumerate(values):
-        if not isinstance(value, str) and not is_chat(value):
-            raise ValueError(
-                f"text_column={text_column!r}: row {i} of {source} holds neither a text nor a chat "
-                "(a list of messages with role and content)"
-            )
-    return [_document(f"{source}:{i}", value) for i, value in enumerate(values)]
+    return [
+        _document(f"{source}:{i}", value, text_column, f"row {i} of {source}", rows.column_names)
+        for i, value in enumerate(rows[text_column])
+    ]
 
 
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:

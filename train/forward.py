@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,37 +80,26 @@ class TrainingStep:
         depths = [recipe.exits[e] for e in chosen]
         with torch.set_grad_enabled(self.trunk.trained):
             states = self._states(model, batch, depths)
-        final_BTH = model.normed(model.num_layers, states[model.num_layers])
-        flat = lambda hidden_BTH: hidden_BTH.flatten(0, 1)  # noqa: E731
-        final_NH = flat(final_BTH)
+        final_NH = model.normed(model.num_layers, states[model.num_layers]).flatten(0, 1)
+        normed = {d: model.normed(d, model.run_head(d, states[d])).flatten(0, 1) for d in depths}
         taught_NH = final_NH.detach()
-
         weights = exit_weights(
             recipe.exit_weights,
             depths,
             e_scale=recipe.e_scale,
             final=model.num_layers if self.trunk.trained else None,
         )
-        normed = {d: flat(model.normed(d, model.run_head(d, states[d]))) for d in depths}
-        pupils = []
-        for i, depth in enumerate(depths):
-            teachers = [Teacher(taught_NH)]
-            if recipe.neighbour_share and i + 1 < len(depths):
-                deeper_NH = normed[depths[i + 1]].detach()
-                teachers = [
-                    Teacher(taught_NH, 1 - recipe.neighbour_share),
-                    Teacher(deeper_NH, recipe.neighbour_share),
-                ]
-            pupils.append(
-                Pupil(
-                    normed[depth],
-                    weights[i],
-                    recipe.ce_weight,
-                    teachers if recipe.distill_weight else [],
-                    recipe.distill_weight,
-                    recipe.divergence,
-                )
+        pupils = [
+            Pupil(
+                normed[depth],
+                weights[i],
+                recipe.ce_weight,
+                self._teachers(taught_NH, [normed[d] for d in depths[i + 1 : i + 2]]),
+                recipe.distill_weight,
+                recipe.divergence,
             )
+            for i, depth in enumerate(depths)
+        ]
         if self.trunk.trained:
             kept_to = [self._base_law(model, batch)] if recipe.base_kl else []
             pupils.append(Pupil(final_NH, weights[-1], 1.0, kept_to, recipe.base_kl))
@@ -122,6 +111,18 @@ class TrainingStep:
             chunk=recipe.loss_chunk,
             train_head=self.trunk.kind == "full",
         )
+
+    def _teachers(self, final_NH: torch.Tensor, deeper_NH: Sequence[torch.Tensor]) -> list[Teacher]:
+        """Who an exit imitates: the final rung, and by a share the next deeper exit if any."""
+        share = self.recipe.neighbour_share if deeper_NH else 0.0
+        if not self.recipe.distill_weight:
+            return []
+        if not share:
+            return [Teacher(final_NH)]
+        return [
+            Teacher(final_NH, 1 - share),
+            *(Teacher(normed_NH.detach(), share) for normed_NH in deeper_NH),
+        ]
 
     def _states(self, model: ExitModel, batch: Batch, depths: list[int]) -> dict[int, torch.Tensor]:
         """States [B, T, H] at some depths and at the end."""
@@ -142,10 +143,14 @@ class TrainingStep:
         first = batch.micro * pass_rows
         own = slice(self.rank * rows, (self.rank + 1) * rows)
         for layer, rate in enumerate(layer_rates):
-            skip = skipped(
-                *(rate * warm, pass_rows * recipe.accumulate),
-                **dict(seed=recipe.seed, step=batch.step, layer=layer),
-            )[first : first + pass_rows]
+            of_step = skipped(
+                rate * warm,
+                pass_rows * recipe.accumulate,
+                seed=recipe.seed,
+                step=batch.step,
+                layer=layer,
+            )
+            skip = of_step[first : first + pass_rows]
             if not skip.all():  # on any process: all of them enter, or the collectives would hang
                 hidden_BTH = self._layer(model, layer, hidden_BTH, (~skip[own]).nonzero()[0])
             if layer + 1 in wanted:
@@ -176,11 +181,8 @@ class TrainingStep:
     def _base_law(self, model: ExitModel, batch: Batch) -> Teacher:
         """What the untouched base says to the batch."""
 
-        def normed(base: ExitModel) -> torch.Tensor:
-            hidden_BTH = base.run(base.embed(batch.tokens_BT), 0, base.num_layers)
-            return base.normed(base.num_layers, hidden_BTH).flatten(0, 1)
-
         if self.base is not None:
-            return Teacher(normed(self.base), read=self.base.project)
+            normed_NH = self.base.final(batch.tokens_BT).flatten(0, 1)
+            return Teacher(normed_NH, read=self.base.project)
         with self.trunk.untouched():
-            return Teacher(normed(model))
+            return Teacher(model.final(batch.tokens_BT).flatten(0, 1))

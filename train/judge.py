@@ -32,7 +32,9 @@ class Judge:
     def remember_base(self, model: ExitModel) -> None:
         """Note what the untouched base says, before the first step changes it."""
         if self.trunk.trained:
-            self._base_normed = [self._final(model, row_T) for row_T in self.rows_RT]
+            self._base_normed = [
+                model.final(row_T[None].to(model.device)) for row_T in self.rows_RT
+            ]
             with gather(model.hf.lm_head):
                 self._base_head = model.hf.lm_head.weight.detach().clone()
 
@@ -51,20 +53,13 @@ class Judge:
         """(KL of the final rung's law to the base's, its cross-entropy), nats per token."""
         kl = loss = 0.0
         tokens = labels = 0
-        for row_T, base_TH in zip(self.rows_RT, self._base_normed, strict=True):
-            log_q_TV = model.project(self._final(model, row_T)).float().log_softmax(-1)
-            log_p_TV = model.project(base_TH, self._base_head).float().log_softmax(-1)
+        for row_T, base_1TH in zip(self.rows_RT.to(model.device), self._base_normed, strict=True):
+            log_q_TV = model.project(model.final(row_T[None]))[0].float().log_softmax(-1)
+            log_p_TV = model.project(base_1TH, self._base_head)[0].float().log_softmax(-1)
             kl += (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum().item()
-            after_T = row_T[1:].to(log_q_TV.device)
-            loss -= log_q_TV[:-1].gather(1, after_T[:, None]).sum().item()
-            tokens, labels = tokens + len(row_T), labels + len(after_T)
+            loss -= log_q_TV[:-1].gather(1, row_T[1:, None]).sum().item()
+            tokens, labels = tokens + len(row_T), labels + len(row_T) - 1
         return kl / tokens, loss / labels
-
-    @staticmethod
-    def _final(model: ExitModel, row_T: torch.Tensor) -> torch.Tensor:
-        """Normed final states [T, H] of one text."""
-        hidden_1TH = model.run(model.embed(row_T[None].to(model.device)), 0, model.num_layers)
-        return model.normed(model.num_layers, hidden_1TH)[0]
 
 
 def shown(found: dict[str, Any]) -> str:

@@ -56,15 +56,13 @@ def divergence(
     """Summed distance of a pupil's law q from its teacher's p, over the labelled tokens.
 
     Args:
-        kind: `forward_kl` is the cross-entropy -sum p log q, which is KL(p || q) but for p's own
-            entropy; `reverse_kl` KL(q || p); `tv` the total variation, one half of sum |p - q|,
-            whose complement sum min(p, q) is what rejection sampling accepts.
+        kind: `reverse_kl`, KL(q || p), or `tv`, the total variation, one half of sum |p - q|, whose
+            complement sum min(p, q) is what rejection sampling accepts. (`forward_kl` is a
+            cross-entropy, see `mixed`.)
         teacher_NV: probabilities, float32.
     """
     log_q_NV = logits_NV.float().log_softmax(-1)
-    if kind == "forward_kl":
-        each_N = -(teacher_NV * log_q_NV).sum(-1)
-    elif kind == "reverse_kl":
+    if kind == "reverse_kl":
         q_NV = log_q_NV.exp()
         tiny = torch.finfo(torch.float32).tiny
         each_N = (q_NV * (log_q_NV - teacher_NV.clamp_min(tiny).log())).sum(-1)
@@ -125,10 +123,16 @@ def _lesson(pupil: Pupil) -> tuple[Any, ...]:
     return teachers, pupil.distill_weight, pupil.ce_weight, pupil.divergence
 
 
-def _is_final(teacher: Teacher, final_NH: torch.Tensor) -> bool:
-    """Whether a teacher is the final rung as it is, whose law has its argmax."""
-    same = teacher.normed_NH.data_ptr() == final_NH.data_ptr()
-    return same and teacher.share == 1.0 and teacher.read is None
+def _final_top(
+    pupil: Pupil, law_NV: torch.Tensor | None, read: Read, final_NH: torch.Tensor, part: slice
+) -> torch.Tensor:
+    """Argmax [n] of the final rung; that of the teachers' law where it alone teaches."""
+    for teacher in pupil.teachers:
+        same = teacher.normed_NH.data_ptr() == final_NH.data_ptr()
+        if law_NV is not None and same and teacher.share == 1.0 and teacher.read is None:
+            return _top(law_NV)
+    with torch.no_grad():
+        return _top(read(final_NH[part]))
 
 
 def _top(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -157,12 +161,9 @@ class _ChunkedLoss(torch.autograd.Function):
                 if lesson != _lesson(pupil):  # most pupils are taught the same
                     lesson = _lesson(pupil)
                     taught_nV = _law(pupil.teachers, read, part)
-                    if top_n is None and any(_is_final(t, final_NH) for t in pupil.teachers):
-                        top_n = _top(taught_nV)
+                    if top_n is None:
+                        top_n = _final_top(pupil, taught_nV, read, final_NH, part)
                     taught_nV = mixed(pupil, taught_nV, labels_n)
-                if top_n is None:
-                    with torch.no_grad():
-                        top_n = _top(read(final_NH[part]))
                 leaf = normed_NH[part].detach().requires_grad_()
                 with torch.enable_grad():
                     logits_nV = read(leaf)
@@ -208,11 +209,11 @@ def exit_loss(
 
     def part_of(pupil: Pupil, normed_nH: torch.Tensor, part: slice) -> list[torch.Tensor]:
         logits_nV = read(normed_nH)
-        taught_nV = mixed(pupil, _law(pupil.teachers, read, part), labels_N[part])
+        law_nV = _law(pupil.teachers, read, part)
+        same_n = _top(logits_nV) == _final_top(pupil, law_nV, read, final_NH, part)
+        taught_nV = mixed(pupil, law_nV, labels_N[part])
         loss = pupil_loss(pupil, logits_nV, taught_nV, labels_N[part])
-        with torch.no_grad():
-            same_n = _top(logits_nV) == _top(read(final_NH[part]))
-            return [loss, (same_n & (labels_N[part] >= 0)).sum()]
+        return [loss, (same_n & (labels_N[part] >= 0)).sum()]
 
     labels = (labels_N >= 0).sum().clamp_min(1)
     losses, agreed = [], []

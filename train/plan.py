@@ -86,7 +86,7 @@ def plan(recipe: Recipe) -> Plan:
         weights += wide * trunk
 
     tokens = recipe.batch_size * recipe.seq_len
-    layers, blocks = config.num_hidden_layers, sum(len(h.blocks) for h in _heads(model))
+    layers, blocks = config.num_hidden_layers, sum(len(h.blocks) for h in model.heads.values())
     kept = tokens * config.hidden_size * 17.0 * wide  # of one layer
     light = tokens * config.hidden_size * wide
     activations = blocks * kept + (len(recipe.exits) + 2) * 3 * light
@@ -103,13 +103,14 @@ def plan(recipe: Recipe) -> Plan:
     reads = 1 + 3 * (len(recipe.exits) + (recipe.trunk != "frozen"))
     flops = 2.0 * tokens * (body + 3 * exits + reads * head) * recipe.accumulate
     return Plan(
-        *(trunk, exits, trained, tokens * recipe.accumulate, flops),
-        *(activations, weights),
+        trunk=trunk,
+        exits=exits,
+        trained=trained,
+        tokens_per_step=tokens * recipe.accumulate,
+        flops_per_step=flops,
+        activations=activations,
+        weight_bytes=weights,
     )
-
-
-def _heads(model: ExitModel) -> list[Any]:
-    return list(model.heads.values())
 
 
 def _config(base: str) -> Any:
@@ -125,12 +126,9 @@ def _config(base: str) -> Any:
 
 def memory_note(found: Plan) -> str:
     """The line of a recipe's header: where it fits into 80 GiB alone, or shared out."""
-    layout, devices = next(
-        (layout, devices)
-        for layout, devices in ((LAYOUTS[0], 1), (LAYOUTS[2], 8), (LAYOUTS[2], 10**9))
-        if found.memory(layout, devices) < 76 * GIB or devices > 8
-    )
-    where = "one device" if devices == 1 else f"each of {devices} devices with {layout}"
+    alone = found.memory(LAYOUTS[0], 1) < 76 * GIB
+    layout, devices = (LAYOUTS[0], 1) if alone else (LAYOUTS[2], 8)
+    where = "one device" if alone else f"each of {devices} devices with {layout}"
     return f"By --plan: {found.memory(layout, devices) / GIB:.1f} GiB on {where}."
 
 

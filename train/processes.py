@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
+    parse_flag_from_env,
 )
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -35,8 +35,8 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
             mixed precision with ZeRO-3 on a CPU, or a tracker that is not installed.
     """
     on_cpu = not torch.accelerator.is_available()
-    deepspeed = _asked_for("ACCELERATE_USE_DEEPSPEED")
-    if on_cpu and _asked_for("ACCELERATE_USE_FSDP"):
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if on_cpu and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ValueError("FSDP needs GPUs; on a CPU launch with ddp.yaml, zero2.yaml or zero3.yaml")
     tracker = recipe.log_with
     check(
@@ -83,7 +83,3 @@ def gather(module: nn.Module) -> AbstractContextManager[Any]:
 
     gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(module.parameters()))
     return gathered
-
-
-def _asked_for(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"

@@ -14,7 +14,6 @@ from hispec.text import STDLIB
 from .layer_dropout import SCHEDULES
 from .schedule import CURRICULA, CURVES, EXIT_WEIGHTS
 
-PRECISIONS = ("fp32", "bf16")
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "head": HEAD_KINDS,
     "trunk": ("frozen", "lora", "full"),
@@ -23,7 +22,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "exit_weights": EXIT_WEIGHTS,
     "curriculum": CURRICULA,
     "lr_schedule": CURVES,
-    "precision": PRECISIONS,
+    "precision": ("fp32", "bf16"),
     "log_with": (None, "tensorboard", "wandb", "trackio"),
 }
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -62,7 +62,9 @@ class Trainer:
             untouched = ExitModel(checkpoint.load_base(self.base.folder, half))
             untouched.to(self.accelerator.device).requires_grad_(False)
         self.training_step = TrainingStep(
-            *(recipe, self.trunk, untouched),
+            recipe,
+            self.trunk,
+            untouched,
             rank=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
         )
@@ -103,10 +105,8 @@ class Trainer:
         began, spent = time.perf_counter(), self.minutes
         if self.step == 0:
             self._evaluate()
-        bar = progress_bar(
-            *(self._console, recipe.steps, self.step), shown=self.accelerator.is_main_process
-        )
-        with bar as watch:
+        main = self.accelerator.is_main_process
+        with progress_bar(self._console, recipe.steps, self.step, shown=main) as watch:
             batches = self._batches()
             while self.step < recipe.steps and not self._time_is_up() and not self._drifted():
                 figures, tokens = self._train_step(batches)
@@ -118,7 +118,7 @@ class Trainer:
                     self._evaluate(figures)
                 if self.step % recipe.save_every == 0:
                     self._save_state()
-        if not self.history or self.history[-1]["step"] != self.step:
+        if self.history[-1]["step"] != self.step:
             self._evaluate()
         self._save_state()
         exported = self._export()
@@ -129,8 +129,11 @@ class Trainer:
         """One step of the optimizer; (its figures by name, tokens that this process ran)."""
         recipe = self.recipe
         rate = recipe.lr * learning_rate(
-            *(self.step, recipe.steps),
-            **dict(warmup=recipe.warmup, floor=recipe.min_lr, curve=recipe.lr_schedule),
+            self.step,
+            recipe.steps,
+            warmup=recipe.warmup,
+            floor=recipe.min_lr,
+            curve=recipe.lr_schedule,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -22,7 +20,6 @@ class Trunk:
     """
 
     def __init__(self, hf: PreTrainedModel, kind: str, *, rank: int, alpha: float) -> None:
-        self.hf = hf
         self.kind = kind
         self.scale = alpha / rank
         self._adapted: PeftModel | None = None
@@ -37,16 +34,10 @@ class Trunk:
     def trained(self) -> bool:
         return self.kind != "frozen"
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that are trained."""
-        return (p for p in self.hf.parameters() if p.requires_grad)
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def untouched(self) -> AbstractContextManager[None]:
         """While this lasts a LoRA trunk is the base model that it was."""
         assert self._adapted is not None
-        with self._adapted.disable_adapter():
-            yield
+        return self._adapted.disable_adapter()
 
     def merged(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The state dict of a plain model, with what the adapters learned in its weights.
