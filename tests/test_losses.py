@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from train.layer_dropout import SCHEDULES, rates, skipped, warmed_up
-from train.losses import Pupil, Teacher, exit_loss
+from train.losses import Pupil, StoredLaw, Teacher, exit_loss
 from train.schedule import CURRICULA, EXIT_WEIGHTS, active_exits, exit_weights, learning_rate
 
 N, H, V, E = 11, 6, 13, 3
@@ -91,6 +91,58 @@ def test_loss_and_gradients_equal_the_plain_computation(
     got = torch.autograd.grad(result.loss * 3, inputs)
     for gradient, exact in zip(got, wanted[: len(inputs)], strict=True):
         torch.testing.assert_close(gradient, 3 * exact, rtol=1e-4, atol=1e-6)
+
+
+def stored_law(head, final, k):
+    log_p = head(final).log_softmax(-1).detach()
+    tokens = log_p.topk(k).indices
+    return StoredLaw(tokens, log_p.gather(1, tokens))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tv"])
+@pytest.mark.parametrize("ce", [0.0, 0.4])
+def test_a_stored_law_with_every_token_teaches_what_the_final_rung_teaches(kind, ce):
+    head, exits, final, labels = problem()
+    law = stored_law(head, final, V)
+    taught = [
+        exit_loss(
+            head,
+            [Pupil(h, WEIGHTS[e], ce, teachers, 0.7, kind) for e, h in enumerate(exits)],
+            judged,
+            labels,
+            chunk=4,
+        )
+        for teachers, judged in (([Teacher(final)], final), (law, law))
+    ]
+    (dense, stored) = taught
+    torch.testing.assert_close(stored.loss, dense.loss, rtol=1e-6, atol=1e-6)
+    assert stored.agreement_P.tolist() == dense.agreement_P.tolist()
+    expected, got = (torch.autograd.grad(result.loss, exits) for result in taught)
+    for gradient, exact in zip(got, expected, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tv"])
+def test_what_is_not_stored_of_a_law_is_one_outcome(kind):
+    """By hand: the laws of four tokens and of all others together."""
+    head, (hidden, *_), final, labels = problem()
+    law, labelled = stored_law(head, final, 4), labels >= 0
+    p, q = head(final).softmax(-1).detach(), head(hidden).softmax(-1)
+    outside = torch.ones(N, V, dtype=torch.bool).scatter(1, law.tokens_NK, False)
+    p, q = (
+        torch.cat([x.gather(1, law.tokens_NK), (x * outside).sum(1, keepdim=True)], 1)
+        for x in (p, q)
+    )
+    distance = {
+        "forward_kl": -(p * q.log()).sum(-1),
+        "reverse_kl": (q * (q / p).log()).sum(-1),
+        "tv": 1 - torch.minimum(p, q).sum(-1),
+    }[kind]
+    expected = distance[labelled].mean()
+    result = exit_loss(head, [Pupil(hidden, 1.0, 0.0, law, 1.0, kind)], law, labels, chunk=4)
+    torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    got, exact = (torch.autograd.grad(loss, hidden)[0] for loss in (result.loss, expected))
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6)
 
 
 def test_agreement_counts_equal_argmaxes_of_labelled_tokens():

@@ -213,14 +213,14 @@ def test_batches_go_on_over_the_end_of_an_epoch(tiny_base, texts, tmp_path):
     trainer = Trainer(load_recipe(words))
     length = len(trainer.loader)
     batches = trainer._batches()
-    seen = [next(batches)[0].clone() for _ in range(2 * length)]
+    seen = [next(batches)["tokens"].clone() for _ in range(2 * length)]
     assert length >= 2
     first, second = torch.cat(seen[:length]), torch.cat(seen[length:])
     assert not torch.equal(first, second)
     trainer.step = length + 1
     resumed = trainer._batches()
     for expected in seen[length + 1 :]:
-        assert torch.equal(next(resumed)[0], expected)
+        assert torch.equal(next(resumed)["tokens"], expected)
 
 
 def test_defaults_are_a_valid_recipe_but_for_what_must_be_named():
@@ -258,7 +258,8 @@ def test_chats_teach_what_the_assistant_says(tiny_base, tmp_path):
     file.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
     words = settings(tiny_base, file, tmp_path / "ee", text_column="messages", steps=2)
     trainer = Trainer(load_recipe(words))
-    tokens, labels = next(trainer._batches())
+    batch = next(trainer._batches())
+    tokens, labels = batch["tokens"], batch["labels"]
     taught = trainer.tokenizer.decode(labels[labels >= 0])
     assert "answer" in taught
     assert "question" not in taught

@@ -18,7 +18,7 @@ def trainer_of(tiny_base, texts, output, **changes) -> Trainer:
 
 
 def first_batch(trainer: Trainer, step: int = 0) -> Batch:
-    return Batch(*next(trainer._batches()), step)
+    return Batch.of(next(trainer._batches()), step)
 
 
 @pytest.mark.parametrize("trunk", ["lora", "full"])
@@ -61,7 +61,7 @@ def test_a_skipped_layer_does_not_run(tiny_base, texts, tmp_path):
     batches, steps = trainer._batches(), 60
     for step in range(steps):
         with torch.no_grad():
-            trainer._on_model(trainer.training_step, Batch(*next(batches), step))
+            trainer._on_model(trainer.training_step, Batch.of(next(batches), step))
     rows = steps * trainer.recipe.batch_size
     for i in range(layers):
         expected = 1 - 0.5 * i / (layers - 1)

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from hispec.model import ExitModel
 
 from .layer_dropout import rates, skipped, warmed_up
-from .losses import ExitLoss, Pupil, Teacher, exit_loss
+from .losses import ExitLoss, Pupil, StoredLaw, Teacher, exit_loss
 from .recipe import Recipe
 from .schedule import active_exits, exit_weights
+from .states import StoredStates
 from .trunk import Trunk
 
 
@@ -49,6 +50,13 @@ class Batch:
     step: int
     micro: int = 0
     """Number of this batch within its step."""
+    stored: StoredStates | None = None
+    """What the trunk says to it, if that is known already."""
+
+    @classmethod
+    def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0) -> Batch:
+        """That of a collated dict of `TrainingRows` or `StateStore`."""
+        return cls(row["tokens"], row["labels"], step, micro, StoredStates.of(row))
 
 
 class TrainingStep:
@@ -78,11 +86,15 @@ class TrainingStep:
         recipe = self.recipe
         chosen = active_exits(recipe.curriculum, len(recipe.exits), batch.step, recipe.steps)
         depths = [recipe.exits[e] for e in chosen]
-        with torch.set_grad_enabled(self.trunk.trained):
-            states = self._states(model, batch, depths)
-        final_NH = model.normed(model.num_layers, states[model.num_layers]).flatten(0, 1)
+        final: torch.Tensor | StoredLaw
+        if batch.stored is not None:
+            states, final = batch.stored.states, batch.stored.law()
+        else:
+            with torch.set_grad_enabled(self.trunk.trained):
+                states = self._states(model, batch, depths)
+            final_NH = model.normed(model.num_layers, states[model.num_layers]).flatten(0, 1)
+            final = final_NH.detach()
         normed = {d: model.normed(d, model.run_head(d, states[d])).flatten(0, 1) for d in depths}
-        taught_NH = final_NH.detach()
         weights = exit_weights(
             recipe.exit_weights,
             depths,
@@ -94,7 +106,7 @@ class TrainingStep:
                 normed[depth],
                 weights[i],
                 recipe.ce_weight,
-                self._teachers(taught_NH, [normed[d] for d in depths[i + 1 : i + 2]]),
+                self._teachers(final, [normed[d] for d in depths[i + 1 : i + 2]]),
                 recipe.distill_weight,
                 recipe.divergence,
             )
@@ -106,21 +118,25 @@ class TrainingStep:
         return exit_loss(
             model.project,
             pupils,
-            taught_NH,
+            final,
             batch.labels_BT.flatten(),
             chunk=recipe.loss_chunk,
             train_head=self.trunk.kind == "full",
         )
 
-    def _teachers(self, final_NH: torch.Tensor, deeper_NH: Sequence[torch.Tensor]) -> list[Teacher]:
+    def _teachers(
+        self, final: torch.Tensor | StoredLaw, deeper_NH: Sequence[torch.Tensor]
+    ) -> list[Teacher] | StoredLaw:
         """Who an exit imitates: the final rung, and by a share the next deeper exit if any."""
         share = self.recipe.neighbour_share if deeper_NH else 0.0
         if not self.recipe.distill_weight:
             return []
+        if isinstance(final, StoredLaw):
+            return final
         if not share:
-            return [Teacher(final_NH)]
+            return [Teacher(final)]
         return [
-            Teacher(final_NH, 1 - share),
+            Teacher(final, 1 - share),
             *(Teacher(normed_NH.detach(), share) for normed_NH in deeper_NH),
         ]
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 Read = Callable[[torch.Tensor], torch.Tensor]
+_TINY = 1e-9  # probability below which the rest of a law counts as none
 
 
 @dataclass
@@ -25,6 +26,32 @@ class Teacher:
 
 
 @dataclass
+class StoredLaw:
+    """The top of the final rung's law, as it was computed once; all other tokens are one outcome.
+
+    Probabilities are those under the whole vocabulary. Scaled up to sum to one they would teach
+    that nothing else ever comes (Anshumann et al., 2503.16870).
+    """
+
+    tokens_NK: torch.Tensor
+    """The likeliest tokens, likeliest first."""
+    log_p_NK: torch.Tensor
+
+    def part(self, part: slice) -> StoredLaw:
+        """That of some of the N places."""
+        return StoredLaw(self.tokens_NK[part], self.log_p_NK[part])
+
+    def laws(self, log_q_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a pupil's log law, the stored law), both [N, K + 1], over the tokens and the rest, from
+        what the pupil gives to the tokens."""
+        p_NK = self.log_p_NK.float().exp()
+        rest_q_N1 = 1 - log_q_NK.exp().sum(-1, keepdim=True)
+        rest_p_N1 = 1 - p_NK.sum(-1, keepdim=True)
+        log_q_NO = torch.cat([log_q_NK, rest_q_N1.clamp_min(_TINY).log()], -1)
+        return log_q_NO, torch.cat([p_NK, rest_p_N1.clamp_min(0)], -1)
+
+
+@dataclass
 class Pupil:
     """One rung in training."""
 
@@ -33,7 +60,7 @@ class Pupil:
     weight: float
     """Of its loss in the total; the weights of all pupils sum to one."""
     ce_weight: float
-    teachers: Sequence[Teacher] = field(default_factory=list)
+    teachers: Sequence[Teacher] | StoredLaw = field(default_factory=list)
     distill_weight: float = 0.0
     divergence: str = "forward_kl"
 
@@ -51,53 +78,69 @@ class ExitLoss:
 
 
 def divergence(
-    kind: str, logits_NV: torch.Tensor, teacher_NV: torch.Tensor, labelled_N: torch.Tensor
+    kind: str, log_q_NO: torch.Tensor, teacher_NO: torch.Tensor, labelled_N: torch.Tensor
 ) -> torch.Tensor:
     """Summed distance of a pupil's law q from its teacher's p, over the labelled tokens.
 
     Args:
-        kind: `reverse_kl`, KL(q || p), or `tv`, the total variation, one half of sum |p - q|, whose
-            complement sum min(p, q) is what rejection sampling accepts. (`forward_kl` is a
-            cross-entropy, see `mixed`.)
-        teacher_NV: probabilities, float32.
+        kind: `forward_kl`, KL(p || q) up to the teacher's entropy, `reverse_kl`, KL(q || p), or
+            `tv`, the total variation, one half of sum |p - q|, whose complement sum min(p, q) is
+            what rejection sampling accepts.
+        log_q_NO: float32, over the outcomes: the vocabulary, or a part of it and the rest.
+        teacher_NO: probabilities, float32.
     """
-    log_q_NV = logits_NV.float().log_softmax(-1)
-    if kind == "reverse_kl":
-        q_NV = log_q_NV.exp()
-        tiny = torch.finfo(torch.float32).tiny
-        each_N = (q_NV * (log_q_NV - teacher_NV.clamp_min(tiny).log())).sum(-1)
+    if kind == "forward_kl":
+        each_N = -(teacher_NO * log_q_NO).sum(-1)
+    elif kind == "reverse_kl":
+        log_p_NO = teacher_NO.clamp_min(torch.finfo(torch.float32).tiny).log()
+        each_N = (log_q_NO.exp() * (log_q_NO - log_p_NO)).sum(-1)
     else:
-        each_N = 0.5 * (teacher_NV - log_q_NV.exp()).abs().sum(-1)
+        each_N = 0.5 * (teacher_NO - log_q_NO.exp()).abs().sum(-1)
     return (each_N * labelled_N).sum()
 
 
 def pupil_loss(
-    pupil: Pupil, logits_NV: torch.Tensor, teacher_NV: torch.Tensor | None, labels_N: torch.Tensor
+    pupil: Pupil,
+    logits_NV: torch.Tensor,
+    taught: torch.Tensor | StoredLaw | None,
+    labels_N: torch.Tensor,
 ) -> torch.Tensor:
     """Summed loss of some tokens: `distill_weight` * divergence + `ce_weight` * cross-entropy.
 
     Args:
-        teacher_NV: what `mixed` made of the teachers' law; None without teachers.
+        taught: what `mixed` made of the teachers' law [N, V], or a stored law; None for none.
     """
-    if teacher_NV is not None and pupil.divergence == "forward_kl":
-        return F.cross_entropy(logits_NV.float(), teacher_NV, reduction="sum")
+    logits_NV = logits_NV.float()
+    if isinstance(taught, torch.Tensor) and pupil.divergence == "forward_kl":
+        return F.cross_entropy(logits_NV, taught, reduction="sum")
+    labelled_N = labels_N >= 0
+    if isinstance(taught, StoredLaw):
+        # the vocabulary is gone through once, by the sum; all else is picked from it
+        log_sum_N1 = logits_NV.logsumexp(-1, keepdim=True)
+        law = taught.laws(logits_NV.gather(1, taught.tokens_NK) - log_sum_N1)
+        loss = pupil.distill_weight * divergence(pupil.divergence, *law, labelled_N)
+        if pupil.ce_weight:
+            log_q_N1 = logits_NV.gather(1, labels_N.clamp_min(0)[:, None]) - log_sum_N1
+            loss = loss - pupil.ce_weight * (log_q_N1[:, 0] * labelled_N).sum()
+        return loss
     loss = torch.zeros((), device=logits_NV.device)
-    if teacher_NV is not None:
-        soft = divergence(pupil.divergence, logits_NV, teacher_NV, labels_N >= 0)
+    if taught is not None:
+        soft = divergence(pupil.divergence, logits_NV.log_softmax(-1), taught, labelled_N)
         loss = loss + pupil.distill_weight * soft
     if pupil.ce_weight:
-        hard = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        loss = loss + pupil.ce_weight * hard
+        loss = loss + pupil.ce_weight * F.cross_entropy(logits_NV, labels_N, reduction="sum")
     return loss
 
 
-def mixed(pupil: Pupil, law_NV: torch.Tensor | None, labels_N: torch.Tensor) -> torch.Tensor | None:
+def mixed(
+    pupil: Pupil, law_NV: torch.Tensor | StoredLaw | None, labels_N: torch.Tensor
+) -> torch.Tensor | StoredLaw | None:
     """What a pupil is taught by the law of its teachers, which is used up.
 
     With the forward KL that is `distill_weight * p + ce_weight * onehot(label)`: cross-entropy to
     it has the gradient of both terms and is one pass over the vocabulary instead of two.
     """
-    if law_NV is None or pupil.divergence != "forward_kl":
+    if not isinstance(law_NV, torch.Tensor) or pupil.divergence != "forward_kl":
         return law_NV
     labelled_N = (labels_N >= 0).float()
     law_NV *= (pupil.distill_weight * labelled_N)[:, None]
@@ -105,8 +148,12 @@ def mixed(pupil: Pupil, law_NV: torch.Tensor | None, labels_N: torch.Tensor) -> 
     return law_NV.scatter_add_(1, columns, (pupil.ce_weight * labelled_N)[:, None])
 
 
-def _law(teachers: Sequence[Teacher], read: Read, part: slice) -> torch.Tensor | None:
-    """The mixture of the teachers' laws [n, V], float32."""
+def _law(
+    teachers: Sequence[Teacher] | StoredLaw, read: Read, part: slice
+) -> torch.Tensor | StoredLaw | None:
+    """The mixture of the teachers' laws [n, V], float32, or the stored one."""
+    if isinstance(teachers, StoredLaw):
+        return teachers.part(part)
     with torch.no_grad():
         law_NV = None
         for teacher in teachers:
@@ -119,20 +166,29 @@ def _law(teachers: Sequence[Teacher], read: Read, part: slice) -> torch.Tensor |
 
 def _lesson(pupil: Pupil) -> tuple[Any, ...]:
     """What two pupils have in common who are taught the same."""
-    teachers = tuple((id(t.normed_NH), t.share, id(t.read)) for t in pupil.teachers)
+    teachers: Any = id(pupil.teachers)
+    if not isinstance(pupil.teachers, StoredLaw):
+        teachers = tuple((id(t.normed_NH), t.share, id(t.read)) for t in pupil.teachers)
     return teachers, pupil.distill_weight, pupil.ce_weight, pupil.divergence
 
 
 def _final_top(
-    pupil: Pupil, law_NV: torch.Tensor | None, read: Read, final_NH: torch.Tensor, part: slice
+    pupil: Pupil,
+    law: torch.Tensor | StoredLaw | None,
+    read: Read,
+    final: torch.Tensor | StoredLaw,
+    part: slice,
 ) -> torch.Tensor:
     """Argmax [n] of the final rung; that of the teachers' law where it alone teaches."""
-    for teacher in pupil.teachers:
-        same = teacher.normed_NH.data_ptr() == final_NH.data_ptr()
-        if law_NV is not None and same and teacher.share == 1.0 and teacher.read is None:
-            return _top(law_NV)
+    if isinstance(final, StoredLaw):
+        return final.tokens_NK[part, 0]
+    if isinstance(law, torch.Tensor) and not isinstance(pupil.teachers, StoredLaw):
+        for teacher in pupil.teachers:
+            same = teacher.normed_NH.data_ptr() == final.data_ptr()
+            if same and teacher.share == 1.0 and teacher.read is None:
+                return _top(law)
     with torch.no_grad():
-        return _top(read(final_NH[part]))
+        return _top(read(final[part]))
 
 
 def _top(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -149,25 +205,25 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, read, pupils, final_NH, labels_N, chunk, *normed_P_NH):  # type: ignore[no-untyped-def]
+    def forward(ctx, read, pupils, final, labels_N, chunk, *normed_P_NH):  # type: ignore[no-untyped-def]
         grads = [torch.empty_like(normed) for normed in normed_P_NH]
-        loss_P, agreed_P = torch.zeros(2, len(pupils), device=final_NH.device)
+        loss_P, agreed_P = torch.zeros(2, len(pupils), device=labels_N.device)
         labels = (labels_N >= 0).sum().clamp_min(1)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             labels_n = labels_N[part]
-            top_n, lesson, taught_nV = None, None, None
+            top_n, lesson, taught = None, None, None
             for p, (pupil, normed_NH) in enumerate(zip(pupils, normed_P_NH, strict=True)):
                 if lesson != _lesson(pupil):  # most pupils are taught the same
                     lesson = _lesson(pupil)
-                    taught_nV = _law(pupil.teachers, read, part)
+                    taught = _law(pupil.teachers, read, part)
                     if top_n is None:
-                        top_n = _final_top(pupil, taught_nV, read, final_NH, part)
-                    taught_nV = mixed(pupil, taught_nV, labels_n)
+                        top_n = _final_top(pupil, taught, read, final, part)
+                    taught = mixed(pupil, taught, labels_n)
                 leaf = normed_NH[part].detach().requires_grad_()
                 with torch.enable_grad():
                     logits_nV = read(leaf)
-                    loss = pupil_loss(pupil, logits_nV, taught_nV, labels_n) / labels
+                    loss = pupil_loss(pupil, logits_nV, taught, labels_n) / labels
                 (grads[p][part],) = torch.autograd.grad(loss, leaf)
                 loss_P[p] += loss.detach()
                 agreed_P[p] += ((_top(logits_nV) == top_n) & (labels_n >= 0)).sum() / labels
@@ -185,7 +241,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def exit_loss(
     read: Read,
     pupils: Sequence[Pupil],
-    final_NH: torch.Tensor,
+    final: torch.Tensor | StoredLaw,
     labels_N: torch.Tensor,
     *,
     chunk: int,
@@ -195,24 +251,25 @@ def exit_loss(
 
     Args:
         read: the LM head, [n, H] -> [n, V].
-        final_NH: normed states [N, H] of the final rung, for the agreement.
+        final: normed states [N, H] of the final rung, or its stored law, for the agreement.
         labels_N: next token of each state; where it is -100 nothing is taught.
         chunk: tokens whose logits are held at one time.
         train_head: let the gradient flow into `read` too. The logits of a chunk are then computed
             a second time in the backward pass, so that ordinary autograd sees the head (and DDP,
             FSDP and ZeRO with it).
     """
-    final_NH = final_NH.detach()
+    if isinstance(final, torch.Tensor):
+        final = final.detach()
     if not train_head:
         states = [pupil.normed_NH for pupil in pupils]
-        return ExitLoss(*_ChunkedLoss.apply(read, pupils, final_NH, labels_N, chunk, *states))
+        return ExitLoss(*_ChunkedLoss.apply(read, pupils, final, labels_N, chunk, *states))
 
     def part_of(pupil: Pupil, normed_nH: torch.Tensor, part: slice) -> list[torch.Tensor]:
         logits_nV = read(normed_nH)
-        law_nV = _law(pupil.teachers, read, part)
-        same_n = _top(logits_nV) == _final_top(pupil, law_nV, read, final_NH, part)
-        taught_nV = mixed(pupil, law_nV, labels_N[part])
-        loss = pupil_loss(pupil, logits_nV, taught_nV, labels_N[part])
+        law = _law(pupil.teachers, read, part)
+        same_n = _top(logits_nV) == _final_top(pupil, law, read, final, part)
+        taught = mixed(pupil, law, labels_N[part])
+        loss = pupil_loss(pupil, logits_nV, taught, labels_N[part])
         return [loss, (same_n & (labels_N[part] >= 0)).sum()]
 
     labels = (labels_N >= 0).sum().clamp_min(1)

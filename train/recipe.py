@@ -77,6 +77,14 @@ class Recipe:
     held_out: float = 0.05
     """Share of the documents that is only evaluated on."""
     seq_len: int = 256
+    max_rows: int | None = None
+    """Most rows of `seq_len` tokens that are trained on; they are gone through again where `steps`
+    need more."""
+    states: str | None = None
+    """Folder, for a frozen trunk: its states for all rows are computed once, kept there and read in
+    every epoch, and by every run with the same base, text and exits. `--plan` says how large."""
+    states_top_k: int = 64
+    """Tokens of the final law that are kept there; all others count as one."""
 
     # optimisation
     steps: int = 1000
@@ -162,6 +170,19 @@ class Recipe:
                 "a frozen trunk is not trained; it needs trunk=lora or trunk=full",
             )
         check(
+            self.states is None or not trained,
+            "states",
+            self.states,
+            f"with trunk={self.trunk!r} they change in every step; they need trunk=frozen",
+        )
+        check(
+            self.states is None or self.neighbour_share == 0,
+            "neighbour_share",
+            self.neighbour_share,
+            "with stored states only the final rung teaches",
+        )
+        check(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+        check(
             trained or self.max_drift is None,
             "max_drift",
             self.max_drift,
@@ -189,7 +210,8 @@ class Recipe:
         for key in ("lora_alpha", "e_scale"):
             check(getattr(self, key) > 0, key, getattr(self, key), "above 0")
         for key in ("head_blocks", "head_rank", "lora_rank", "steps", "batch_size", "accumulate",
-                    "loss_chunk", "eval_every", "eval_sequences", "save_every"):  # fmt: skip
+                    "loss_chunk", "eval_every", "eval_sequences", "save_every",
+                    "states_top_k"):  # fmt: skip
             check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         check(bool(self.exits), "exits", self.exits, "name one depth or more")
         check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")

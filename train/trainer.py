@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
 from hispec import checkpoint
@@ -19,7 +19,7 @@ from hispec.console import Output, quiet_transformers
 from hispec.files import clear_leftovers, write_json
 from hispec.model import ExitModel
 
-from .data import training_sets
+from .data import TrainingRows, training_sets
 from .forward import Batch, TrainingStep, Wrapped
 from .judge import Judge, shown
 from .losses import ExitLoss
@@ -27,6 +27,7 @@ from .processes import build_accelerator, gather, sharded
 from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
+from .states import StateSizes, StateStore
 from .trunk import Trunk
 from .watch import Figures, progress_bar
 
@@ -70,9 +71,13 @@ class Trainer:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(self.base.folder, local_files_only=True)
 
-        training, held_out = training_sets(recipe, self.tokenizer, self.accelerator.num_processes)
-        self.judge = Judge(held_out.tensors[0], self.trunk)
-        loader = DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)
+        training, held_out_RT = training_sets(
+            recipe, self.tokenizer, self.accelerator.num_processes
+        )
+        self.judge = Judge(held_out_RT, self.trunk)
+        self.store = self._state_store(training)
+        dataset: Dataset[dict[str, torch.Tensor]] = self.store or training
+        loader = DataLoader(dataset, recipe.batch_size, shuffle=True, drop_last=True)
         with_trunk = self.trunk.trained or sharded(self.accelerator)
         wrapped = Wrapped(self.model, with_trunk=with_trunk)
         optimizer = torch.optim.AdamW(
@@ -95,9 +100,31 @@ class Trainer:
         self.minutes = 0.0
         self.history: list[dict[str, Any]] = []
 
+    def _state_store(self, training: TrainingRows) -> StateStore | None:
+        recipe, hf = self.recipe, self.model.hf
+        if recipe.states is None:
+            return None
+        half = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        sizes = StateSizes(
+            depths=list(recipe.exits),
+            top_k=min(recipe.states_top_k, self.model.vocab_size),
+            hidden=hf.config.hidden_size,
+            final=False,
+            dtype=half,
+        )
+        return StateStore(Path(recipe.states), training, sizes, self.base.weights())
+
     def train(self) -> Path:
         """Train to the end and export the best; returns the checkpoint's folder."""
         self._on_model(self.judge.remember_base)
+        if self.store is not None:
+            self.store.fill(
+                self.accelerator,
+                self._on_model,
+                batch_size=self.recipe.batch_size,
+                chunk=self.recipe.loss_chunk,
+                say=self.say,
+            )
         self._resume()
         recipe, processes = self.recipe, self.accelerator.num_processes
         if recipe.log_with:
@@ -125,7 +152,7 @@ class Trainer:
         self.accelerator.end_training()
         return exported
 
-    def _train_step(self, batches: Iterator[list[torch.Tensor]]) -> tuple[Figures, int]:
+    def _train_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> tuple[Figures, int]:
         """One step of the optimizer; (its figures by name, tokens that this process ran)."""
         recipe = self.recipe
         rate = recipe.lr * learning_rate(
@@ -140,10 +167,9 @@ class Trainer:
         results: list[ExitLoss] = []
         tokens = 0
         for micro in range(recipe.accumulate):
-            tokens_BT, labels_BT = next(batches)
-            tokens += tokens_BT.numel()
+            batch = Batch.of(next(batches), self.step, micro)
+            tokens += batch.tokens_BT.numel()
             with self.accelerator.accumulate(self.wrapped):
-                batch = Batch(tokens_BT, labels_BT, self.step, micro)
                 result = self._on_model(self.training_step, batch)
                 self.accelerator.backward(result.loss)
                 if self.accelerator.sync_gradients:
@@ -167,7 +193,7 @@ class Trainer:
         with self.accelerator.autocast():
             return self.wrapped(job, *args)
 
-    def _batches(self) -> Iterator[list[torch.Tensor]]:
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches without end, from the run's position on: a function of (seed, step) alone."""
         epoch, skip = divmod(self.step * self.recipe.accumulate, len(self.loader))
         while True:
