@@ -86,6 +86,10 @@ class Cache:
         self.visible = _round_up(visible)  # the few slots more are all masked
         return slots_BT if self._tree is None else self._tree.positions(slots_BT)
 
+    def slots_before(self, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Slots [B, T] of the tokens before those of the announced pass; -1 for none."""
+        return slots_BT - 1 if self._tree is None else self._tree.slots_before(slots_BT)
+
     def seen(self, window: int | None) -> torch.Tensor:
         """Which slots the tokens of the announced pass attend to, bool [B, T, visible].
 
@@ -171,6 +175,10 @@ class Cache:
             self._hidden[track] = hidden_BTH.new_zeros(self.rows * self.capacity, width)
         self._hidden[track].index_copy_(0, self.flat(slots_BT), hidden_BTH.reshape(-1, width))
 
+    def holds(self, track: Any) -> bool:
+        """Whether the track has stored hidden states at all."""
+        return track in self._hidden
+
     def hidden(self, track: Any, slots_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that a track stored for `slots_BT`."""
         picked = self._hidden[track].index_select(0, self.flat(slots_BT))
@@ -223,6 +231,13 @@ class _PlacedTree:
         inside_BT, number_BT = self._inside(slots_BT)
         deep_BT = self.base_B1 + self.depth_BN.gather(1, number_BT) - 1
         return torch.where(inside_BT, deep_BT, slots_BT)
+
+    def slots_before(self, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Slot [B, T] of the token that each one follows."""
+        inside_BT, number_BT = self._inside(slots_BT)
+        parent_BN = torch.from_numpy(self._proposal.parent_BN).to(slots_BT.device)
+        parents_BT = self.base_B1 - 1 + parent_BN.gather(1, number_BT).clamp_min(0)
+        return torch.where(inside_BT, parents_BT, slots_BT - 1)
 
     def hide(self, seen_BTK: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
         """`seen` without the proposals that are no ancestors of the token that looks."""

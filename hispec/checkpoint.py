@@ -29,6 +29,7 @@ from .model import ExitModel
 
 FORMAT_VERSION = 1
 CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
+DRAFT_TOKENS = "draft_tokens"
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 _SECTIONS = {
@@ -167,6 +168,8 @@ def save(
         f"exits.{name}": tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in (model.heads.state_dict() if exits is None else exits).items()
     }
+    if model.draft_tokens is not None:
+        tensors[DRAFT_TOKENS] = model.draft_tokens.to("cpu", torch.int32)
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
         if full or trunk is not None:
@@ -372,6 +375,8 @@ def _load_exits(model: ExitModel, file: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file: {error}") from error
     expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
+    if model.draft_tokens is not None:
+        expected[DRAFT_TOKENS] = model.draft_tokens
     if stored.keys() != expected.keys():
         _refuse_names(file, stored.keys() - expected.keys(), expected.keys() - stored.keys())
     for name, tensor in stored.items():
@@ -380,6 +385,12 @@ def _load_exits(model: ExitModel, file: Path) -> None:
                 f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs "
                 f"{tuple(expected[name].shape)}"
             )
+    if model.draft_tokens is not None:
+        tokens_K = stored.pop(DRAFT_TOKENS).long()
+        bounds = torch.tensor([-1]), torch.tensor([model.vocab_size])
+        if torch.cat([bounds[0], tokens_K, bounds[1]]).diff().min() < 1:
+            raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
+        model.draft_tokens.copy_(tokens_K)
     model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
 
 

@@ -36,6 +36,10 @@ class ExitConfig:
     """Transformer blocks of a `block` head."""
     rank: int = 64
     """Width of an `adapter` head's bottleneck."""
+    draft_vocab: int = 0
+    """Tokens that the exits draft from, stored with them; 0 for the whole vocabulary."""
+    previous: bool = False
+    """Whether a `block` head also reads the final hidden state of the token before."""
 
     def validate(self, num_layers: int) -> None:
         """Raises ValueError if this cannot describe exits of a model of `num_layers` layers."""
@@ -49,6 +53,13 @@ class ExitConfig:
                 f"from 1 to {num_layers}, the layers of the model",
             )
         check(self.rank >= 1, "rank", self.rank, "1 or more")
+        check(self.draft_vocab >= 0, "draft_vocab", self.draft_vocab, "0 (all tokens) or a number")
+        check(
+            not self.previous or self.head == "block",
+            "previous",
+            self.previous,
+            f"a head of the kind {self.head!r} does not read the token before; it needs 'block'",
+        )
 
 
 @dataclass
@@ -68,6 +79,8 @@ class DecodeConfig:
     """If given, an exit's draft length follows recent acceptance between 1 and this."""
     draft_threshold: float = 0.0
     """An exit's draft ends after a token whose law's top probability is below this."""
+    draft_vocab: bool = True
+    """Whether exits draft from the reduced vocabulary that is stored with them, if one is."""
     lookup_length: int = 8
     """Tokens that a lookup proposes."""
     lookup_ngram: int = 4

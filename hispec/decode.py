@@ -103,7 +103,9 @@ class Decode:
         self.stopped_B = np.zeros(rows, dtype=bool)
         """Rows that a stopping criterion or the clock has ended."""
 
-        self.ladder = Ladder(model, config.ladder, rows, longest + reach)
+        self.ladder = Ladder(
+            model, config.ladder, rows, longest + reach, draft_vocab=config.draft_vocab
+        )
         self.sampler: Sampler = Match(config)
         if config.law == "rejection" and config.temperature > 0:
             self.sampler = Rejection(config, (rows, reach, vocab), model.device)
@@ -206,7 +208,7 @@ class Decode:
         began = time.perf_counter()
         base_B = self.agreed[0]
         nothing = Proposal.chain_of(self.tokens_BN[:, :0], np.zeros_like(base_B))
-        scores_BV = self._scores(0, base_B, base_B - ~rows_B, nothing)[:, 0]
+        scores_BV = self._scores(0, base_B, base_B - ~rows_B, nothing, drafting=True)[:, 0]
         rows = np.flatnonzero(rows_B)
         token_B = self.sampler.draw(scores_BV, base_B)
         self._write(rows, base_B[rows], token_B[rows], self.ladder.depths[0])
@@ -280,11 +282,18 @@ class Decode:
         return Proposal(tokens_BN, parent_BN, chain=False)
 
     def _scores(
-        self, rung: int, base_B: np.ndarray, upto_B: np.ndarray, proposal: Proposal
+        self,
+        rung: int,
+        base_B: np.ndarray,
+        upto_B: np.ndarray,
+        proposal: Proposal,
+        drafting: bool = False,
     ) -> torch.Tensor:
         """Logits [B, C, V] of a rung after the last agreed token and each proposal, processed."""
         tree = None if proposal.chain else proposal
-        logits_BCV = self.ladder.logits(rung, self.tokens_BN, base_B - 1, upto_B, tree)
+        logits_BCV = self.ladder.logits(
+            rung, self.tokens_BN, base_B - 1, upto_B, tree, drafting=drafting
+        )
         columns = np.arange(logits_BCV.shape[1])
         asked_BC = columns < (upto_B - base_B + 1)[:, None]
         rows_N, columns_N = np.nonzero(asked_BC)

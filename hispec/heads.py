@@ -39,6 +39,7 @@ class ExitHead(nn.Module):
         norm: the exit's own norm, or None where the final norm of the base model is used.
         layer_types: for each block, the attention type of the layer it was copied from.
         adapter: what comes after the norm, or None.
+        mix: what adds the state of the token before to what the blocks read, [2 H] -> [H], or None.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class ExitHead(nn.Module):
         norm: nn.Module | None,
         layer_types: Sequence[str],
         adapter: LowRank | None = None,
+        mix: nn.Linear | None = None,
     ) -> None:
         super().__init__()
+        self.mix = mix
         self.adapter = adapter
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
@@ -96,7 +99,11 @@ def build_head(
             block.load_state_dict(layer.state_dict())
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
-    return ExitHead(blocks, norm, layer_types[-config.blocks :])
+    mix = None
+    if config.previous:  # one that is fresh adds nothing
+        mix = nn.Linear(2 * hf.config.hidden_size, hf.config.hidden_size, bias=False)
+        nn.init.zeros_(mix.to(_place(trunk.norm)).weight)
+    return ExitHead(blocks, norm, layer_types[-config.blocks :], mix=mix)
 
 
 def _place(module: nn.Module) -> torch.Tensor:

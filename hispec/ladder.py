@@ -28,10 +28,20 @@ class Ladder:
         depths: increasing depths of the rungs.
         rows: prompts decoded together.
         capacity: slots per row: the longest text, and room for padding past its end.
+        draft_vocab: draft from the model's reduced vocabulary, if it has one.
     """
 
-    def __init__(self, model: ExitModel, depths: Sequence[int], rows: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: ExitModel,
+        depths: Sequence[int],
+        rows: int,
+        capacity: int,
+        *,
+        draft_vocab: bool = True,
+    ) -> None:
         self.model = model
+        self._draft_head = model.draft_head() if draft_vocab else None
         self.depths = tuple(depths)
         self.cache = Cache(rows, capacity, model.device)
         self.segment_tokens = [0] * len(self.depths)
@@ -78,6 +88,8 @@ class Ladder:
         )
         self.cache.store_hidden(track, slots_BT, hidden_BTH)
         self.segment_tokens[rung] += self._advance(track, start_B, upto_B)
+        if rung == len(self.depths) - 1:
+            self._forget_stand_ins(start_B)
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
@@ -95,11 +107,16 @@ class Ladder:
         first_B: np.ndarray,
         upto_B: np.ndarray,
         tree: Proposal | None = None,
+        *,
+        drafting: bool = False,
     ) -> torch.Tensor:
         """Logits [B, C, V] that `rung` gives after the tokens in slots `first` to `upto - 1`.
 
         Rows with fewer such slots are padded on the right with garbage. With a tree, slot `first`
         holds the last agreed token and the proposals lie behind it.
+
+        Args:
+            drafting: read the reduced draft vocabulary, if there is one.
         """
         base_B = first_B + 1
         self.bring(rung, tokens_BN, upto_B, tree, base_B)
@@ -108,7 +125,11 @@ class Ladder:
             track = self._bring_head(rung, upto_B, tree, base_B)
         slots_BC = self._slots(first_B, upto_B)
         assert slots_BC is not None, "a pass that reads nothing"
-        return self.model.read(self.depths[rung], self.cache.hidden(track, slots_BC))
+        hidden_BCH = self.cache.hidden(track, slots_BC)
+        if drafting and self._draft_head is not None:
+            normed_BCH = self.model.normed(self.depths[rung], hidden_BCH)
+            return self.model.draft(normed_BCH, self._draft_head)
+        return self.model.read(self.depths[rung], hidden_BCH)
 
     def truncate(self, length_B: np.ndarray) -> None:
         """Roll every rung back to at most `length` tokens per row, KV and boundary together."""
@@ -128,11 +149,53 @@ class Ladder:
             hidden_BTH = self.cache.hidden(("segment", rung), slots_BT)
             positions_BT = self.cache.place(slots_BT, tree, base_B)
             hidden_BTH = self.model.run_head(
-                self.depths[rung], hidden_BTH, positions_BT, self.cache
+                self.depths[rung],
+                hidden_BTH,
+                positions_BT,
+                self.cache,
+                self._previous(rung, slots_BT),
             )
             self.cache.store_hidden(track, slots_BT, hidden_BTH)
             self.head_tokens[rung] += self._advance(track, start_B, upto_B)
         return track
+
+    def _previous(self, rung: int, slots_BT: torch.Tensor) -> torch.Tensor | None:
+        """For a head that reads it, the normed state [B, T, H] of the token before each slot.
+
+        Where the full model has not been yet, what the next shallower rung made of that token (the
+        shallowest one: what itself did, in an earlier pass) stands in; where there is not even
+        that, 0.
+        """
+        if self.model.head(self.depths[rung]).mix is None:
+            return None
+        before_BT = self.cache.slots_before(slots_BT)
+        last = len(self.depths) - 1
+        sources = [(("segment", last), self.depths[last])]
+        lower = max(rung - 1, 0)
+        kind = "head" if self.head_layers(lower) else "segment"
+        sources.insert(0, ((kind, lower), self.depths[lower]))
+        found_BTH: torch.Tensor | None = None
+        for track, depth in sources:
+            length_B1 = torch.from_numpy(self.cache.length(track)[:, None]).to(slots_BT.device)
+            known_BT = (before_BT >= 0) & (before_BT < length_B1)
+            if not self.cache.holds(track):
+                continue
+            normed_BTH = self.model.normed(depth, self.cache.hidden(track, before_BT.clamp_min(0)))
+            if found_BTH is None:
+                found_BTH = torch.zeros_like(normed_BTH)
+            found_BTH = torch.where(known_BT[..., None], normed_BTH, found_BTH)
+        return found_BTH
+
+    def _forget_stand_ins(self, known_B: np.ndarray) -> None:
+        """Roll heads back that read stand-ins for states which the full model has now computed.
+
+        Args:
+            known_B: tokens whose states at full depth were known before.
+        """
+        for rung in range(len(self.depths) - 1):
+            if self.model.head(self.depths[rung]).mix is not None:
+                track = ("head", rung)
+                self.cache.lengths[track] = np.minimum(self.cache.length(track), known_B + 1)
 
     def _advance(self, track: tuple[str, int], start_B: np.ndarray, upto_B: np.ndarray) -> int:
         """Record that `track` now holds `upto` tokens; returns the tokens run, padding left out."""

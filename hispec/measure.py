@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import nn
 
-from .model import ExitModel
+from .model import ExitModel, of_token_before
 
 _CHUNK = 128  # tokens whose laws are in memory at one time, for two depths
 LONGEST_RUN = 8
@@ -37,43 +37,57 @@ def agreement(
 ) -> list[Agreement]:
     """Measure pairs (shallower depth, deeper depth) on rows of token ids, each a text of its own.
 
-    Depths with a trained head are read through it, all others through the final norm.
+    Depths with a trained head are read through it, all others through the final norm. The
+    shallower one of a pair says what it would draft: from the reduced vocabulary if there is one,
+    and where it reads the token before too, with that of the full model.
     """
     depths = sorted({depth for pair in pairs for depth in pair})
     judged_by = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
     acceptance = dict.fromkeys(pairs, 0.0)
-    same_RT = {pair: torch.zeros(rows_RT.shape, dtype=torch.bool) for pair in pairs}
+    first_RT, later_RT = (
+        {pair: torch.zeros(rows_RT.shape, dtype=torch.bool) for pair in pairs} for _ in range(2)
+    )
     for r, row_T in enumerate(rows_RT):
-        states = dict(_normed_states(model, row_T[None].to(model.device), depths))
+        states = _normed_states(model, row_T[None].to(model.device), depths)
         for start in range(0, rows_RT.shape[1], _CHUNK):
             part = slice(start, start + _CHUNK)
             for deep, shallows in judged_by.items():
-                p_NV = model.project(states[deep][part]).float().softmax(-1)
+                p_NV = model.project(states[deep].first_TH[part]).float().softmax(-1)
                 top_N = p_NV.max(-1).indices  # three times as fast as argmax on a CPU
-                for shallow in shallows:
-                    q_NV = model.project(states[shallow][part]).float().softmax(-1)
-                    same_RT[shallow, deep][r, part] = (q_NV.max(-1).indices == top_N).cpu()
-                    acceptance[shallow, deep] += torch.minimum(p_NV, q_NV).sum().item()
+                for pair in ((shallow, deep) for shallow in shallows):
+                    read = states[pair[0]]
+                    q_NV = model.draft(read.first_TH[part]).float().softmax(-1)
+                    first_RT[pair][r, part] = (q_NV.max(-1).indices == top_N).cpu()
+                    acceptance[pair] += torch.minimum(p_NV, q_NV).sum().item()
+                    later_RT[pair][r, part] = first_RT[pair][r, part]
+                    if read.later_TH is not None:
+                        again_NV = model.draft(read.later_TH[part])
+                        later_RT[pair][r, part] = (again_NV.max(-1).indices == top_N).cpu()
     count = rows_RT.numel()
     return [
         Agreement(
             *pair,
-            top1=same_RT[pair].float().mean().item(),
+            top1=first_RT[pair].float().mean().item(),
             acceptance=acceptance[pair] / count,
             tokens=count,
-            runs=run_shares(same_RT[pair]),
+            runs=run_shares(first_RT[pair], later_RT[pair]),
         )
         for pair in pairs
     ]
 
 
-def run_shares(same_RT: torch.Tensor) -> list[float]:
+def run_shares(first_RT: torch.Tensor, later_RT: torch.Tensor) -> list[float]:
     """Share of the places from which on at least 1, 2, ... `LONGEST_RUN` are true in a row.
 
     Only places count that have that many behind them.
+
+    Args:
+        first_RT: whether a draft that begins here begins well.
+        later_RT: whether one that has got here goes on well.
     """
-    longest = min(LONGEST_RUN, same_RT.shape[1])
-    windows_RPK = same_RT.unfold(1, longest, 1)
+    longest = min(LONGEST_RUN, first_RT.shape[1])
+    windows_RPK = later_RT.unfold(1, longest, 1).clone()
+    windows_RPK[..., 0] = first_RT[:, : windows_RPK.shape[1]]
     return windows_RPK.int().cumprod(-1).float().mean((0, 1)).tolist()
 
 
@@ -93,12 +107,13 @@ def expected_speed(model: ExitModel, measured: Sequence[Agreement]) -> ExpectedS
     """The fastest two rungs that the measured agreement with the full model promises."""
     layer = _size(model.hf.model.layers) / model.num_layers
     lm_head = _size(model.hf.lm_head)
+    draft_head = lm_head * (model.exits.draft_vocab or model.vocab_size) / model.vocab_size
     target = model.num_layers * layer + lm_head
     found = []
     for judged in measured:
         if judged.deep != model.num_layers:
             continue
-        draft = judged.shallow * layer + _size(model.head(judged.shallow)) + lm_head
+        draft = judged.shallow * layer + _size(model.head(judged.shallow)) + draft_head
         for length in range(1, len(judged.runs) + 1):
             tokens = 1 + sum(judged.runs[:length])
             speed = tokens * target / (target + length * draft)
@@ -111,15 +126,37 @@ def _size(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
+@dataclass
+class _Read:
+    """States [T, H] of one depth as the LM head reads them."""
+
+    first_TH: torch.Tensor
+    later_TH: torch.Tensor | None = None
+    """For a head that reads the token before: with its own state in place of the full model's, as
+    from the second token of a draft on."""
+
+
 def _normed_states(
-    model: ExitModel, tokens_1T: torch.Tensor, depths: Iterable[int]
-) -> Iterable[tuple[int, torch.Tensor]]:
-    """(depth, states [T, H] as the LM head reads them) of one text."""
-    hidden_1TH, at = model.embed(tokens_1T), 0
-    for depth in depths:
+    model: ExitModel, tokens_1T: torch.Tensor, depths: Sequence[int]
+) -> dict[int, _Read]:
+    """What is read at some depths of one text."""
+    hidden_1TH, at, states = model.embed(tokens_1T), 0, {}
+    for depth in [*depths, model.num_layers]:
         hidden_1TH, at = model.run(hidden_1TH, at, depth), depth
-        own_1TH = model.run_head(depth, hidden_1TH) if depth < model.num_layers else hidden_1TH
-        yield depth, model.normed(depth, own_1TH)[0]
+        states[depth] = hidden_1TH
+    final_1TH = model.normed(model.num_layers, hidden_1TH)
+    found = {model.num_layers: _Read(final_1TH[0])}
+    for depth in depths:
+        if depth == model.num_layers:
+            continue
+        before_1TH = of_token_before(final_1TH)
+        head_1TH = model.run_head(depth, states[depth], previous_BTH=before_1TH)
+        found[depth] = _Read(model.normed(depth, head_1TH)[0])
+        if model.head(depth).mix is not None:
+            own_1TH = of_token_before(found[depth].first_TH[None])
+            head_1TH = model.run_head(depth, states[depth], previous_BTH=own_1TH)
+            found[depth].later_TH = model.normed(depth, head_1TH)[0]
+    return found
 
 
 def ladder_pairs(depths: Sequence[int], num_layers: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from .attention import NAME, Branch, causal, rounds_alike
 from .cache import Cache
-from .config import ExitConfig
+from .config import ExitConfig, check
 from .families import SLIDING, check_supported, layer_types, longest_text
 from .heads import ExitHead, Gather, build_head
 
@@ -67,6 +67,12 @@ class ExitModel(nn.Module):
         for i, depth in enumerate(self.exits.depths):
             first = self.num_layers + i * self.exits.blocks
             self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first, gather)
+        size = self.exits.draft_vocab
+        check(
+            size <= self.vocab_size, "draft_vocab", size, f"the model has {self.vocab_size} tokens"
+        )
+        self.draft_tokens: torch.Tensor | None
+        self.register_buffer("draft_tokens", torch.arange(size) if size else None)
         rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
         self._rope_by_type = "layer_type" in rotary
         config = hf.config
@@ -121,9 +127,19 @@ class ExitModel(nn.Module):
         hidden_BTH: torch.Tensor,
         positions_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
+        previous_BTH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the blocks of the head at `depth` make of the exit's states [B, T, H]."""
+        """What the blocks of the head at `depth` make of the exit's states [B, T, H].
+
+        Args:
+            previous_BTH: for a head that reads it, the normed state of the token before at full
+                depth, or what stands in for it; 0 where nothing is known, None for that everywhere.
+        """
         head = self.head(depth)
+        if head.mix is not None:
+            if previous_BTH is None:
+                previous_BTH = torch.zeros_like(hidden_BTH)
+            hidden_BTH = hidden_BTH + head.mix(torch.cat([hidden_BTH, previous_BTH], -1))
         layers = zip(head.blocks, head.layer_types, strict=True)
         return self._run_layers(layers, hidden_BTH, positions_BT, cache)
 
@@ -154,10 +170,38 @@ class ExitModel(nn.Module):
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def logits(self, depth: int, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of whole sequences whose states at `depth` are given."""
+    def draft_head(self) -> torch.Tensor | None:
+        """Rows [K, H] of the LM head that exits draft with; None for all of them."""
+        if self.draft_tokens is None:
+            return None
+        rows: torch.Tensor = self.hf.lm_head.weight.index_select(0, self.draft_tokens)
+        return rows
+
+    def draft(self, normed: torch.Tensor, head_KH: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V] as exits draft: those of tokens outside the draft vocabulary are -inf.
+
+        Args:
+            head_KH: what `draft_head` gave; without it the whole LM head is read.
+        """
+        if self.draft_tokens is None:
+            return self.project(normed)
+        if head_KH is not None:
+            logits_K = self.project(normed, head_KH)
+        else:
+            logits_K = self.project(normed).index_select(-1, self.draft_tokens)
+        everywhere = logits_K.new_full((*normed.shape[:-1], self.vocab_size), -torch.inf)
+        return everywhere.index_copy_(-1, self.draft_tokens, logits_K)
+
+    def logits(
+        self, depth: int, hidden_BTH: torch.Tensor, previous_BTH: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of whole sequences whose states at `depth` are given.
+
+        Args:
+            previous_BTH: see `run_head`.
+        """
         if depth < self.num_layers:
-            hidden_BTH = self.run_head(depth, hidden_BTH)
+            hidden_BTH = self.run_head(depth, hidden_BTH, previous_BTH=previous_BTH)
         return self.read(depth, hidden_BTH)
 
     def _run_layers(
@@ -220,6 +264,13 @@ class ExitModel(nn.Module):
             if branches:
                 return LayerInputs(None, rope, branches)
         return LayerInputs(mask(cache.seen(window)), rope)
+
+
+def of_token_before(normed_BTH: torch.Tensor) -> torch.Tensor:
+    """The states [B, T, H] of whole sequences, each where the next token stands; 0 at the first."""
+    moved_BTH = torch.zeros_like(normed_BTH)
+    moved_BTH[:, 1:] = normed_BTH[:, :-1]
+    return moved_BTH
 
 
 def _mask(seen_BTK: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:

@@ -63,3 +63,14 @@ def next_tokens(rows_RT: torch.Tensor, taught_RT: torch.Tensor | None = None) ->
     if taught_RT is not None:
         labels_RT[:, :-1][~taught_RT[:, 1:]] = -100
     return labels_RT
+
+
+def frequent_tokens(labels_RT: torch.Tensor, count: int, vocab_size: int) -> torch.Tensor:
+    """The `count` token ids that are to be learned most often, in increasing order.
+
+    Of equally frequent ones the smaller ids are taken: byte-pair vocabularies number their tokens
+    by frequency.
+    """
+    labels_N = labels_RT[labels_RT >= 0]
+    often_V = torch.bincount(labels_N, minlength=vocab_size)
+    return often_V.sort(descending=True, stable=True).indices[:count].sort().values

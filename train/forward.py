@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hispec.model import ExitModel
+from hispec.model import ExitModel, of_token_before
 
 from .layer_dropout import rates, skipped, warmed_up
 from .losses import ExitLoss, Pupil, StoredLaw, Teacher, exit_loss
@@ -19,6 +19,10 @@ from .recipe import Recipe
 from .schedule import active_exits, exit_weights
 from .states import StoredStates
 from .trunk import Trunk
+
+# Of the tokens that a head which reads the token before is trained on, the shares that are shown
+# the full model's state of it, and nothing; the rest are shown the head's own.
+_SHOWN_FINAL, _SHOWN_NOTHING = 0.5, 0.15
 
 
 class Wrapped(nn.Module):
@@ -89,12 +93,17 @@ class TrainingStep:
         final: torch.Tensor | StoredLaw
         if batch.stored is not None:
             states, final = batch.stored.states, batch.stored.law()
+            final_BTH = batch.stored.final_BTH
         else:
             with torch.set_grad_enabled(self.trunk.trained):
                 states = self._states(model, batch, depths)
-            final_NH = model.normed(model.num_layers, states[model.num_layers]).flatten(0, 1)
+            final_BTH = model.normed(model.num_layers, states[model.num_layers])
+            final_NH = final_BTH.flatten(0, 1)
             final = final_NH.detach()
-        normed = {d: model.normed(d, model.run_head(d, states[d])).flatten(0, 1) for d in depths}
+        normed = {
+            depth: self._normed(model, batch, depth, states[depth], final_BTH).flatten(0, 1)
+            for depth in depths
+        }
         weights = exit_weights(
             recipe.exit_weights,
             depths,
@@ -123,6 +132,37 @@ class TrainingStep:
             chunk=recipe.loss_chunk,
             train_head=self.trunk.kind == "full",
         )
+
+    def _normed(
+        self,
+        model: ExitModel,
+        batch: Batch,
+        depth: int,
+        hidden_BTH: torch.Tensor,
+        final_BTH: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the LM head reads at an exit, [B, T, H].
+
+        A head that reads the token before is shown what it will meet in decoding: the full model's
+        state, or its own of an earlier pass, or nothing, by chance for each token (the
+        training-time test of EAGLE-3, 2503.01840, in one pass).
+        """
+        if model.head(depth).mix is None:
+            return model.normed(depth, model.run_head(depth, hidden_BTH))
+        assert final_BTH is not None
+        known_BTH = of_token_before(final_BTH.detach())
+        with torch.no_grad():
+            own_BTH = model.run_head(depth, hidden_BTH, previous_BTH=known_BTH)
+            own_BTH = of_token_before(model.normed(depth, own_BTH))
+        chance_BT1 = self._chance(batch, depth)[..., None].to(hidden_BTH.device)
+        previous_BTH = torch.where(chance_BT1 < _SHOWN_FINAL, known_BTH, own_BTH)
+        previous_BTH = torch.where(chance_BT1 < 1 - _SHOWN_NOTHING, previous_BTH, 0.0)
+        return model.normed(depth, model.run_head(depth, hidden_BTH, previous_BTH=previous_BTH))
+
+    def _chance(self, batch: Batch, depth: int) -> torch.Tensor:
+        """Uniform numbers [B, T]: a pure function of seed, step, batch and depth."""
+        key = [self.recipe.seed, batch.step, batch.micro, self.rank, depth]
+        return torch.from_numpy(np.random.default_rng(key).random(tuple(batch.tokens_BT.shape)))
 
     def _teachers(
         self, final: torch.Tensor | StoredLaw, deeper_NH: Sequence[torch.Tensor]

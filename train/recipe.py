@@ -46,6 +46,11 @@ class Recipe:
     head_blocks: int = 2
     head_rank: int = 64
     """Width of an `adapter` head's bottleneck."""
+    draft_vocab: int = 0
+    """Tokens that the exits draft from: the most frequent ones of the training text, stored with
+    the exits; 0 for the whole vocabulary."""
+    head_previous: bool = False
+    """Whether a `block` head also reads the final hidden state of the token before."""
 
     # trunk
     trunk: str = "frozen"
@@ -241,7 +246,14 @@ class Recipe:
         )
 
     def exit_config(self) -> ExitConfig:
-        return ExitConfig(list(self.exits), self.head, self.head_blocks, self.head_rank)
+        return ExitConfig(
+            list(self.exits),
+            self.head,
+            self.head_blocks,
+            self.head_rank,
+            self.draft_vocab,
+            self.head_previous,
+        )
 
 
 def load_recipe(words: Sequence[str]) -> Recipe:

@@ -19,7 +19,7 @@ from hispec.console import Output, quiet_transformers
 from hispec.files import clear_leftovers, write_json
 from hispec.model import ExitModel
 
-from .data import TrainingRows, training_sets
+from .data import TrainingRows, frequent_tokens, training_sets
 from .forward import Batch, TrainingStep, Wrapped
 from .judge import Judge, shown
 from .losses import ExitLoss
@@ -74,6 +74,11 @@ class Trainer:
         training, held_out_RT = training_sets(
             recipe, self.tokenizer, self.accelerator.num_processes
         )
+        if self.model.draft_tokens is not None:
+            tokens_K = frequent_tokens(
+                training.labels_RT, recipe.draft_vocab, self.model.vocab_size
+            )
+            self.model.draft_tokens.copy_(tokens_K)
         self.judge = Judge(held_out_RT, self.trunk)
         self.store = self._state_store(training)
         dataset: Dataset[dict[str, torch.Tensor]] = self.store or training
@@ -109,7 +114,7 @@ class Trainer:
             depths=list(recipe.exits),
             top_k=min(recipe.states_top_k, self.model.vocab_size),
             hidden=hf.config.hidden_size,
-            final=False,
+            final=recipe.head_previous,
             dtype=half,
         )
         return StateStore(Path(recipe.states), training, sizes, self.base.weights())
