@@ -70,7 +70,7 @@ def main(words: Sequence[str]) -> None:
     prompts = load_prompts(lm, settings, settings.checkpoint)
 
     def by_ladder(
-        ladder: list[int], drafter: str = "exit"
+        ladder: list[int], drafter: str = "exit", *, draft_vocab: bool = True
     ) -> Callable[[list[int]], tuple[list[int], Any]]:
         config = DecodeConfig(
             ladder,
@@ -78,6 +78,7 @@ def main(words: Sequence[str]) -> None:
             draft_length=settings.draft_length,
             buffer=settings.buffer,
             max_new_tokens=settings.max_new_tokens,
+            draft_vocab=draft_vocab,
         )
 
         def decode(prompt: list[int]) -> tuple[list[int], Any]:
@@ -94,6 +95,13 @@ def main(words: Sequence[str]) -> None:
         Timed(f"plain ({full})", by_ladder([full])),
         *(Timed(f"LayerSkip ({e}, {full})", by_ladder([e, full])) for e in exits),
     ]
+    if lm.model.draft_tokens is not None:
+        timed += [
+            Timed(
+                f"the same, whole vocabulary ({e}, {full})", by_ladder([e, full], draft_vocab=False)
+            )
+            for e in exits
+        ]
     if len(exits) > 1:
         shown = ", ".join(map(str, [*exits, full]))
         timed.append(Timed(f"HiSpec ({shown})", by_ladder([*exits, full])))

@@ -94,8 +94,8 @@ class Recipe:
     # optimisation
     steps: int = 1000
     max_minutes: float | None = None
-    """Stop early, and export, when this wall time is spent (evaluation and saving included, loading
-    not); the schedule still spans `steps`."""
+    """Stop early, and export, when this wall time is spent (evaluation, saving and the computing of
+    stored states included, loading not); the schedule still spans `steps`."""
     batch_size: int = 4
     """Sequences per process and pass."""
     accumulate: int = 1

@@ -122,19 +122,20 @@ class Trainer:
     def train(self) -> Path:
         """Train to the end and export the best; returns the checkpoint's folder."""
         self._on_model(self.judge.remember_base)
-        if self.store is not None:
-            self.store.fill(
-                self.accelerator,
-                self._on_model,
-                batch_size=self.recipe.batch_size,
-                chunk=self.recipe.loss_chunk,
-                say=self.say,
-            )
         self._resume()
         recipe, processes = self.recipe, self.accelerator.num_processes
         if recipe.log_with:
             self.accelerator.init_trackers("hispec", config=_flat(asdict(recipe)))
         began, spent = time.perf_counter(), self.minutes
+        if self.store is not None:
+            self.store.fill(
+                self.accelerator,
+                self._on_model,
+                batch_size=recipe.batch_size,
+                chunk=recipe.loss_chunk,
+                say=self.say,
+            )
+            self.minutes = spent + (time.perf_counter() - began) / 60
         if self.step == 0:
             self._evaluate()
         main = self.accelerator.is_main_process
