@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from conftest import run
+from rich.filesize import decimal
 from test_train import exits_of, settings
 
 from train import states
+from train.plan import plan
 from train.recipe import load_recipe
 from train.trainer import Trainer
 
@@ -132,3 +134,12 @@ def test_what_cannot_be_stored_is_refused(changes, message):
     words = [f"{key}={value}" for key, value in {"states": "s", **changes}.items()]
     with pytest.raises(ValueError, match=message):
         load_recipe(["recipe=smollm2-135m", *words])
+
+
+def test_the_plan_says_how_large_they_get(tiny_base, texts, tmp_path):
+    words = settings(tiny_base, texts, tmp_path / "ee", states=tmp_path / "s", steps=4)
+    trainer = Trainer(load_recipe(words))
+    assert plan(load_recipe(words)).stored == trainer.store.bytes
+    done = run(sys.executable, "train/ee_finetune.py", "--plan", *words)
+    assert f"trunk states on disk: {decimal(trainer.store.bytes)} per process" in done.stdout
+    assert not (tmp_path / "s").exists()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from hispec.model import ExitModel
 
 from .recipe import Recipe
 from .shapes import SHAPES
+from .states import state_sizes
 from .trunk import Trunk
 
 GIB = 2**30
@@ -46,6 +48,8 @@ class Plan:
     """Bytes that a pass keeps for its backward pass, with the logits of a chunk."""
     weight_bytes: float
     """All weights, as they are held."""
+    stored: float = 0.0
+    """Bytes on disk of the trunk's states, if they are kept, for one process."""
 
     def memory(self, layout: str, devices: int) -> float:
         """Peak bytes on each of some devices.
@@ -110,7 +114,19 @@ def plan(recipe: Recipe) -> Plan:
         flops_per_step=flops,
         activations=activations,
         weight_bytes=weights,
+        stored=_stored(recipe, config),
     )
+
+
+def _stored(recipe: Recipe, config: Any) -> float:
+    """Bytes of the states that a run keeps on disk, if its text is long enough."""
+    if recipe.states is None:
+        return 0.0
+    sizes = state_sizes(recipe, config.hidden_size, config.vocab_size)
+    rows = recipe.steps * recipe.batch_size * recipe.accumulate
+    if recipe.max_rows is not None:
+        rows = min(rows, recipe.max_rows)
+    return float(rows * recipe.seq_len * sizes.bytes_per_token)
 
 
 def _config(base: str) -> Any:
@@ -150,4 +166,6 @@ def show_plan(recipe: Recipe) -> None:
         f"TFLOP, {found.flops_per_step / ASSUMED_TFLOPS / 1e12:.2g} s at {ASSUMED_TFLOPS:.0f} "
         "TFLOP/s"
     )
+    if found.stored:
+        out.say(f"trunk states on disk: {decimal(int(found.stored))} per process at most")
     out.say("on top of that: context, allocator and collectives, about 2 GiB")

@@ -29,6 +29,7 @@ from hispec.model import ExitModel
 
 from .data import TrainingRows
 from .losses import StoredLaw
+from .recipe import Recipe
 
 ABOUT = "states.json"
 _SHARD = 2**28  # bytes of one file, about
@@ -56,6 +57,17 @@ class StateSizes:
         """Bytes: the states, and an id and a log-probability for each of the top tokens."""
         states = len(self.depths) + self.final
         return states * self.hidden * self.dtype.itemsize + self.top_k * (4 + 4)
+
+
+def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
+    """What a recipe keeps of a model of that width and vocabulary."""
+    return StateSizes(
+        depths=list(recipe.exits),
+        top_k=min(recipe.states_top_k, vocab_size),
+        hidden=hidden,
+        final=recipe.head_previous,
+        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+    )
 
 
 @dataclass

@@ -27,7 +27,7 @@ from .processes import build_accelerator, gather, sharded
 from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
-from .states import StateSizes, StateStore
+from .states import StateStore, state_sizes
 from .trunk import Trunk
 from .watch import Figures, progress_bar
 
@@ -106,18 +106,10 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
 
     def _state_store(self, training: TrainingRows) -> StateStore | None:
-        recipe, hf = self.recipe, self.model.hf
-        if recipe.states is None:
+        if self.recipe.states is None:
             return None
-        half = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        sizes = StateSizes(
-            depths=list(recipe.exits),
-            top_k=min(recipe.states_top_k, self.model.vocab_size),
-            hidden=hf.config.hidden_size,
-            final=recipe.head_previous,
-            dtype=half,
-        )
-        return StateStore(Path(recipe.states), training, sizes, self.base.weights())
+        sizes = state_sizes(self.recipe, self.model.hf.config.hidden_size, self.model.vocab_size)
+        return StateStore(Path(self.recipe.states), training, sizes, self.base.weights())
 
     def train(self) -> Path:
         """Train to the end and export the best; returns the checkpoint's folder."""
