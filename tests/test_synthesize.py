@@ -233,6 +233,16 @@ def talking_base_of_other_weights(talker, folder):
     return folder / "other"
 
 
+def test_in_half_precision_a_run_keeps_its_batches(talker, tmp_path, capsys):
+    given = {"dtype": "bfloat16", "samples": 8, "batch_size": 4}
+    rows, _ = made(capsys, talker, tmp_path / "a.jsonl", **given)
+    part = {**given, "samples": 4}
+    made(capsys, talker, tmp_path / "b.jsonl", **part)
+    assert made(capsys, talker, tmp_path / "b.jsonl", **given)[0] == rows
+    with pytest.raises(ValueError, match=r"other settings \(batch_size: 4 there, 2 now\)"):
+        main(words(talker, tmp_path / "b.jsonl", **{**given, "batch_size": 2}))
+
+
 def test_a_file_that_was_changed_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
 

@@ -76,11 +76,14 @@ def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict
     """All that the samples depend on, by name."""
     keys = {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_THE_TEXT}
     template = str(lm.tokenizer.chat_template or "")
+    dtype = str(lm.model.hf.dtype).removeprefix("torch.")
+    if dtype != "float32":  # there the shape of a pass may turn a near-tie: the same groups again
+        keys.update(batch_size=settings.batch_size, drafter=settings.drafter)
     return {
         **keys,
         "prompts": sha256(Path(settings.prompts)) if settings.prompts else None,
         "weights": target["weights"],
-        "dtype": str(lm.model.hf.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
     }
 

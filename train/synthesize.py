@@ -4,7 +4,7 @@ Exits that learn from what the target says learn on the contexts that they will 
 user's turns come from a file (`prompts=`), or the target invents them too: given its chat template
 up to where the user's words begin, a tuned model writes a user's turn (Magpie, 2406.08464). A base
 without a template writes text from its BOS on. Sample i depends on the settings, the seed and i
-alone; a run that was killed goes on where it was. Ends with one JSON line. Keys and defaults:
+alone, so a run that was killed goes on where it was. Ends with one JSON line. Keys and defaults:
 `Settings`. To train on the file: `data=FILE.jsonl text_column=messages` (`text` for raw texts).
 """
 
@@ -70,10 +70,12 @@ class Settings:
     earlier one (Jaccard)."""
 
     drafter: str = NO_DRAFTER
-    """`none`, or one of `DecodeConfig`, those with `exit` for an EE checkpoint. The text is the
-    same (law `match`), the speed is not."""
+    """`none`, or one of `DecodeConfig`, those with `exit` for an EE checkpoint. They change
+    the speed; the law is the target's (`match`)."""
     batch_size: int = 8
-    """Samples decoded together."""
+    """Samples decoded together. In float32 it does not change them; in half precision passes of
+    another shape round otherwise, texts part at near-ties, and a run goes on only with the batch
+    and the drafter that it had."""
     dtype: str = "auto"
     device: str | None = None
     threads: int | None = None
