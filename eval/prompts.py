@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hispec.checkpoint import is_checkpoint, read_config
 from hispec.config import check
 from hispec.lm import EarlyExitLM
-from hispec.text import STDLIB, Document, documents, local_rows, split
+from hispec.prompts import read_prompts
+from hispec.text import STDLIB, Document, documents, split
 
 
 @dataclass
@@ -64,15 +64,14 @@ def beginnings(
 def from_file(lm: EarlyExitLM, path: Path, count: int) -> list[list[int]]:
     """`count` prompts of a JSONL file, spread evenly over its tasks.
 
-    A row is a Spec-Bench question (`turns`: the first one is asked, in the chat template where
-    there is one; `task`) or any row with a `prompt` (continued as it is) or a `question`.
+    Questions are asked in the chat template where there is one, see `hispec.prompts`.
 
     Raises:
-        ValueError: a row with none of these.
+        ValueError: a row that is no prompt, or no prompts at all.
     """
     by_task: dict[str, list[list[int]]] = defaultdict(list)
-    for number, row in local_rows(path):
-        by_task[str(row.get("task", ""))].append(_encode(lm, path, number, row))
+    for prompt in read_prompts(path):
+        by_task[prompt.task].append(prompt.encode(lm.tokenizer))
     if not by_task:
         raise ValueError(f"{path} holds no prompts")
     tasks = list(by_task.values())
@@ -82,19 +81,6 @@ def from_file(lm: EarlyExitLM, path: Path, count: int) -> list[list[int]]:
         for rows, wanted in zip(tasks, share, strict=True)
         for j in range(min(wanted, len(rows)))
     ]
-
-
-def _encode(lm: EarlyExitLM, path: Path, number: int, row: dict[str, object]) -> list[int]:
-    turns = row.get("turns")
-    if isinstance(turns, Sequence) and turns:
-        return lm.encode(str(turns[0]))
-    if "question" in row:
-        return lm.encode(str(row["question"]))
-    if "prompt" in row:
-        return lm.encode(str(row["prompt"]), chat=False)
-    raise ValueError(
-        f"{path}, line {number} has none of turns, question, prompt; it has: {', '.join(row)}"
-    )
 
 
 @dataclass

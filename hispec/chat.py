@@ -64,3 +64,24 @@ def encode(messages: Sequence[Message], tokenizer: Any, name: str) -> tuple[list
         for start, end in encoded["offset_mapping"]
     ]
     return encoded["input_ids"], said
+
+
+def user_turn(tokenizer: Any) -> tuple[str, str]:
+    """(what the template writes before the user's first words, from their end to the assistant's).
+
+    Spaces at the end of the opening are left out: tokenizers write a space with the word after it,
+    so a model that is to go on there would never have seen one alone.
+
+    Raises:
+        ValueError: no chat template, or one that does not write a user's turn once, as it is.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template")
+    words = "WhatTheUserSays"
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+    )
+    if text.count(words) != 1:
+        raise ValueError("the chat template does not write a user's turn once, as it is")
+    before, after = text.split(words)
+    return before.rstrip(" "), after

@@ -45,12 +45,15 @@ class Decode:
         model: the model; its exits draft and verify.
         prompts: token ids of each prompt, none of them empty.
         config: see `DecodeConfig`.
+        seeds: one of each row, in place of the config's; with law `match` a row's text then depends
+            on its prompt and its seed alone.
         logits_processor: more transformers processors, after the config's own. They see the full
             prefix of each position and must depend on nothing else.
         stopping_criteria: transformers criteria that see every committed prefix, ids alone.
 
     Raises:
-        ValueError: an empty prompt, or a config that this model cannot decode with.
+        ValueError: an empty prompt, a config that this model cannot decode with, or seeds that are
+            not one per row.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Decode:
         prompts: Sequence[Sequence[int]],
         config: DecodeConfig,
         *,
+        seeds: Sequence[int] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
     ) -> None:
@@ -66,6 +70,9 @@ class Decode:
         check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
         for row, prompt in enumerate(prompts):
             check(len(prompt) > 0, f"prompts[{row}]", prompt, "a prompt needs at least one token")
+        if seeds is not None:
+            check(len(seeds) == len(prompts), "seeds", seeds, f"one per prompt, {len(prompts)}")
+            check(config.law == "match", "seeds", seeds, "one per row needs law 'match'")
         lengths_B = np.array([len(prompt) for prompt in prompts])
         self.end_B = lengths_B + config.max_new_tokens
         longest, rows, vocab = int(self.end_B.max()), len(prompts), model.vocab_size
@@ -106,7 +113,7 @@ class Decode:
         self.ladder = Ladder(
             model, config.ladder, rows, longest + reach, draft_vocab=config.draft_vocab
         )
-        self.sampler: Sampler = Match(config)
+        self.sampler: Sampler = Match(config, seeds)
         if config.law == "rejection" and config.temperature > 0:
             self.sampler = Rejection(config, (rows, reach, vocab), model.device)
         self.processors = processors(config)

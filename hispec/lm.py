@@ -114,6 +114,7 @@ class EarlyExitLM:
         ladder: str | Sequence[int] | None = None,
         chat: bool | None = None,
         stop_strings: str | Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         **settings: Any,
@@ -124,6 +125,7 @@ class EarlyExitLM:
             ladder: see `ladder`.
             chat: see `encode`.
             stop_strings: a text ends with the token that completes one of them.
+            seeds: one of each prompt, in place of `seed`: equal prompts get texts of their own.
             logits_processor: more processors of transformers, see `Decode`.
             stopping_criteria: more criteria of transformers, see `Decode`.
             settings: the other fields of `DecodeConfig`.
@@ -147,6 +149,7 @@ class EarlyExitLM:
             self.model,
             [self.encode(prompt, chat) for prompt in prompts],
             config,
+            seeds=seeds,
             logits_processor=logits_processor,
             stopping_criteria=stopping,
         )

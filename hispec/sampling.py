@@ -7,6 +7,7 @@ keep the target's: `Match` gives the target's own text, `Rejection` its distribu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -130,14 +131,18 @@ class Match:
     That is an exact draw from the law (the Gumbel-max trick). The noise is a function of the
     position, so a level that holds the same law chooses the same token, and the text is that of
     plain decoding. At temperature 0 the law is one-hot and the noise changes nothing.
+
+    Args:
+        seeds: one of each row; default: the config's in all of them.
     """
 
-    def __init__(self, config: DecodeConfig) -> None:
+    def __init__(self, config: DecodeConfig, seeds: Sequence[int] | None = None) -> None:
         self.config = config
-        self._noise: dict[int, torch.Tensor] = {}
+        self.seeds = seeds
+        self._noise: dict[tuple[int, int], torch.Tensor] = {}
 
     def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
-        return self._choose(scores_BV, positions_B)
+        return self._choose(scores_BV, positions_B, range(len(positions_B)))
 
     def offered(self, rows_N: np.ndarray, positions_N: np.ndarray, tokens_N: np.ndarray) -> None:
         pass  # a proposal is judged by what it is, wherever it came from
@@ -146,24 +151,30 @@ class Match:
         self, scores_BCV: torch.Tensor, positions_BC: np.ndarray, proposal: Proposal
     ) -> Verdict:
         rows, columns, vocab = scores_BCV.shape
-        choice_BC = self._choose(scores_BCV.reshape(-1, vocab), positions_BC.reshape(-1))
+        rows_N = np.repeat(np.arange(rows), columns).tolist()
+        choice_BC = self._choose(scores_BCV.reshape(-1, vocab), positions_BC.reshape(-1), rows_N)
         return verify_match(choice_BC.reshape(rows, columns), proposal)
 
-    def _choose(self, scores_NV: torch.Tensor, positions_N: np.ndarray) -> np.ndarray:
+    def _choose(
+        self, scores_NV: torch.Tensor, positions_N: np.ndarray, rows_N: Iterable[int]
+    ) -> np.ndarray:
         if self.config.temperature == 0:
             return scores_NV.argmax(-1).cpu().numpy()
         log_law_NV = to_log_law(scores_NV, self.config)
-        distinct_P, which_N = np.unique(positions_N, return_inverse=True)
-        noise_PV = torch.stack([self._noise_at(int(p), scores_NV.shape[-1]) for p in distinct_P])
-        for oldest in list(self._noise)[: -max(_KEPT_POSITIONS, len(distinct_P))]:
+        seeds_N = [self.config.seed if self.seeds is None else self.seeds[row] for row in rows_N]
+        keys_N = list(zip(seeds_N, positions_N.tolist(), strict=True))
+        number = {key: n for n, key in enumerate(dict.fromkeys(keys_N))}
+        noise_PV = torch.stack([self._noise_at(key, scores_NV.shape[-1]) for key in number])
+        for oldest in list(self._noise)[: -max(_KEPT_POSITIONS, len(number))]:
             del self._noise[oldest]
-        noise_NV = noise_PV[torch.from_numpy(which_N)].to(log_law_NV.device)
+        which_N = torch.tensor([number[key] for key in keys_N])
+        noise_NV = noise_PV[which_N].to(log_law_NV.device)
         return (log_law_NV + noise_NV).argmax(-1).cpu().numpy()
 
-    def _noise_at(self, position: int, vocab_size: int) -> torch.Tensor:
-        if position not in self._noise:
-            self._noise[position] = gumbel_noise(self.config.seed, position, vocab_size)
-        return self._noise[position]
+    def _noise_at(self, key: tuple[int, int], vocab_size: int) -> torch.Tensor:
+        if key not in self._noise:
+            self._noise[key] = gumbel_noise(*key, vocab_size)
+        return self._noise[key]
 
 
 def verify_match(choice_BC: np.ndarray, proposal: Proposal) -> Verdict:

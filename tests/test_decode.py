@@ -277,6 +277,27 @@ def test_wrong_settings_are_refused(config, message):
         Decode(tiny_model(), [[3]], DecodeConfig(**config))
 
 
+@pytest.mark.parametrize(
+    ("ladder", "drafter"),
+    [((6,), "exit"), ((2, 4, 6), "exit"), ((6,), "lookup"), ((6,), "recycle")],
+)
+def test_rows_with_seeds_of_their_own_get_the_texts_that_they_get_alone(prompts, ladder, drafter):
+    model = tiny_model(exits=(2, 4))
+    rows, seeds = [*prompts, prompts[1]], [7, 2**63 + 1, 7, 8]
+    config = dict(drafter=drafter, max_new_tokens=20, temperature=0.9, eos=(2,))
+    together = Decode(model, rows, DecodeConfig(list(ladder), **config), seeds=seeds).finish()
+    for row, seed, tokens in zip(rows, seeds, together, strict=True):
+        assert tokens == Decode(model, [row], DecodeConfig([6], seed=seed, **config)).finish()[0]
+    assert together[1] != together[3]  # the same prompt
+
+
+def test_seeds_that_do_not_fit_the_rows_are_refused():
+    with pytest.raises(ValueError, match=r"seeds=\[1\] is not possible: one per prompt, 2"):
+        Decode(tiny_model(), [[3], [4]], DecodeConfig([6]), seeds=[1])
+    with pytest.raises(ValueError, match="needs law 'match'"):
+        Decode(tiny_model(), [[3]], DecodeConfig([6], law="rejection"), seeds=[1])
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match=r"prompts\[1\]=\[\] is not possible"):
         Decode(tiny_model(), [[3], []], DecodeConfig([6]))

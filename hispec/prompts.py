@@ -1,0 +1,91 @@
+"""What a row of a JSONL file of prompts asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .chat import Message, is_chat
+from .text import local_rows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A turn to answer, or a text to continue."""
+
+    line: int
+    """Where it stands in its file, from 1 on."""
+    text: str
+    """What is continued as it is; empty where `messages` are answered."""
+    messages: tuple[Message, ...] = ()
+    """What is answered in the chat template; its last turn is the user's."""
+    task: str = ""
+
+    def raw(self, tokenizer: Any) -> bool:
+        """Whether it is continued as it is: a text, or a question to a base without a template."""
+        return not self.messages or not tokenizer.chat_template
+
+    def encode(self, tokenizer: Any) -> list[int]:
+        """Token ids of the prompt.
+
+        Raises:
+            ValueError: more than one turn for a tokenizer without a chat template.
+        """
+        if not self.raw(tokenizer):
+            return tokenizer.apply_chat_template(list(self.messages), add_generation_prompt=True)[
+                "input_ids"
+            ]
+        if len(self.messages) > 1:
+            raise ValueError(
+                f"the prompt of line {self.line} has {len(self.messages)} turns, but the tokenizer "
+                "has no chat template"
+            )
+        return tokenizer(self.messages[0]["content"] if self.messages else self.text)["input_ids"]
+
+
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """The prompts of a JSONL file.
+
+    A row is a Spec-Bench question (`turns`: the first one is asked; `task`), a `question`, a chat
+    (`messages`: what stands up to the user's first turn), or a `prompt`, continued as it is.
+
+    Raises:
+        ValueError: no such file, a line that is no JSON object, or a row with none of these.
+    """
+    for line, row in local_rows(path):
+        where = f"{path}, line {line}"
+        task = str(row.get("task", ""))
+        turns = row.get("turns")
+        if isinstance(turns, Sequence) and turns:
+            yield Prompt(line, "", _asked(turns[0], where), task)
+        elif "question" in row:
+            yield Prompt(line, "", _asked(row["question"], where), task)
+        elif is_chat(row.get("messages")):
+            yield Prompt(line, "", _first_turn(row["messages"], where), task)
+        elif "prompt" in row:
+            yield Prompt(line, _filled(row["prompt"], where), (), task)
+        else:
+            raise ValueError(
+                f"{where} has none of turns, question, messages, prompt; it has: {', '.join(row)}"
+            )
+
+
+def _filled(text: Any, where: str) -> str:
+    if not str(text):
+        raise ValueError(f"{where} has an empty prompt")
+    return str(text)
+
+
+def _asked(question: Any, where: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": _filled(question, where)},)
+
+
+def _first_turn(messages: Sequence[dict[str, Any]], where: str) -> tuple[Message, ...]:
+    asked: list[Message] = []
+    for message in messages:
+        asked.append({"role": message["role"], "content": _filled(message["content"], where)})
+        if message["role"] == "user":
+            return tuple(asked)
+    raise ValueError(f"{where}: its messages have no turn of the role 'user'")

@@ -1,0 +1,139 @@
+"""A JSONL file that grows and outlives a kill: rows, and beside it what they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hispec.files import read_json, write_json
+from hispec.text import local_rows
+
+FORMAT = 1
+_ADVICE = "remove it and its .meta.json, or name another output"
+
+
+@dataclass
+class Progress:
+    """How far a file has come."""
+
+    next: int = 0
+    """Samples with a smaller index have been made: written, or dropped."""
+    rows: int = 0
+    bytes: int = 0
+    """Length of the file with these rows."""
+    tokens: int = 0
+    """Tokens that were decoded for them, and for what was dropped."""
+    seconds: float = 0.0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+class SampleFile:
+    """The rows, in `path`, and in `path`.meta.json what made them and how far it has come.
+
+    A group of rows counts once the meta file, which is replaced as a whole, says so; what a killed
+    run wrote of the next group is cut off, and the group is made again, the same.
+
+    Args:
+        made_by: all that the rows depend on.
+
+    Raises:
+        ValueError: there is a file that was not made so, that was made otherwise, or that is no
+            longer what it was.
+    """
+
+    def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
+        self.path = path
+        self.meta = path.with_name(path.name + ".meta.json")
+        self.made_by = json.loads(json.dumps(made_by))
+        self.progress = Progress()
+        self.cut = 0
+        """Bytes that a killed run had left behind."""
+        if self.meta.exists():
+            self._go_on()
+        elif path.exists():
+            raise ValueError(
+                f"{path} exists, and no {self.meta.name} says what made it: name another"
+            )
+        else:
+            self._note()
+            path.touch()
+
+    def _go_on(self) -> None:
+        meta = read_json(self.meta)
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"{self.meta}: format={meta.get('format')!r}, it must be {FORMAT}")
+        there = meta["made_by"]
+        differing = [
+            f"{key}: {there.get(key)!r} there, {self.made_by.get(key)!r} now"
+            for key in sorted({*there, *self.made_by})
+            if there.get(key) != self.made_by.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self.path} was begun with other settings ({'; '.join(differing)}); {_ADVICE}"
+            )
+        self.progress = Progress(**meta["progress"])
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        """Cut off what was written of a group that does not count, and nothing else."""
+        whole = self.progress.bytes
+        with open(self.path, "ab") as file:
+            size = file.tell()
+            if size < whole:
+                raise ValueError(
+                    f"{self.path} has {size} bytes, {self.meta.name} says {whole}: it was changed "
+                    f"since; {_ADVICE}"
+                )
+            for line in self.path.read_bytes()[whole:].split(b"\n")[:-1]:
+                if not self._is_of_next_group(line):
+                    raise ValueError(
+                        f"{self.path} holds rows that this run did not write; {_ADVICE}"
+                    )
+            self.cut = size - whole
+            file.truncate(whole)
+
+    def _is_of_next_group(self, line: bytes) -> bool:
+        try:
+            return json.loads(line)["provenance"]["index"] >= self.progress.next
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows so far.
+
+        Raises:
+            ValueError: they are not those that were written.
+        """
+        count = 0
+        for _, row in local_rows(self.path):
+            count += 1
+            yield row
+        if count != self.progress.rows:
+            raise ValueError(
+                f"{self.path} has {count} rows, {self.meta.name} says {self.progress.rows}: it was "
+                f"changed since; {_ADVICE}"
+            )
+
+    def append(self, rows: list[dict[str, Any]], progress: Progress) -> None:
+        """Write the rows of a group, one line at a time, then note the progress, which gets the
+        numbers of rows and bytes."""
+        with open(self.path, "ab") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+            os.fsync(file.fileno())
+            progress.bytes = file.tell()
+        progress.rows = self.progress.rows + len(rows)
+        self.progress = progress
+        self._note()
+
+    def _note(self) -> None:
+        write_json(
+            self.meta,
+            {"format": FORMAT, "made_by": self.made_by, "progress": asdict(self.progress)},
+        )

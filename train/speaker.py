@@ -1,0 +1,359 @@
+"""What `train/synthesize.py` does: let the target speak, and keep what is worth learning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from hispec import checkpoint
+from hispec.chat import Message, user_turn
+from hispec.config import DecodeConfig, check
+from hispec.decode import Decode
+from hispec.files import sha256
+from hispec.lm import EarlyExitLM
+from hispec.prompts import Prompt, read_prompts
+
+from .dedup import SeenTexts, seq_rep
+from .sample_file import SampleFile
+
+if TYPE_CHECKING:
+    from .synthesize import Settings
+
+_INVENTED = 1000  # samples, if no number and no prompts are given
+_NOT_OF_THE_TEXT = {  # where, how and how much, not what
+    *("base", "output", "samples", "prompts", "drafter", "batch_size", "dtype", "device"),
+    "threads",
+}
+
+
+def plan(settings: Settings, lm: EarlyExitLM) -> tuple[list[Prompt], list[int]]:
+    """(prompts of the file, if one is given; numbers of the samples that this process makes).
+
+    Raises:
+        ValueError: prompts that this base cannot be given, or a file without any or of both kinds.
+    """
+    if settings.prompts is None:
+        raw = not lm.tokenizer.chat_template
+        key = "temperature" if raw else "prompt_temperature"
+        value = getattr(settings, key)
+        check(value > 0, key, value, "above 0 without prompts=FILE: all samples would be the same")
+    prompts = [] if settings.prompts is None else list(read_prompts(Path(settings.prompts)))
+    check(settings.prompts is None or bool(prompts), "prompts", settings.prompts, "it holds none")
+    for prompt in prompts:
+        if prompt.raw(lm.tokenizer) != prompts[0].raw(lm.tokenizer):
+            raise ValueError(
+                f"{settings.prompts}: line {prompt.line} and line {prompts[0].line} are not both "
+                "texts to continue nor both turns to answer; give each kind a file of its own"
+            )
+    samples = settings.samples or len(prompts) or _INVENTED
+    return prompts, list(range(settings.shard, samples, settings.shards))
+
+
+def find_target(name: str) -> dict[str, Any]:
+    """Id, revision and SHA-256 of the weights of the model that speaks.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    folder = Path(name)
+    if checkpoint.is_checkpoint(folder):
+        base = checkpoint.read_config(folder)["base"]
+        return {key: base[key] for key in ("id", "revision", "weights")}
+    found = checkpoint.find_base(name)
+    return {"id": found.id, "revision": found.revision, "weights": found.weights()}
+
+
+def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict[str, Any]:
+    """All that the samples depend on, by name."""
+    keys = {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_THE_TEXT}
+    template = str(lm.tokenizer.chat_template or "")
+    dtype = str(lm.model.hf.dtype).removeprefix("torch.")
+    if dtype != "float32":  # there the shape of a pass may turn a near-tie: the same groups again
+        keys.update(batch_size=settings.batch_size, drafter=settings.drafter)
+    return {
+        **keys,
+        "prompts": sha256(Path(settings.prompts)) if settings.prompts else None,
+        "weights": target["weights"],
+        "dtype": dtype,
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+    }
+
+
+@dataclass
+class Said:
+    """What the target said in one turn, or the user's turn of a file."""
+
+    text: str
+    tokens: list[int]
+    ended: bool = True
+    """By itself, not by the limit."""
+    fault: str | None = None
+    """Why it teaches nothing, if it does not."""
+
+
+@dataclass
+class Sample:
+    """One sample on its way into the file."""
+
+    index: int
+    prompt: Prompt | None
+    """Of the file; None if it is invented."""
+    asked: Said | None = None
+    """The user's turn; None where text is continued."""
+    context: list[int] | None = None
+    """Token ids that the target goes on from; None if there is nothing to go on from."""
+    answer: Said | None = None
+
+
+class Speaker:
+    """The target with the law, the seeds and the rules of a run.
+
+    Raises:
+        ValueError: a base that the settings do not fit.
+    """
+
+    def __init__(
+        self,
+        lm: EarlyExitLM,
+        settings: Settings,
+        prompts: Sequence[Prompt],
+        file: SampleFile,
+        target: dict[str, Any],
+    ) -> None:
+        self.lm, self.settings, self.prompts, self.file = lm, settings, prompts, file
+        self.target = target
+        self.raw = prompts[0].raw(lm.tokenizer) if prompts else not lm.tokenizer.chat_template
+        self.invents = not prompts and not self.raw
+        drafter = settings.drafter if settings.drafter != "none" else "exit"
+        full = lm.model.num_layers
+        self.law = DecodeConfig(
+            ladder=lm.ladder() if "exit" in settings.drafter else [full],
+            drafter=drafter,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            eos=lm.eos(),
+        )
+        self.law.validate(full)
+        check(
+            "exit" not in settings.drafter or len(self.law.ladder) > 1,
+            "drafter",
+            settings.drafter,
+            "it needs an EE checkpoint, this base has no exits",
+        )
+        self.special = set(lm.tokenizer.all_special_ids)
+        self.seen_questions = SeenTexts(settings.near_duplicate)
+        self.seen_answers = SeenTexts(settings.near_duplicate)
+        self.made_by = hashlib.sha256(json.dumps(file.made_by).encode()).hexdigest()[:16]
+        self.tokens = 0
+        if self.invents:
+            self.opening, self.stop, self.closers = self._turn()
+        for row in file.rows():
+            self._remember(*self._texts(row))
+
+    def make(self, indices: Sequence[int]) -> None:
+        """Make some samples together and write those that are kept."""
+        began = time.perf_counter()
+        self.tokens = 0
+        samples = [Sample(index, self._prompt(index)) for index in indices]
+        self._ask(samples)
+        # What repeats an earlier group's question is dropped below: it needs no answer.
+        answered = [s for s in samples if s.context is not None and not self._is_old(s)]
+        if answered:
+            answers = self._speak(
+                self.law, [s.context or [] for s in answered], [s.index for s in answered], "answer"
+            )
+            for sample, answer in zip(answered, answers, strict=True):
+                sample.answer = answer
+        rows, dropped = [], Counter(self.file.progress.dropped)
+        for sample in samples:  # in order, so that the rows beside it do not matter
+            if (fault := self._fault(sample)) is not None:
+                dropped[fault] += 1
+                continue
+            rows.append(self._row(sample))
+            self._remember(*self._texts(rows[-1]))
+        before = self.file.progress
+        progress = replace(
+            before,
+            next=indices[-1] + 1,
+            tokens=before.tokens + self.tokens,
+            seconds=before.seconds + time.perf_counter() - began,
+            dropped=dict(dropped),
+        )
+        self.file.append(rows, progress)
+
+    def _prompt(self, index: int) -> Prompt | None:
+        return self.prompts[index % len(self.prompts)] if self.prompts else None
+
+    def _turn(self) -> tuple[list[int], str, tuple[int, ...]]:
+        """(ids before the user's words, string that ends them, token ids that end them)."""
+        tokenizer = self.lm.tokenizer
+        opening, closing = user_turn(tokenizer)
+        check(
+            bool(opening), "base", self.settings.base, "its template begins with the user's words"
+        )
+        stop = closing.strip(" ")
+        first = tokenizer(stop, add_special_tokens=False)["input_ids"][:1]
+        closers = tuple(t for t in first if t in tokenizer.added_tokens_decoder)
+        return tokenizer(opening, add_special_tokens=False)["input_ids"], stop, closers
+
+    def _ask(self, samples: Sequence[Sample]) -> None:
+        """Give every sample its user's turn, and what the target goes on from."""
+        if self.invents:
+            law = replace(
+                self.law,
+                max_new_tokens=self.settings.max_prompt_tokens,
+                temperature=self.settings.prompt_temperature,
+                eos=(*self.law.eos, *self.closers),
+            )
+            stop = "" if self.closers else self.stop
+            indices = [sample.index for sample in samples]
+            asked = self._speak(law, [self.opening] * len(samples), indices, "question", stop)
+            for sample, said in zip(samples, asked, strict=True):
+                if not said.ended:
+                    said.fault = said.fault or "truncated"
+                sample.asked = said
+                if said.fault is None:
+                    message = {"role": "user", "content": said.text}
+                    sample.context = Prompt(0, "", (message,)).encode(self.lm.tokenizer)
+            return
+        tokenizer = self.lm.tokenizer
+        for sample in samples:
+            if sample.prompt is None:
+                first = tokenizer.bos_token_id
+                sample.context = [tokenizer.eos_token_id if first is None else first]
+                continue
+            prompt = sample.prompt
+            text = "".join(m["content"] for m in prompt.messages) or prompt.text
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            sample.asked = Said(text, ids)
+            if len(ids) > self.settings.max_prompt_tokens:
+                sample.asked.fault = "too long"
+            else:
+                sample.context = prompt.encode(tokenizer)
+
+    def _speak(
+        self,
+        law: DecodeConfig,
+        contexts: Sequence[list[int]],
+        indices: Sequence[int],
+        part: str,
+        stop: str = "",
+    ) -> list[Said]:
+        """What the target says after each context, with the noise of that sample and part."""
+        tokenizer = self.lm.tokenizer
+        seeds = [_seed(self.settings.seed, index, part) for index in indices]
+        criteria = [StopStringCriteria(tokenizer, [stop])] if stop else []
+        stopping = StoppingCriteriaList(criteria)
+        run = Decode(self.lm.model, contexts, law, seeds=seeds, stopping_criteria=stopping)
+        said = [
+            self._said(tokens, context, law.eos, stop)
+            for tokens, context in zip(run.finish(), contexts, strict=True)
+        ]
+        self.tokens += run.stats.new_tokens
+        return said
+
+    def _said(self, tokens: list[int], context: list[int], eos: Sequence[int], stop: str) -> Said:
+        decode = self.lm.tokenizer.decode
+        ended = bool(tokens) and tokens[-1] in eos
+        ids = tokens[:-1] if ended else tokens
+        text = decode(ids)
+        if (
+            self.raw
+        ):  # some tokenizers leave out the space before the first word of what they decode
+            given = decode(context, skip_special_tokens=True)
+            text = decode([*context, *ids], skip_special_tokens=True)[len(given) :]
+        if stop and stop in text:
+            text, ended = text[: text.index(stop)], True
+        if not ended:
+            text = text.rstrip("\ufffd")  # a character may have been cut
+        said = Said(text if self.raw else text.strip(), tokens, ended)
+        if not text.strip():
+            said.fault = "empty"
+        elif self.special & set(ids):  # it cannot be written in the template again
+            said.fault = "special token"
+        elif "\ufffd" in text:
+            said.fault = "broken character"
+        elif seq_rep(ids) > self.settings.max_repetition:
+            said.fault = "repetitive"
+        return said
+
+    def _is_old(self, sample: Sample) -> bool:
+        """Whether the target has invented its user's turn before."""
+        return (
+            self.invents and sample.asked is not None and sample.asked.text in self.seen_questions
+        )
+
+    def _fault(self, sample: Sample) -> str | None:
+        """Why a sample is dropped, if it is."""
+        if sample.asked is not None and sample.asked.fault:
+            return f"question: {sample.asked.fault}"
+        if self._is_old(sample):
+            return "question: duplicate"
+        assert sample.answer is not None, "all others were answered"
+        if sample.answer.fault:
+            return f"answer: {sample.answer.fault}"
+        if not (sample.answer.ended or self.settings.keep_truncated):
+            return "answer: truncated"
+        return "answer: duplicate" if sample.answer.text in self.seen_answers else None
+
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        assert sample.answer is not None
+        assert sample.context is not None
+        provenance = {
+            "index": sample.index,
+            "seed": self.settings.seed,
+            "base": self.target["id"],
+            "revision": self.target["revision"],
+            "weights": self.target["weights"],
+            "settings": self.made_by,
+            "source": self._source(sample),
+            "tokens": {"context": len(sample.context), "answer": len(sample.answer.tokens)},
+            "ended": sample.answer.ended,
+            "hispec": version("hispec"),
+        }
+        if self.raw:
+            given = sample.asked.text if sample.asked else ""
+            return {
+                "text": given + sample.answer.text,
+                "provenance": {**provenance, "given_characters": len(given)},
+            }
+        messages: list[Message] = (
+            list(sample.prompt.messages)
+            if sample.prompt
+            else [{"role": "user", "content": sample.asked.text if sample.asked else ""}]
+        )
+        messages.append({"role": "assistant", "content": sample.answer.text})
+        return {"messages": messages, "provenance": provenance}
+
+    def _source(self, sample: Sample) -> dict[str, Any] | str:
+        if sample.prompt is None:
+            return "invented"
+        return {"file": Path(self.settings.prompts or "").name, "line": sample.prompt.line}
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
+        """(user's turn, what the target said) of a row of the file."""
+        if self.raw:
+            return "", row["text"][row["provenance"]["given_characters"] :]
+        return row["messages"][-2]["content"], row["messages"][-1]["content"]
+
+    def _remember(self, question: str, answer: str) -> None:
+        if self.invents:
+            self.seen_questions.add(question)
+        self.seen_answers.add(answer)
+
+
+def _seed(seed: int, index: int, part: str) -> int:
+    """Seed of the noise of one part of one sample, unrelated to all others, below 2^63."""
+    digest = hashlib.sha256(f"{seed} {index} {part}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
