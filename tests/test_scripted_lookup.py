@@ -44,20 +44,20 @@ def test_lookups_are_verified_and_validated(ladder, text, new_tokens, wrong, exp
 
 
 @pytest.mark.parametrize(
-    ("ladder", "verifier", "text", "expected"),
+    ("ladder", "verifier", "text", "limit", "expected"),
     [
         # "d." is looked up; nothing after it is proposed, and nothing is asked after it.
-        ((3,), "abcd.abcd.zz", "abcd.abcd.zz", Counts([2], (2, 2), [], [9])),
-        ((2, 3), "abcd.abcd.zz", "abcd.abcd.zz", Counts([1, 2], (2, 2), [(2, 2)], [9, 9])),
+        ((3,), "abcd.abcd.zz", "abcd.abcd.zz", 9, Counts([2], (2, 2), [], [9])),
+        ((2, 3), "abcd.abcd.zz", "abcd.abcd.zz", 9, Counts([1, 2], (2, 2), [(2, 2)], [9, 9])),
         # The full model wants x in its place and goes on.
-        ((3,), "", "abcd.abcdxy", Counts([3], (2, 1), [], [10])),
+        ((3,), "", "abcd.abcdxy", 4, Counts([3], (2, 1), [], [10])),
         # The verifier ends the text, which makes the full model due; it wants x. ! for y follows.
-        ((2, 3), "abcd.abcd.zz", "abcd.abcdxy", Counts([2, 3], (2, 2), [(3, 1)], [10, 10])),
+        ((2, 3), "abcd.abcd.zz", "abcd.abcdxy", 4, Counts([2, 3], (2, 2), [(3, 1)], [10, 10])),
     ],
 )
-def test_an_end_of_text_inside_a_lookup(ladder, verifier, text, expected):
+def test_an_end_of_text_inside_a_lookup(ladder, verifier, text, limit, expected):
     says = [follows(""), follows(verifier), follows(text)]
-    done = play("abcd.ab", says, ladder, eos=".", max_new_tokens=4, **LOOKUP)
+    done = play("abcd.ab", says, ladder, eos=".", max_new_tokens=limit, **LOOKUP)
     assert done == ("cd." if text.endswith("zz") else "cdxy", expected)
 
 
@@ -118,20 +118,21 @@ def test_a_stop_string_over_two_rounds(ladder, text, stop, kept, expected):
 @pytest.mark.parametrize(
     ("prompt", "text", "length", "wrong", "expected"),
     [
-        # Drafts of 1, 3, 4 and 4: 5 would be above the maximum.
-        ("ab", ALPHABET[:19], 1, [], Counts([12, 5], (0, 0), [(12, 12)], [18, 18])),
+        # Drafts of 1, 3 and 4, as 5 would be above the maximum; no room for a fourth.
+        ("ab", ALPHABET[:15], 1, [], Counts([8, 5], (0, 0), [(8, 8)], [14, 14])),
         # Drafts of 1, 3 (1 right), 2, 4 (1 right), 3.
         ("ab", ALPHABET[:16], 1, [6, 11], Counts([13, 6], (0, 0), [(13, 8)], [20, 20])),
-        # d e f a are looked up, d and e are right: the exit's length is still 1, then it is 3.
-        ("abcdefab", "abcdefabcdeghijklm", 1, [], Counts([4, 4], (4, 2), [(4, 4)], [19, 19])),
-        # The same, nothing right: the exit's length is still 2; the limit cuts the next to 1.
-        ("abcdefab", "abcdefabcxghijk", 2, [], Counts([3, 4], (4, 0), [(3, 3)], [18, 18])),
+        # d and e are looked up and right: the exit's length is still 1, twice.
+        ("abcdefab", "abcdefabcdeghijk", 1, [], Counts([2, 4], (2, 2), [(2, 2)], [15, 15])),
+        # They are wrong: the exit's length is still 2.
+        ("abcdefab", "abcdefabcxghi", 2, [], Counts([2, 3], (2, 0), [(2, 2)], [14, 14])),
     ],
 )
 def test_the_draft_length_follows_the_exits_own_acceptance(prompt, text, length, wrong, expected):
     says = [follows(text, wrong=wrong), follows(text), follows(text)]
-    settings = dict(draft_length=length, max_draft_length=4, max_new_tokens=len(text) - len(prompt))
-    assert play(prompt, says, (1, 3), **settings, **EITHER) == (text[len(prompt) :], expected)
+    settings = dict(draft_length=length, max_draft_length=4, drafter="lookup+exit", lookup_length=2)
+    done = play(prompt, says, (1, 3), max_new_tokens=len(text) - len(prompt), **settings)
+    assert done == (text[len(prompt) :], expected)
 
 
 def test_an_unsure_drafter_ends_its_draft():

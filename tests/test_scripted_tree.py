@@ -133,18 +133,29 @@ def test_an_unsure_verifier_of_a_branch(unsure, expected):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text", "limit", "expected"),
+    ("ladder", "text", "limit", "wrong", "expected"),
     [
         # Row 0: b c, then b ~. Row 1 drafts 2, then 1.
-        ("abcabc", PERIODIC, 6, Counts([3, 3], (4, 3), [(3, 3)], [21, 21])),
+        ((1, 3), PERIODIC, 6, {}, Counts([3, 3], (4, 3), [(3, 3)], [21, 21])),
         # Row 0 drafts a b as nothing is known after c; then b a c, column 3 right, and b c, the
         # first right. Row 1 drafts 2 and 2, and the full model adds its last token.
-        ("aba", TURNS, 8, Counts([4, 4], (5, 2), [(6, 6)], [24, 24])),
+        ((1, 3), TURNS, 8, {}, Counts([4, 4], (5, 2), [(6, 6)], [24, 24])),
+        # The drafter is wrong at 6, in row 1; the verifier at 9, in both. Row 0: b c, # added; !
+        # of the ! that it said itself beside row 1's refused #, ! added; a for #; then b ~.
+        ((1, 2, 3), PERIODIC, 6, {1: [6], 2: [9]},
+         Counts([4, 3, 3], (6, 4), [(4, 3), (12, 8)], [25, 25, 22])),
     ],
-)
-def test_a_row_without_a_tree_has_the_exit(prompt, text, limit, expected):
-    alphabet = "stuvwxyzABCDEF"
+)  # fmt: skip
+def test_a_row_without_a_tree_has_the_exit(ladder, text, limit, wrong, expected):
+    prompt, alphabet = text[: 3 if text == TURNS else 6], "stuvwxyzABCDEF"
     words = EITHER_OR if text == TURNS else {}
-    says = [follows(text, alphabet, **words)] * 3
-    done = play([prompt, "stuv"], says, (1, 3), max_new_tokens=limit, **BOTH)
+    says = [follows(text, alphabet, wrong=wrong.get(d, ()), **words) for d in (1, 2, 3)]
+    done = play([prompt, "stuv"], says, ladder, max_new_tokens=limit, **BOTH)
     assert done == ([text[len(prompt) :][:limit], alphabet[4:][:limit]], expected)
+
+
+def test_a_row_that_has_ended_runs_nothing_beside_a_tree():
+    """The work of row 0 alone, 13 tokens, and the prompt of row 1."""
+    says = [follows(PERIODIC, "st.")] * 3
+    done = play(["abcabc", "st"], says, (3,), eos=".", max_new_tokens=7, **RECYCLE)
+    assert done == (["abcabca", "."], Counts([3], (5, 4), [], [13 + 2]))
