@@ -180,7 +180,8 @@ class Decode:
         base_B = self.agreed[level]
         proposal = self._proposal(level)
         # The last token of a finished chain is judged, but nothing is asked after it: no input.
-        idle_B = self.ends(base_B + proposal.count_B) if proposal.chain else 0
+        # A tree's row is finished only if it has no proposals.
+        idle_B = self.ends(base_B + proposal.count_B if proposal.chain else base_B)
         upto_B = base_B + proposal.count_B - idle_B
         scores_BCV = self._scores(rung, base_B, upto_B, proposal)
         positions_BC = base_B[:, None] + proposal.depth_BC[:, : scores_BCV.shape[1]]

@@ -128,6 +128,26 @@ def tiny_base(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def lm(tiny_base):
+    """The tiny base with two exits that are read as they are."""
+    import hispec
+
+    return hispec.load(tiny_base, exits=(2, 4), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ee(tiny_base, tmp_path_factory) -> Path:
+    """An EE checkpoint with fresh block heads."""
+    from hispec import checkpoint
+
+    base = checkpoint.find_base(str(tiny_base))
+    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2, 4], "block", 1))
+    folder = tmp_path_factory.mktemp("ee") / "tiny-ee"
+    checkpoint.save(folder, model, base, recipe={"data": "stdlib", "held_out": 0.05})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
     """A JSONL file of forty short documents, real text of the standard library."""
