@@ -92,7 +92,7 @@ class ScriptedModel:
     def _logits(said: str) -> list[float]:
         row = [-100.0] * VOCAB
         ranked = said.removesuffix("?") + FILLERS
-        for rank, token in reversed(list(enumerate(ranked))):
+        for rank, token in reversed(list(enumerate(ranked))):  # of a token said twice, the better
             row[ord(token)] = -10.0 * rank
         return [score / 1000 for score in row] if said.endswith("?") else row
 
