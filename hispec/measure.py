@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .model import ExitModel
+from .packing import Rows
 
 _CHUNK = 128  # tokens whose laws are in memory at one time, for two depths
 LONGEST_RUN = 8
@@ -32,20 +33,18 @@ class Agreement:
 
 
 @torch.inference_mode()
-def agreement(
-    model: ExitModel, rows_RT: torch.Tensor, pairs: Sequence[tuple[int, int]]
-) -> list[Agreement]:
-    """Measure pairs (shallower depth, deeper depth) on rows of token ids, each a text of its own.
+def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) -> list[Agreement]:
+    """Measure pairs (shallower depth, deeper depth) on rows of documents, each a text of its own.
 
     Depths with a trained head are read through it, all others through the final norm.
     """
     depths = sorted({depth for pair in pairs for depth in pair})
     judged_by = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
     acceptance = dict.fromkeys(pairs, 0.0)
-    same_RT = {pair: torch.zeros(rows_RT.shape, dtype=torch.bool) for pair in pairs}
-    for r, row_T in enumerate(rows_RT):
-        states = dict(_normed_states(model, row_T[None].to(model.device), depths))
-        for start in range(0, rows_RT.shape[1], _CHUNK):
+    same_RT = {pair: torch.zeros_like(rows.tokens_RT, dtype=torch.bool) for pair in pairs}
+    for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
+        states = dict(_normed_states(model, tokens_1T, positions_1T, depths))
+        for start in range(0, tokens_1T.shape[1], _CHUNK):
             part = slice(start, start + _CHUNK)
             for deep, shallows in judged_by.items():
                 p_NV = model.project(states[deep][part]).float().softmax(-1)
@@ -54,27 +53,29 @@ def agreement(
                     q_NV = model.project(states[shallow][part]).float().softmax(-1)
                     same_RT[shallow, deep][r, part] = (q_NV.max(-1).indices == top_N).cpu()
                     acceptance[shallow, deep] += torch.minimum(p_NV, q_NV).sum().item()
-    count = rows_RT.numel()
+    count = rows.tokens_RT.numel()
     return [
         Agreement(
             *pair,
             top1=same_RT[pair].float().mean().item(),
             acceptance=acceptance[pair] / count,
             tokens=count,
-            runs=run_shares(same_RT[pair]),
+            runs=run_shares(same_RT[pair], rows.positions_RT),
         )
         for pair in pairs
     ]
 
 
-def run_shares(same_RT: torch.Tensor) -> list[float]:
+def run_shares(same_RT: torch.Tensor, positions_RT: torch.Tensor) -> list[float]:
     """Share of the places from which on at least 1, 2, ... `LONGEST_RUN` are true in a row.
 
-    Only places count that have that many behind them.
+    Only places count that have that many behind them in their document, and no run is longer than
+    the longest document.
     """
-    longest = min(LONGEST_RUN, same_RT.shape[1])
-    windows_RPK = same_RT.unfold(1, longest, 1)
-    return windows_RPK.int().cumprod(-1).float().mean((0, 1)).tolist()
+    longest = min(LONGEST_RUN, int(positions_RT.max()) + 1)
+    inside_RP = positions_RT[:, longest - 1 :] >= longest - 1
+    windows_NK = same_RT.unfold(1, longest, 1)[inside_RP.to(same_RT.device)]
+    return windows_NK.int().cumprod(-1).float().mean(0).tolist()
 
 
 @dataclass
@@ -112,13 +113,18 @@ def _size(module: nn.Module) -> int:
 
 
 def _normed_states(
-    model: ExitModel, tokens_1T: torch.Tensor, depths: Iterable[int]
+    model: ExitModel,
+    tokens_1T: torch.Tensor,
+    positions_1T: torch.Tensor | None,
+    depths: Iterable[int],
 ) -> Iterable[tuple[int, torch.Tensor]]:
-    """(depth, states [T, H] as the LM head reads them) of one text."""
+    """(depth, states [T, H] as the LM head reads them) of one row."""
     hidden_1TH, at = model.embed(tokens_1T), 0
     for depth in depths:
-        hidden_1TH, at = model.run(hidden_1TH, at, depth), depth
-        own_1TH = model.run_head(depth, hidden_1TH) if depth < model.num_layers else hidden_1TH
+        hidden_1TH, at = model.run(hidden_1TH, at, depth, positions_1T), depth
+        own_1TH = hidden_1TH
+        if depth < model.num_layers:
+            own_1TH = model.run_head(depth, hidden_1TH, positions_1T)
         yield depth, model.normed(depth, own_1TH)[0]
 
 

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .chat import Message, encode, is_chat
+from .chat import Message, is_chat
 
 STDLIB = "stdlib"
 _PLAIN = (".txt", ".md", ".rst", ".py")
 _READ = (*_PLAIN, ".jsonl", ".parquet")
-_DOCUMENTS_AT_ONCE = 64
 _PIECE = 8_000  # characters of one document cut from a long plain text file
 
 # Tests would outweigh everything else, and the rest of these are generated tables, not writing.
@@ -196,60 +193,3 @@ def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document
     ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
     count = min(max(1, round(held_out * len(ordered))), len(ordered) - 1)
     return ordered[count:], ordered[:count]
-
-
-def windows(
-    documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
-) -> torch.Tensor:
-    """The rows of `taught_windows` alone: token ids [R, seq_len]."""
-    return taught_windows(documents, tokenizer, seq_len, most)[0]
-
-
-def taught_windows(
-    documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents one after another, cut into rows.
-
-    A text is ended by EOS; a chat ends as its template ends it.
-
-    Args:
-        most: rows wanted; only as many documents are tokenized as they need.
-
-    Returns:
-        Token ids [R, seq_len], and whether each is to be learned, bool [R, seq_len]: in a chat only
-        what the assistant wrote.
-
-    Raises:
-        ValueError: less text than one row, or a chat that cannot be rendered.
-    """
-    stream: list[int] = []
-    taught: list[bool] = []
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        part = documents[start : start + _DOCUMENTS_AT_ONCE]
-        texts = [d.text for d in part if not d.chat]
-        tokenized = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-        for document in part:
-            if document.chat:
-                ids, said = encode(document.chat, tokenizer, document.name)
-            else:
-                ids = [*next(tokenized), tokenizer.eos_token_id]
-                said = [True] * len(ids)
-            stream += ids
-            taught += said
-        if most is not None and len(stream) >= most * seq_len:
-            break
-    rows = len(stream) // seq_len
-    rows = rows if most is None else min(rows, most)
-    if rows == 0:
-        raise ValueError(f"{len(stream)} tokens of text do not fill one row of {seq_len}")
-    used = slice(0, rows * seq_len)
-    return (
-        torch.tensor(stream[used]).view(rows, seq_len),
-        torch.tensor(taught[used]).view(rows, seq_len),
-    )
-
-
-def evenly_spaced(rows_RT: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the rows (or all, if there are fewer), spread over the whole of them."""
-    picked = torch.linspace(0, len(rows_RT) - 1, min(count, len(rows_RT))).round().long()
-    return rows_RT[picked]

@@ -258,7 +258,7 @@ def test_chats_teach_what_the_assistant_says(tiny_base, tmp_path):
     file.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
     words = settings(tiny_base, file, tmp_path / "ee", text_column="messages", steps=2)
     trainer = Trainer(load_recipe(words))
-    tokens, labels = next(trainer._batches())
+    tokens, labels, _ = next(trainer._batches())
     taught = trainer.tokenizer.decode(labels[labels >= 0])
     assert "answer" in taught
     assert "question" not in taught

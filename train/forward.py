@@ -49,6 +49,8 @@ class Batch:
     step: int
     micro: int = 0
     """Number of this batch within its step."""
+    positions_BT: torch.Tensor | None = None
+    """Places of the tokens in their documents; None where every row is one document."""
 
 
 class TrainingStep:
@@ -81,7 +83,8 @@ class TrainingStep:
         with torch.set_grad_enabled(self.trunk.trained):
             states = self._states(model, batch, depths)
         final_NH = model.normed(model.num_layers, states[model.num_layers]).flatten(0, 1)
-        normed = {d: model.normed(d, model.run_head(d, states[d])).flatten(0, 1) for d in depths}
+        own = {d: model.run_head(d, states[d], batch.positions_BT) for d in depths}
+        normed = {d: model.normed(d, own[d]).flatten(0, 1) for d in depths}
         taught_NH = final_NH.detach()
         weights = exit_weights(
             recipe.exit_weights,
@@ -132,7 +135,8 @@ class TrainingStep:
         if not self.trunk.trained:
             at = 0
             for depth in sorted(wanted):
-                hidden_BTH, at = model.run(hidden_BTH, at, depth), depth
+                hidden_BTH = model.run(hidden_BTH, at, depth, batch.positions_BT)
+                at = depth
                 found[depth] = hidden_BTH
             return found
         recipe = self.recipe
@@ -152,29 +156,38 @@ class TrainingStep:
             )
             skip = of_step[first : first + pass_rows]
             if not skip.all():  # on any process: all of them enter, or the collectives would hang
-                hidden_BTH = self._layer(model, layer, hidden_BTH, (~skip[own]).nonzero()[0])
+                kept_K = (~skip[own]).nonzero()[0]
+                hidden_BTH = self._layer(model, layer, hidden_BTH, batch.positions_BT, kept_K)
             if layer + 1 in wanted:
                 found[layer + 1] = hidden_BTH
         return found
 
     def _layer(
-        self, model: ExitModel, layer: int, hidden_BTH: torch.Tensor, kept_K: np.ndarray
+        self,
+        model: ExitModel,
+        layer: int,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+        kept_K: np.ndarray,
     ) -> torch.Tensor:
         """One layer over the samples that do not skip it; the others are not computed."""
 
-        def run(hidden: torch.Tensor) -> torch.Tensor:
+        def run(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
             if self.recipe.gradient_checkpointing:
-                again = checkpoint(model.run, hidden, layer, layer + 1, use_reentrant=False)
+                again = checkpoint(
+                    model.run, hidden, layer, layer + 1, positions, use_reentrant=False
+                )
                 assert isinstance(again, torch.Tensor)
                 return again
-            return model.run(hidden, layer, layer + 1)
+            return model.run(hidden, layer, layer + 1, positions)
 
         if len(kept_K) == len(hidden_BTH):
-            return run(hidden_BTH)
+            return run(hidden_BTH, positions_BT)
         if len(kept_K) == 0:  # enters for the others' sake
-            return hidden_BTH + 0.0 * run(hidden_BTH[:1]).sum()
+            return hidden_BTH + 0.0 * run(hidden_BTH[:1], None).sum()
         rows_K = torch.from_numpy(kept_K).to(hidden_BTH.device)
-        ran_KTH = run(hidden_BTH.index_select(0, rows_K))
+        positions_KT = None if positions_BT is None else positions_BT[rows_K]
+        ran_KTH = run(hidden_BTH.index_select(0, rows_K), positions_KT)
         return hidden_BTH.index_copy(0, rows_K, ran_KTH.to(hidden_BTH.dtype))
 
     @torch.no_grad()
@@ -182,7 +195,7 @@ class TrainingStep:
         """What the untouched base says to the batch."""
 
         if self.base is not None:
-            normed_NH = self.base.final(batch.tokens_BT).flatten(0, 1)
+            normed_NH = self.base.final(batch.tokens_BT, batch.positions_BT).flatten(0, 1)
             return Teacher(normed_NH, read=self.base.project)
         with self.trunk.untouched():
-            return Teacher(model.final(batch.tokens_BT).flatten(0, 1))
+            return Teacher(model.final(batch.tokens_BT, batch.positions_BT).flatten(0, 1))

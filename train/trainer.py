@@ -18,6 +18,7 @@ from hispec import checkpoint
 from hispec.console import Output, quiet_transformers
 from hispec.files import clear_leftovers, write_json
 from hispec.model import ExitModel
+from hispec.packing import positions_if_packed
 
 from .data import training_sets
 from .forward import Batch, TrainingStep, Wrapped
@@ -71,7 +72,7 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base.folder, local_files_only=True)
 
         training, held_out = training_sets(recipe, self.tokenizer, self.accelerator.num_processes)
-        self.judge = Judge(held_out.tensors[0], self.trunk)
+        self.judge = Judge(held_out, self.trunk)
         loader = DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)
         with_trunk = self.trunk.trained or sharded(self.accelerator)
         wrapped = Wrapped(self.model, with_trunk=with_trunk)
@@ -140,10 +141,11 @@ class Trainer:
         results: list[ExitLoss] = []
         tokens = 0
         for micro in range(recipe.accumulate):
-            tokens_BT, labels_BT = next(batches)
+            tokens_BT, labels_BT, positions_BT = next(batches)
             tokens += tokens_BT.numel()
+            packed_BT = positions_if_packed(positions_BT)
             with self.accelerator.accumulate(self.wrapped):
-                batch = Batch(tokens_BT, labels_BT, self.step, micro)
+                batch = Batch(tokens_BT, labels_BT, self.step, micro, packed_BT)
                 result = self._on_model(self.training_step, batch)
                 self.accelerator.backward(result.loss)
                 if self.accelerator.sync_gradients:
@@ -168,7 +170,8 @@ class Trainer:
             return self.wrapped(job, *args)
 
     def _batches(self) -> Iterator[list[torch.Tensor]]:
-        """Batches without end, from the run's position on: a function of (seed, step) alone."""
+        """Batches (see `lesson`) without end, from the run's position on: a function of (seed,
+        step) alone."""
         epoch, skip = divmod(self.step * self.recipe.accumulate, len(self.loader))
         while True:
             self.loader.set_epoch(epoch)
