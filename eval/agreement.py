@@ -50,7 +50,10 @@ def main(words: Sequence[str]) -> None:
     lm = load(folder, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device))
     check(bool(lm.model.exits.depths), "checkpoint", settings.checkpoint, "it has no exits")
     name, held_out = held_out_documents(settings, settings.checkpoint)
-    rows = evenly_spaced(windows(held_out, lm.tokenizer, settings.seq_len), settings.sequences)
+    # A stream gives its first rows, as in training; of a text read at once they are spread out.
+    most = None if isinstance(held_out, list) else settings.sequences
+    found = windows(held_out, lm.tokenizer, settings.seq_len, most, f"held-out text ({name})")
+    rows = evenly_spaced(found, settings.sequences)
 
     layers = lm.model.num_layers
     trained = agreement(lm.model, rows, ladder_pairs(lm.model.exits.depths, layers))

@@ -36,6 +36,15 @@ class Rows:
         places_RT = torch.arange(tokens_RT.shape[1], device=tokens_RT.device).expand_as(tokens_RT)
         return cls(tokens_RT, torch.ones_like(tokens_RT, dtype=torch.bool), places_RT)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """All rows of the parts."""
+        return cls(
+            torch.cat([part.tokens_RT for part in parts]),
+            torch.cat([part.taught_RT for part in parts]),
+            torch.cat([part.positions_RT for part in parts]),
+        )
+
     def __len__(self) -> int:
         return len(self.tokens_RT)
 
@@ -64,7 +73,11 @@ def positions_if_packed(positions_BT: torch.Tensor) -> torch.Tensor | None:
 
 
 def windows(
-    documents: Iterable[Document], tokenizer: Any, seq_len: int, most: int | None = None
+    documents: Iterable[Document],
+    tokenizer: Any,
+    seq_len: int,
+    most: int | None = None,
+    name: str = "text",
 ) -> Rows:
     """Documents one after another, cut into rows of `seq_len` tokens.
 
@@ -72,6 +85,7 @@ def windows(
 
     Args:
         most: rows wanted; only as many documents are read and tokenized as they need.
+        name: of the documents, for messages.
 
     Raises:
         ValueError: less text than one row, or a chat that cannot be rendered.
@@ -87,7 +101,7 @@ def windows(
     rows = tokens // seq_len
     rows = rows if most is None else min(rows, most)
     if rows == 0:
-        raise ValueError(f"{tokens} tokens of text do not fill one row of {seq_len}")
+        raise ValueError(f"{tokens} tokens of {name} do not fill one row of {seq_len}")
     return packed(parts, seq_len, rows)
 
 

@@ -76,6 +76,9 @@ class Recipe:
     by the base's chat template and taught where the assistant speaks."""
     held_out: float = 0.05
     """Share of the documents that is only evaluated on."""
+    streaming: bool = False
+    """Read the documents as they are needed, for sets that are too large to be read at once: see
+    `train/stream.py`."""
     seq_len: int = 256
 
     # optimisation

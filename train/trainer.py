@@ -20,7 +20,7 @@ from hispec.files import clear_leftovers, write_json
 from hispec.model import ExitModel
 from hispec.packing import positions_if_packed
 
-from .data import training_sets
+from .data import lesson, training_sets
 from .forward import Batch, TrainingStep, Wrapped
 from .judge import Judge, shown
 from .losses import ExitLoss
@@ -28,6 +28,7 @@ from .processes import build_accelerator, gather, sharded
 from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
+from .stream import Position, RowStream, streamed_sets
 from .trunk import Trunk
 from .watch import Figures, progress_bar
 
@@ -71,9 +72,15 @@ class Trainer:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(self.base.folder, local_files_only=True)
 
-        training, held_out = training_sets(recipe, self.tokenizer, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        self.stream: RowStream | None = None
+        loaders = []
+        if recipe.streaming:
+            self.stream, held_out = streamed_sets(recipe, self.tokenizer, processes)
+        else:
+            training, held_out = training_sets(recipe, self.tokenizer, processes)
+            loaders = [DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)]
         self.judge = Judge(held_out, self.trunk)
-        loader = DataLoader(training, recipe.batch_size, shuffle=True, drop_last=True)
         with_trunk = self.trunk.trained or sharded(self.accelerator)
         wrapped = Wrapped(self.model, with_trunk=with_trunk)
         optimizer = torch.optim.AdamW(
@@ -82,15 +89,16 @@ class Trainer:
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,
         )
-        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
-            wrapped, optimizer, loader
+        self.wrapped, self.optimizer, *loaders = self.accelerator.prepare(
+            wrapped, optimizer, *loaders
         )
-        if len(self.loader) < recipe.accumulate:
-            raise ValueError(
-                f"batch_size={recipe.batch_size} times {self.accelerator.num_processes} "
-                f"process(es), {recipe.accumulate} times a step, is more than the "
-                f"{len(training)} rows of {recipe.seq_len} tokens that data={recipe.data!r} gives"
-            )
+        for self.loader in loaders:
+            if len(self.loader) < recipe.accumulate:
+                raise ValueError(
+                    f"batch_size={recipe.batch_size} times {processes} process(es), "
+                    f"{recipe.accumulate} times a step, is more than the {len(training)} rows of "
+                    f"{recipe.seq_len} tokens that data={recipe.data!r} gives"
+                )
         self._console = Output()
         self.step = 0
         self.minutes = 0.0
@@ -170,13 +178,22 @@ class Trainer:
             return self.wrapped(job, *args)
 
     def _batches(self) -> Iterator[list[torch.Tensor]]:
-        """Batches (see `lesson`) without end, from the run's position on: a function of (seed,
-        step) alone."""
+        """Batches (see `lesson`) without end, from the run's position on."""
+        if self.stream is not None:
+            yield from self._streamed_batches(self.stream)
         epoch, skip = divmod(self.step * self.recipe.accumulate, len(self.loader))
         while True:
             self.loader.set_epoch(epoch)
             yield from self.accelerator.skip_first_batches(self.loader, skip)
             epoch, skip = epoch + 1, 0
+
+    def _streamed_batches(self, stream: RowStream) -> Iterator[list[torch.Tensor]]:
+        """The rows of a pass in the order of the processes, as one process would have them."""
+        size, accelerator = self.recipe.batch_size, self.accelerator
+        first = accelerator.process_index * size
+        while True:
+            rows = stream.take(size * accelerator.num_processes)[first : first + size]
+            yield [tensor_BT.to(accelerator.device) for tensor_BT in lesson(rows)]
 
     def _time_is_up(self) -> bool:
         """Whether `max_minutes` are spent, by the clock of the first process: all stop together."""
@@ -229,6 +246,8 @@ class Trainer:
 
     def _save_state(self) -> None:
         progress = {"step": self.step, "minutes": self.minutes, "history": self.history}
+        if self.stream is not None:
+            progress["stream"] = asdict(self.stream.position)
         save_state(self.accelerator, self.run_folder / "state", self.recipe, progress)
 
     def _resume(self) -> None:
@@ -246,6 +265,8 @@ class Trainer:
             self.step = progress["step"]
             self.minutes = progress["minutes"]
             self.history = progress["history"]
+            if self.stream is not None:
+                self.stream.seek(Position(**progress["stream"]))
             self.say(f"going on at step {self.step} of {self.recipe.steps}, from {state}")
 
     # The best so far, and the end of a run ------------------------------------------------------
