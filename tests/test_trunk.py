@@ -123,6 +123,7 @@ def test_drift_is_the_kl_to_the_base(tiny_base, texts, tmp_path):
     trainer = trainer_of(
         *(tiny_base, texts, tmp_path / "ee"),
         **dict(trunk="full", head="shared", lr=0.01, steps=6, eval_every=6),
+        **dict(seq_len=128, eval_sequences=99),  # all rows: one of them has a border
     )
     trainer.train()
     assert trainer.history[0]["drift"] == pytest.approx(0, abs=1e-6)
