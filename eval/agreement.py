@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> None:
     from hispec.lm import load
     from hispec.measure import Agreement, agreement, ladder_pairs
     from hispec.model import ExitModel
-    from hispec.text import evenly_spaced, windows
+    from hispec.packing import evenly_spaced, windows
 
     settings = resolve(Settings, overrides=words)
     check(settings.sequences >= 1, "sequences", settings.sequences, "1 or more")
@@ -50,16 +50,19 @@ def main(words: Sequence[str]) -> None:
     lm = load(folder, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device))
     check(bool(lm.model.exits.depths), "checkpoint", settings.checkpoint, "it has no exits")
     name, held_out = held_out_documents(settings, settings.checkpoint)
-    rows_RT = evenly_spaced(windows(held_out, lm.tokenizer, settings.seq_len), settings.sequences)
+    # A stream gives its first rows, as in training; of a text read at once they are spread out.
+    most = None if isinstance(held_out, list) else settings.sequences
+    found = windows(held_out, lm.tokenizer, settings.seq_len, most, f"held-out text ({name})")
+    rows = evenly_spaced(found, settings.sequences)
 
     layers = lm.model.num_layers
-    trained = agreement(lm.model, rows_RT, ladder_pairs(lm.model.exits.depths, layers))
+    trained = agreement(lm.model, rows, ladder_pairs(lm.model.exits.depths, layers))
     bare = ExitModel(lm.model.hf)
-    untrained = agreement(bare, rows_RT, [(depth, layers) for depth in range(1, layers)])
+    untrained = agreement(bare, rows, [(depth, layers) for depth in range(1, layers)])
 
     out = Output()
     out.print(_table(trained, {m.shallow: m for m in untrained}))
-    text = f"{rows_RT.numel():,} tokens of held-out text ({name})"
+    text = f"{rows.tokens_RT.numel():,} tokens of held-out text ({name})"
     out.say(f"{text}, temperature 1")
     results: dict[str, Any] = {
         "settings": asdict(settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hispec.checkpoint import is_checkpoint, read_config
 from hispec.config import check
 from hispec.lm import EarlyExitLM
 from hispec.prompts import read_prompts
-from hispec.text import STDLIB, Document, documents, split
+from hispec.text import STDLIB, Document, documents, held_out_stream, split
 
 
 @dataclass
@@ -24,20 +25,33 @@ class TextSource:
     text_column: str | None = None
     held_out: float | None = None
     """Share of the documents that is held out."""
+    streaming: bool | None = None
+    """Read no more of `data` than is needed. The documents held out are others than those of a text
+    read at once."""
 
 
-def held_out_documents(source: TextSource, checkpoint: str) -> tuple[str, list[Document]]:
-    """(name of the source, its held-out documents)."""
+def held_out_documents(
+    source: TextSource, checkpoint: str
+) -> tuple[str, list[Document] | Iterator[Document]]:
+    """(name of the source, its held-out documents).
+
+    All of them, or, of a streamed text, an iterator that reads on as it is asked for more.
+    """
     folder = Path(checkpoint)
     recipe = read_config(folder)["recipe"] if is_checkpoint(folder) else {}
-    defaults = {"data": STDLIB, "data_split": "train", "text_column": "text", "held_out": 0.05}
+    defaults = {
+        **{"data": STDLIB, "data_split": "train", "text_column": "text", "held_out": 0.05},
+        **{"streaming": False},  # as in recipes from before there was the key
+    }
     keys = {
         key: recipe.get(key, default) if getattr(source, key) is None else getattr(source, key)
         for key, default in defaults.items()
     }
     check(0 < keys["held_out"] < 1, "held_out", keys["held_out"], "above 0, below 1")
-    found = documents(keys["data"], keys["text_column"], keys["data_split"])
-    return keys["data"], split(found, keys["held_out"])[1]
+    text = keys["data"], keys["text_column"], keys["data_split"]
+    if keys["streaming"]:
+        return keys["data"], held_out_stream(*text, keys["held_out"])
+    return keys["data"], split(documents(*text), keys["held_out"])[1]
 
 
 def beginnings(

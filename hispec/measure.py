@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .model import ExitModel, of_token_before
+from .packing import Rows
 
 _CHUNK = 128  # tokens whose laws are in memory at one time, for two depths
 LONGEST_RUN = 8
@@ -32,10 +33,8 @@ class Agreement:
 
 
 @torch.inference_mode()
-def agreement(
-    model: ExitModel, rows_RT: torch.Tensor, pairs: Sequence[tuple[int, int]]
-) -> list[Agreement]:
-    """Measure pairs (shallower depth, deeper depth) on rows of token ids, each a text of its own.
+def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) -> list[Agreement]:
+    """Measure pairs (shallower depth, deeper depth) on rows of documents, each a text of its own.
 
     Depths with a trained head are read through it, all others through the final norm. The
     shallower one of a pair says what it would draft: from the reduced vocabulary if there is one,
@@ -45,11 +44,12 @@ def agreement(
     judged_by = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
     acceptance = dict.fromkeys(pairs, 0.0)
     first_RT, later_RT = (
-        {pair: torch.zeros(rows_RT.shape, dtype=torch.bool) for pair in pairs} for _ in range(2)
+        {pair: torch.zeros_like(rows.tokens_RT, dtype=torch.bool) for pair in pairs}
+        for _ in range(2)
     )
-    for r, row_T in enumerate(rows_RT):
-        states = _normed_states(model, row_T[None].to(model.device), depths)
-        for start in range(0, rows_RT.shape[1], _CHUNK):
+    for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
+        states = _normed_states(model, tokens_1T, positions_1T, depths)
+        for start in range(0, tokens_1T.shape[1], _CHUNK):
             part = slice(start, start + _CHUNK)
             for deep, shallows in judged_by.items():
                 p_NV = model.project(states[deep].first_TH[part]).float().softmax(-1)
@@ -63,32 +63,36 @@ def agreement(
                     if read.later_TH is not None:
                         again_NV = model.draft(read.later_TH[part])
                         later_RT[pair][r, part] = (again_NV.max(-1).indices == top_N).cpu()
-    count = rows_RT.numel()
+    count = rows.tokens_RT.numel()
     return [
         Agreement(
             *pair,
             top1=first_RT[pair].float().mean().item(),
             acceptance=acceptance[pair] / count,
             tokens=count,
-            runs=run_shares(first_RT[pair], later_RT[pair]),
+            runs=run_shares(first_RT[pair], later_RT[pair], rows.positions_RT),
         )
         for pair in pairs
     ]
 
 
-def run_shares(first_RT: torch.Tensor, later_RT: torch.Tensor) -> list[float]:
+def run_shares(
+    first_RT: torch.Tensor, later_RT: torch.Tensor, positions_RT: torch.Tensor
+) -> list[float]:
     """Share of the places from which on at least 1, 2, ... `LONGEST_RUN` are true in a row.
 
-    Only places count that have that many behind them.
+    Only places count that have that many behind them in their document, and no run is longer than
+    the longest document.
 
     Args:
         first_RT: whether a draft that begins here begins well.
         later_RT: whether one that has got here goes on well.
     """
-    longest = min(LONGEST_RUN, first_RT.shape[1])
-    windows_RPK = later_RT.unfold(1, longest, 1).clone()
-    windows_RPK[..., 0] = first_RT[:, : windows_RPK.shape[1]]
-    return windows_RPK.int().cumprod(-1).float().mean((0, 1)).tolist()
+    longest = min(LONGEST_RUN, int(positions_RT.max()) + 1)
+    inside_RP = (positions_RT[:, longest - 1 :] >= longest - 1).to(first_RT.device)
+    windows_NK = later_RT.unfold(1, longest, 1)[inside_RP]
+    windows_NK[:, 0] = first_RT[:, : inside_RP.shape[1]][inside_RP]
+    return windows_NK.int().cumprod(-1).float().mean(0).tolist()
 
 
 @dataclass
@@ -137,25 +141,31 @@ class _Read:
 
 
 def _normed_states(
-    model: ExitModel, tokens_1T: torch.Tensor, depths: Sequence[int]
+    model: ExitModel,
+    tokens_1T: torch.Tensor,
+    positions_1T: torch.Tensor | None,
+    depths: Sequence[int],
 ) -> dict[int, _Read]:
-    """What is read at some depths of one text."""
+    """What is read at some depths of one row."""
     hidden_1TH, at, states = model.embed(tokens_1T), 0, {}
     for depth in [*depths, model.num_layers]:
-        hidden_1TH, at = model.run(hidden_1TH, at, depth), depth
+        hidden_1TH, at = model.run(hidden_1TH, at, depth, positions_1T), depth
         states[depth] = hidden_1TH
     final_1TH = model.normed(model.num_layers, hidden_1TH)
     found = {model.num_layers: _Read(final_1TH[0])}
+
+    def read(depth: int, normed_1TH: torch.Tensor) -> torch.Tensor:
+        """What the head makes of it if these are the states that it reads of the token before."""
+        before_1TH = of_token_before(normed_1TH, positions_1T)
+        head_1TH = model.run_head(depth, states[depth], positions_1T, previous_BTH=before_1TH)
+        return model.normed(depth, head_1TH)
+
     for depth in depths:
-        if depth == model.num_layers:
-            continue
-        before_1TH = of_token_before(final_1TH)
-        head_1TH = model.run_head(depth, states[depth], previous_BTH=before_1TH)
-        found[depth] = _Read(model.normed(depth, head_1TH)[0])
-        if model.head(depth).mix is not None:
-            own_1TH = of_token_before(found[depth].first_TH[None])
-            head_1TH = model.run_head(depth, states[depth], previous_BTH=own_1TH)
-            found[depth].later_TH = model.normed(depth, head_1TH)[0]
+        if depth < model.num_layers:
+            first_1TH = read(depth, final_1TH)
+            found[depth] = _Read(first_1TH[0])
+            if model.head(depth).mix is not None:
+                found[depth].later_TH = read(depth, first_1TH)[0]
     return found
 
 

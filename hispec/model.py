@@ -107,8 +107,10 @@ class ExitModel(nn.Module):
     ) -> torch.Tensor:
         """Hidden states [B, T, H] at `to_depth` from those at `from_depth`, before any norm.
 
-        Without a cache the tokens are whole sequences from position 0 on (training). With one they
-        continue what the cache holds, at `positions_BT`; `Cache.place` was called for them.
+        Without a cache the tokens are whole sequences from position 0 on (training), or, with
+        `positions_BT`, packed documents: where the position is 0 one begins, and a token attends to
+        those of its own document alone. With a cache they continue what it holds, at
+        `positions_BT`; `Cache.place` was called for them.
         """
         return self._run_layers(
             zip(
@@ -129,7 +131,7 @@ class ExitModel(nn.Module):
         cache: Cache | None = None,
         previous_BTH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the blocks of the head at `depth` make of the exit's states [B, T, H].
+        """What the blocks of the head at `depth` make of the exit's states [B, T, H]; see `run`.
 
         Args:
             previous_BTH: for a head that reads it, the normed state of the token before at full
@@ -153,9 +155,11 @@ class ExitModel(nn.Module):
         """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
         return self.project(self.normed(depth, hidden))
 
-    def final(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Normed states [B, T, H] at full depth of whole sequences."""
-        hidden_BTH = self.run(self.embed(tokens_BT), 0, self.num_layers)
+    def final(
+        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normed states [B, T, H] at full depth of whole sequences or packed documents."""
+        hidden_BTH = self.run(self.embed(tokens_BT), 0, self.num_layers, positions_BT)
         return self.normed(self.num_layers, hidden_BTH)
 
     def project(self, normed: torch.Tensor, head_VH: torch.Tensor | None = None) -> torch.Tensor:
@@ -193,15 +197,19 @@ class ExitModel(nn.Module):
         return everywhere.index_copy_(-1, self.draft_tokens, logits_K)
 
     def logits(
-        self, depth: int, hidden_BTH: torch.Tensor, previous_BTH: torch.Tensor | None = None
+        self,
+        depth: int,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        previous_BTH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [B, T, V] of whole sequences whose states at `depth` are given.
+        """Logits [B, T, V] of whole sequences or packed documents with these states at `depth`.
 
         Args:
             previous_BTH: see `run_head`.
         """
         if depth < self.num_layers:
-            hidden_BTH = self.run_head(depth, hidden_BTH, previous_BTH=previous_BTH)
+            hidden_BTH = self.run_head(depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH)
         return self.read(depth, hidden_BTH)
 
     def _run_layers(
@@ -212,12 +220,17 @@ class ExitModel(nn.Module):
         cache: Cache | None,
     ) -> torch.Tensor:
         inputs: dict[str, LayerInputs] = {}
+        document_BT = None
         if positions_BT is None:
             positions_BT = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
+        elif cache is None:
+            document_BT = (positions_BT == 0).cumsum(1)
         with self._attention_over(cache):
             for layer, kind in layers:
                 if kind not in inputs:
-                    inputs[kind] = self._layer_inputs(kind, hidden_BTH, positions_BT, cache)
+                    inputs[kind] = self._layer_inputs(
+                        kind, hidden_BTH, positions_BT, cache, document_BT
+                    )
                 hidden_BTH = layer(
                     hidden_BTH,
                     attention_mask=inputs[kind].attention_mask,
@@ -247,17 +260,26 @@ class ExitModel(nn.Module):
             config._attn_implementation = before
 
     def _layer_inputs(
-        self, kind: str, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor, cache: Cache | None
+        self,
+        kind: str,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: Cache | None,
+        document_BT: torch.Tensor | None,
     ) -> LayerInputs:
+        """Args: document_BT: without a cache, the number of each token's document in its row."""
         rotary = self.hf.model.rotary_emb
         rope = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
         window = self.hf.config.sliding_window if kind == SLIDING else None
         if cache is None:
             length = hidden_BTH.shape[1]
-            if window is None or length <= window:
+            if document_BT is None and (window is None or length <= window):
                 return LayerInputs(None, rope)  # plain causal attention needs no mask
-            keys = torch.arange(length, device=positions_BT.device)
-            return LayerInputs(_mask(causal(positions_BT, keys, window), hidden_BTH.dtype), rope)
+            places_T = torch.arange(length, device=hidden_BTH.device)
+            seen = causal(places_T, places_T, window)[None]
+            if document_BT is not None:
+                seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
+            return LayerInputs(_mask(seen, hidden_BTH.dtype), rope)
         mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
         if rounds_alike(positions_BT.numel(), hidden_BTH):
             branches = cache.branches(window, mask)
@@ -266,11 +288,14 @@ class ExitModel(nn.Module):
         return LayerInputs(mask(cache.seen(window)), rope)
 
 
-def of_token_before(normed_BTH: torch.Tensor) -> torch.Tensor:
-    """The states [B, T, H] of whole sequences, each where the next token stands; 0 at the first."""
+def of_token_before(
+    normed_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The states [B, T, H] of whole sequences or packed documents, each where the next token
+    stands; 0 where a text begins."""
     moved_BTH = torch.zeros_like(normed_BTH)
     moved_BTH[:, 1:] = normed_BTH[:, :-1]
-    return moved_BTH
+    return moved_BTH if positions_BT is None else moved_BTH * (positions_BT > 0)[..., None]
 
 
 def _mask(seen_BTK: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:

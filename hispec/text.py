@@ -1,23 +1,26 @@
-"""Text to train and measure on: documents, split so that whole documents are held out."""
+"""Text to train and measure on: documents, all at once or one by one, and who is held out."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from .chat import Message, is_chat
 
-from .chat import Message, encode, is_chat
+T = TypeVar("T")
 
 STDLIB = "stdlib"
 _PLAIN = (".txt", ".md", ".rst", ".py")
 _READ = (*_PLAIN, ".jsonl", ".parquet")
-_DOCUMENTS_AT_ONCE = 64
+SEARCHED = 100_000
+"""Documents at a stream's beginning among which those to measure on are looked for."""
 _PIECE = 8_000  # characters of one document cut from a long plain text file
 
 # Tests would outweigh everything else, and the rest of these are generated tables, not writing.
@@ -49,6 +52,49 @@ def documents(source: str, text_column: str = "text", hub_split: str = "train") 
     return hub_documents(source, text_column, hub_split)
 
 
+def stream_documents(
+    source: str, text_column: str = "text", hub_split: str = "train", skip: int = 0
+) -> Iterator[Document]:
+    """The documents of a source one by one, each read when it is asked for.
+
+    A Hub dataset is streamed, JSONL is read line by line, Parquet in groups of rows. `stdlib` and
+    plain text work too, but gain little: `stdlib` is read at once, plain text a file at a time.
+
+    Args:
+        skip: documents to leave out at the beginning.
+
+    Raises:
+        ValueError: as `documents`, but only once the row in question is reached.
+    """
+    if source != STDLIB and not Path(source).exists():
+        return _hub_stream(source, text_column, hub_split, skip)
+    if source == STDLIB:
+        return islice(stdlib_documents(), skip, None)
+    return islice(_local_stream(Path(source), text_column), skip, None)
+
+
+def held_out_stream(
+    source: str, text_column: str, hub_split: str, held_out: float
+) -> Iterator[Document]:
+    """The held-out documents among the first 100,000 of a stream, see `is_held_out`."""
+    searched = islice(stream_documents(source, text_column, hub_split), SEARCHED)
+    return (document for document in searched if is_held_out(document, held_out))
+
+
+def is_held_out(document: Document, held_out: float) -> bool:
+    """Whether a document of a stream is held out: by the hash of what it says, and nothing else.
+
+    So every process and every later evaluation knows it at once, and all copies of a text are on
+    the same side.
+
+    Args:
+        held_out: share of all documents, above 0 and below 1.
+    """
+    said = json.dumps(document.chat) if document.chat else document.text
+    digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < held_out * 2**64
+
+
 def stdlib_documents() -> list[Document]:
     """The source files of the running Python's standard library: text that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -68,16 +114,25 @@ def local_documents(path: Path, text_column: str) -> list[Document]:
     Raises:
         ValueError: nothing readable there, a broken line, or a row without `text_column`.
     """
+    documents = list(_local_stream(path, text_column))
+    if len(documents) == 1 and path.is_file() and path.suffix not in _PLAIN:  # those are in pieces
+        documents = list(_pieces(documents[0]))
+    return documents
+
+
+def _local_stream(path: Path, text_column: str) -> Iterator[Document]:
+    documents = _documents_of(path, Path(path.name), text_column)
     if path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.suffix in _READ]
-        documents = [d for f in files for d in _documents_of(f, f.relative_to(path), text_column)]
-    else:
-        documents = list(_documents_of(path, Path(path.name), text_column))
-        if len(documents) == 1:
-            documents = list(_pieces(documents[0]))
-    if not documents:
+        documents = (d for f in files for d in _documents_of(f, f.relative_to(path), text_column))
+    elif path.suffix in _PLAIN:
+        documents = (piece for document in documents for piece in _pieces(document))
+    found = False
+    for document in documents:
+        found = True
+        yield document
+    if not found:
         raise ValueError(f"data={str(path)!r} holds no text ({', '.join(_READ)})")
-    return documents
 
 
 def _documents_of(file: Path, name: Path, text_column: str) -> Iterator[Document]:
@@ -125,12 +180,12 @@ def local_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row) of a JSONL file.
 
     Raises:
-        ValueError: no such file, or a line that is no JSON object.
+        ValueError: no such file, it is no UTF-8, or a line is no JSON object.
     """
     if not file.is_file():
         raise ValueError(f"{file} does not exist")
     with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_readable(lines, f"{file} cannot be read"), start=1):
             if not line.strip():
                 continue
             try:
@@ -143,41 +198,67 @@ def local_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1 on, row) of a Parquet file.
+    """(number from 1 on, row) of a Parquet file, read in groups of rows.
 
     Raises:
         ValueError: it cannot be read as one.
     """
-    from datasets import Dataset  # slow to import, and seldom wanted
+    from datasets import load_dataset  # slow to import, and seldom wanted
 
+    def rows() -> Iterator[dict[str, Any]]:
+        name = glob.escape(str(file))  # the library takes it for a pattern
+        yield from load_dataset("parquet", data_files=name, split="train", streaming=True)
+
+    yield from enumerate(_readable(rows(), f"{file} cannot be read as Parquet"), start=1)
+
+
+def _readable(rows: Iterable[T], message: str) -> Iterator[T]:
+    """The rows as they come. Raises ValueError with `message` where reading fails."""
     try:
-        rows = Dataset.from_parquet(str(file))
-    except Exception as error:  # the library raises a dozen unrelated types here
-        raise ValueError(f"{file} cannot be read as Parquet: {error}") from error
-    yield from enumerate(rows, start=1)
+        yield from rows
+    except Exception as error:  # the libraries raise a dozen unrelated types here
+        raise ValueError(f"{message}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def hub_documents(source: str, text_column: str, hub_split: str) -> list[Document]:
     """The rows of a dataset on the Hugging Face Hub."""
-    from datasets import load_dataset  # slow to import, and seldom wanted
-
-    try:
-        rows = load_dataset(source, split=hub_split)
-    except Exception as error:  # the library raises a dozen unrelated types here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"data={source!r} is neither {STDLIB!r} nor a local file or folder, and the Hub gave "
-            f"no dataset of that name: {reason}"
-        ) from error
-    if text_column not in rows.column_names:
-        raise ValueError(
-            f"text_column={text_column!r}: the dataset {source} has the columns "
-            f"{', '.join(rows.column_names)}"
-        )
+    rows = _hub_rows(source, text_column, hub_split)
     return [
         _document(f"{source}:{i}", value, text_column, f"row {i} of {source}", rows.column_names)
         for i, value in enumerate(rows[text_column])
     ]
+
+
+def _hub_stream(source: str, text_column: str, hub_split: str, skip: int) -> Iterator[Document]:
+    rows = _hub_rows(source, text_column, hub_split, streaming=True).skip(skip)
+    read = _readable(rows, f"data={source!r} cannot be read on")
+    for i, row in enumerate(read, start=skip):
+        where = f"row {i} of {source}"
+        yield _document(f"{source}:{i}", row.get(text_column), text_column, where, row)
+
+
+def _hub_rows(source: str, text_column: str, hub_split: str, streaming: bool = False) -> Any:
+    """A dataset of the Hub. Raises ValueError: there is none, or it has no such column."""
+    from datasets import load_dataset  # slow to import, and seldom wanted
+
+    try:
+        rows = load_dataset(source, split=hub_split, streaming=streaming)
+    except Exception as error:  # the library raises a dozen unrelated types here
+        raise ValueError(
+            f"data={source!r} is neither {STDLIB!r} nor a local file or folder, and the Hub gave "
+            f"no dataset of that name: {_reason(error)}"
+        ) from error
+    columns = rows.column_names  # of a stream they may be unknown until its first row
+    if columns is not None and text_column not in columns:
+        raise ValueError(
+            f"text_column={text_column!r}: the dataset {source} has the columns "
+            f"{', '.join(columns)}"
+        )
+    return rows
 
 
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
@@ -196,60 +277,3 @@ def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document
     ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
     count = min(max(1, round(held_out * len(ordered))), len(ordered) - 1)
     return ordered[count:], ordered[:count]
-
-
-def windows(
-    documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
-) -> torch.Tensor:
-    """The rows of `taught_windows` alone: token ids [R, seq_len]."""
-    return taught_windows(documents, tokenizer, seq_len, most)[0]
-
-
-def taught_windows(
-    documents: Sequence[Document], tokenizer: Any, seq_len: int, most: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents one after another, cut into rows.
-
-    A text is ended by EOS; a chat ends as its template ends it.
-
-    Args:
-        most: rows wanted; only as many documents are tokenized as they need.
-
-    Returns:
-        Token ids [R, seq_len], and whether each is to be learned, bool [R, seq_len]: in a chat only
-        what the assistant wrote.
-
-    Raises:
-        ValueError: less text than one row, or a chat that cannot be rendered.
-    """
-    stream: list[int] = []
-    taught: list[bool] = []
-    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
-        part = documents[start : start + _DOCUMENTS_AT_ONCE]
-        texts = [d.text for d in part if not d.chat]
-        tokenized = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
-        for document in part:
-            if document.chat:
-                ids, said = encode(document.chat, tokenizer, document.name)
-            else:
-                ids = [*next(tokenized), tokenizer.eos_token_id]
-                said = [True] * len(ids)
-            stream += ids
-            taught += said
-        if most is not None and len(stream) >= most * seq_len:
-            break
-    rows = len(stream) // seq_len
-    rows = rows if most is None else min(rows, most)
-    if rows == 0:
-        raise ValueError(f"{len(stream)} tokens of text do not fill one row of {seq_len}")
-    used = slice(0, rows * seq_len)
-    return (
-        torch.tensor(stream[used]).view(rows, seq_len),
-        torch.tensor(taught[used]).view(rows, seq_len),
-    )
-
-
-def evenly_spaced(rows_RT: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the rows (or all, if there are fewer), spread over the whole of them."""
-    picked = torch.linspace(0, len(rows_RT) - 1, min(count, len(rows_RT))).round().long()
-    return rows_RT[picked]

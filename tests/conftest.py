@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hispec.config import ExitConfig
 from hispec.families import FAMILIES
 from hispec.model import ExitModel
+from hispec.packing import Rows
 from hispec.text import stdlib_documents
 
 VOCAB = 61
@@ -156,6 +158,15 @@ def texts(tmp_path_factory) -> Path:
     rows = [json.dumps({"text": d.text[:3000], "source": d.name}) for d in documents]
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file
+
+
+def documents_of(rows: Rows) -> list[list[torch.Tensor]]:
+    """The documents of each packed row, token ids [1, T], cut by their positions alone."""
+    found = []
+    for tokens_T, positions_T in zip(rows.tokens_RT, rows.positions_RT, strict=True):
+        begins = [*(positions_T == 0).nonzero().flatten().tolist(), len(tokens_T)]
+        found.append([tokens_T[a:b][None] for a, b in pairwise(begins)])
+    return found
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

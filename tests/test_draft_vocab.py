@@ -18,6 +18,7 @@ from hispec.ladder import Ladder
 from hispec.lm import load
 from hispec.measure import agreement
 from hispec.model import ExitModel
+from hispec.packing import Rows
 from train.data import frequent_tokens
 from train.recipe import load_recipe
 from train.trainer import Trainer
@@ -72,10 +73,11 @@ def test_only_tokens_of_the_vocabulary_are_drafted(prompts):
 
 
 def test_agreement_is_that_of_the_drafts():
-    rows = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(3, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
+    rows = Rows.whole(tokens)
     model = reduced_model(kept=torch.arange(VOCAB))
     (whole,) = agreement(model, rows, [(4, 6)])
-    tops = set(model.read(6, model.run(model.embed(rows), 0, 6)).argmax(-1).flatten().tolist())
+    tops = set(model.read(6, model.run(model.embed(tokens), 0, 6)).argmax(-1).flatten().tolist())
     never = torch.tensor([token for token in range(VOCAB) if token not in tops])
     (none,) = agreement(reduced_model(kept=never), rows, [(4, 6)])
     assert whole.top1 > 0.1

@@ -13,7 +13,7 @@ from conftest import ROOT
 LAYERS = [
     {"config", "files", "stats", "bases", "console", "proposal", "families", "attention", "chat"},
     {"sampling", "cache", "text", "convert"},
-    {"fetch", "prompts"},
+    {"fetch", "prompts", "packing"},
     {"heads", "card"},
     {"model"},
     {"ladder", "draft", "measure", "compare"},

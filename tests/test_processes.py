@@ -76,6 +76,26 @@ def test_two_processes_train_as_one_and_resume(alone, tiny_base, texts, tmp_path
     assert model.exits.depths == [2, 4]
 
 
+def test_two_processes_stream_as_one(tiny_base, texts, tmp_path):
+    """Each reads the text for itself and takes its rows; DeepSpeed is told the batch size."""
+    words = {**SMOKE, "streaming": "true", "held_out": 0.2, "eval_every": 10, "save_every": 10}
+    found = []
+    for config, processes in (("single", 1), ("zero2", 2)):
+        output = tmp_path / config / "ee"
+        batch = {"batch_size": 4 // processes}
+        done = run(
+            *launch(config, processes), *settings(tiny_base, texts, output, **batch, **words),
+            **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(history(output))
+    for alone, shared in zip(*found, strict=True):
+        for key in ("loss", "drift"):
+            assert shared[key] == pytest.approx(alone[key], abs=1e-3)
+        assert shared["tokens"] == alone["tokens"]
+    assert abs(found[0][0]["loss"] - found[0][1]["loss"]) > 0.01
+
+
 def test_fsdp_without_a_gpu_is_refused(tiny_base, texts, tmp_path):
     """accelerate would fall back to plain data parallelism without a word."""
     words = settings(tiny_base, texts, tmp_path / "ee", **SMOKE)

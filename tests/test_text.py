@@ -1,14 +1,14 @@
-"""Documents, whole-document hold-out, windows."""
+"""Documents, whole-document hold-out, chats as tokens."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import torch
 from conftest import tiny_tokenizer
 
-from hispec.text import Document, documents, evenly_spaced, split, taught_windows, windows
+from hispec.packing import windows
+from hispec.text import Document, documents, split
 
 
 def test_the_standard_library_is_there_without_tests_and_tables():
@@ -31,24 +31,6 @@ def test_whole_documents_are_held_out_by_name_alone():
     assert [len(part) for part in split(found[:2], 0.999)] == [1, 1]
     with pytest.raises(ValueError, match="cannot be split"):
         split(found[:1], 0.5)
-
-
-def test_windows_join_documents_with_eos():
-    tokenizer = tiny_tokenizer()
-    found = [Document("a", "import os\n" * 9), Document("b", "def f():\n    return 1\n" * 9)]
-    rows = windows(found, tokenizer, 7)
-    stream = rows.flatten().tolist()
-    first = tokenizer(found[0].text)["input_ids"]
-    assert stream[: len(first) + 1] == [*first, tokenizer.eos_token_id]
-    assert torch.equal(windows(found, tokenizer, 7, most=2), rows[:2])
-    with pytest.raises(ValueError, match="do not fill one row of 10000"):
-        windows(found, tokenizer, 10000)
-
-
-def test_evenly_spaced_rows_reach_both_ends():
-    rows = torch.arange(10)[:, None]
-    assert evenly_spaced(rows, 4).flatten().tolist() == [0, 3, 6, 9]
-    assert evenly_spaced(rows, 99).flatten().tolist() == list(range(10))
 
 
 def test_local_files_and_folders(tmp_path):
@@ -105,18 +87,19 @@ def test_in_a_chat_only_what_the_assistant_says_is_taught(tmp_path):
     tokenizer = tiny_tokenizer()
     found = documents(str(file), "messages")
     assert [list(document.chat) for document in found] == [CHAT] * 3
-    tokens, taught = taught_windows(found[:1], tokenizer, 1)
-    said = tokens.flatten()[taught.flatten()].tolist()
+    rows = windows(found[:1], tokenizer, 1)
+    said = rows.tokens_RT[rows.taught_RT].tolist()
     assert tokenizer.decode(said) == " return 1\n def f\n"
-    unsaid = tokens.flatten()[~taught.flatten()].tolist()
+    unsaid = rows.tokens_RT[~rows.taught_RT].tolist()
     assert tokenizer.decode(unsaid).startswith("user: import os\nassistant:user: and then?")
 
 
 def test_texts_and_chats_may_be_mixed():
     tokenizer = tiny_tokenizer()
     mixed = [Document("a", "import os\n"), Document("b", "", tuple(CHAT)), Document("c", "x = 1")]
-    tokens, taught = taught_windows(mixed, tokenizer, 1)
-    text = tokenizer.decode(tokens.flatten().tolist())
+    rows = windows(mixed, tokenizer, 1)
+    taught = rows.taught_RT.flatten()
+    text = tokenizer.decode(rows.tokens_RT.flatten().tolist())
     assert text.startswith("import os\n</s>user: import os\nassistant: return 1\n")
     assert text.endswith("def f\nx = 1</s>")
     first, last = (len(tokenizer(t)["input_ids"]) + 1 for t in ("import os\n", "x = 1"))
@@ -137,7 +120,7 @@ def test_chats_that_cannot_be_rendered_are_refused(chat, template, message):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
-        taught_windows([Document("d", "", tuple(chat))], tokenizer, 1)
+        windows([Document("d", "", tuple(chat))], tokenizer, 1)
 
 
 def test_parquet_files_are_read_as_jsonl_files_are(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import documents_of
 from test_train import settings
 from transformers import AutoModelForCausalLM
 
@@ -90,7 +91,7 @@ def test_a_trained_trunk_is_exported_with_what_it_learned(tiny_base, texts, tmp_
         **dict(trunk=trunk, head="block", lr=0.01, steps=6, eval_every=6),
     )
     trainer.train()
-    rows_RT = trainer.judge.rows_RT
+    rows_RT = trainer.judge.rows.tokens_RT
     with torch.no_grad():
         trained = trainer.model.hf(rows_RT).logits
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ee")(rows_RT).logits
@@ -115,18 +116,24 @@ def test_a_trained_trunk_is_exported_with_what_it_learned(tiny_base, texts, tmp_
 
 
 def test_drift_is_the_kl_to_the_base(tiny_base, texts, tmp_path):
-    """Zero before the first step, and afterwards what two plain models give."""
+    """Zero before the first step, and afterwards what two plain models give each document alone."""
     trainer = trainer_of(
         *(tiny_base, texts, tmp_path / "ee"),
         **dict(trunk="full", head="shared", lr=0.01, steps=6, eval_every=6),
+        **dict(seq_len=128, eval_sequences=99),  # all rows: one of them has a border
     )
     trainer.train()
     assert trainer.history[0]["drift"] == pytest.approx(0, abs=1e-6)
-    rows_RT = trainer.judge.rows_RT
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    texts = [text for row in documents_of(trainer.judge.rows) for text in row]
+    assert len(texts) > len(trainer.judge.rows)
+    kl = []
     with torch.no_grad():
-        log_p = AutoModelForCausalLM.from_pretrained(tiny_base)(rows_RT).logits.log_softmax(-1)
-        log_q = trainer.model.hf(rows_RT).logits.log_softmax(-1)
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        for text_1T in texts:
+            log_p = base(text_1T).logits.log_softmax(-1)
+            log_q = trainer.model.hf(text_1T).logits.log_softmax(-1)
+            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
+    expected = torch.cat(kl).mean().item()
     assert trainer.history[-1]["drift"] == pytest.approx(expected, rel=1e-4)
     assert expected > 0.01
 

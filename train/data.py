@@ -8,39 +8,32 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from hispec.text import documents, evenly_spaced, split, taught_windows, windows
+from hispec.packing import Rows, evenly_spaced, windows
+from hispec.text import documents, split
 
 from .recipe import Recipe
 
 
 class TrainingRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of text and what they teach; one row is a dict of tensors [T]."""
+    """Rows of text and what they teach, as dicts of tensors: one row [T], or some [B, T]."""
 
-    def __init__(
-        self,
-        tokens_RT: torch.Tensor,
-        labels_RT: torch.Tensor,
-        positions_RT: torch.Tensor | None = None,
-    ) -> None:
-        self.tokens_RT = tokens_RT
-        self.labels_RT = labels_RT
-        self.positions_RT = positions_RT
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.labels_RT = next_tokens(rows.tokens_RT, rows.taught_RT, rows.positions_RT)
 
     def __len__(self) -> int:
-        return len(self.tokens_RT)
+        return len(self.rows)
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return {"tokens": self.tokens_RT[row], "labels": self.labels_RT[row]}
+    def __getitem__(self, picked: int | slice) -> dict[str, torch.Tensor]:
+        return {
+            "tokens": self.rows.tokens_RT[picked],
+            "labels": self.labels_RT[picked],
+            "positions": self.rows.positions_RT[picked],
+        }
 
-    def texts(self, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(tokens, positions if they are not simply 0, 1, ...) of some rows."""
-        return self.tokens_RT[rows].to(device), None
 
-
-def training_sets(
-    recipe: Recipe, tokenizer: Any, processes: int = 1
-) -> tuple[TrainingRows, torch.Tensor]:
-    """(training rows, held-out rows of tokens). Both depend on the recipe alone."""
+def training_sets(recipe: Recipe, tokenizer: Any, processes: int = 1) -> tuple[TrainingRows, Rows]:
+    """(training rows, held-out rows). Both depend on the recipe alone."""
     training, held_out = split(
         documents(recipe.data, recipe.text_column, recipe.data_split), recipe.held_out
     )
@@ -48,20 +41,24 @@ def training_sets(
     needed = recipe.steps * recipe.batch_size * recipe.accumulate * processes
     if recipe.max_rows is not None:
         needed = min(needed, recipe.max_rows)
-    held_out_RT = windows(held_out, tokenizer, recipe.seq_len)
-    rows_RT, taught_RT = taught_windows(training, tokenizer, recipe.seq_len, needed)
-    return (
-        TrainingRows(rows_RT, next_tokens(rows_RT, taught_RT)),
-        evenly_spaced(held_out_RT, recipe.eval_sequences),
-    )
+    held_out_rows = windows(held_out, tokenizer, recipe.seq_len)
+    rows = windows(training, tokenizer, recipe.seq_len, needed)
+    return TrainingRows(rows), evenly_spaced(held_out_rows, recipe.eval_sequences)
 
 
-def next_tokens(rows_RT: torch.Tensor, taught_RT: torch.Tensor | None = None) -> torch.Tensor:
-    """The token after each; -100 where it is not to be learned, or not known: at the row's end."""
+def next_tokens(
+    rows_RT: torch.Tensor,
+    taught_RT: torch.Tensor | None = None,
+    positions_RT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The token after each; -100 where it is not to be learned, or not known: at the end of the row
+    and of each document in it."""
     labels_RT = torch.full_like(rows_RT, -100)
     labels_RT[:, :-1] = rows_RT[:, 1:]
     if taught_RT is not None:
         labels_RT[:, :-1][~taught_RT[:, 1:]] = -100
+    if positions_RT is not None:
+        labels_RT[:, :-1][positions_RT[:, 1:] == 0] = -100
     return labels_RT
 
 

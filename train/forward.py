@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hispec.model import ExitModel, of_token_before
+from hispec.packing import positions_if_packed
 
 from .layer_dropout import rates, skipped, warmed_up
 from .losses import ExitLoss, Pupil, StoredLaw, Teacher, exit_loss
@@ -54,13 +55,16 @@ class Batch:
     step: int
     micro: int = 0
     """Number of this batch within its step."""
+    positions_BT: torch.Tensor | None = None
+    """Places of the tokens in their documents; None where every row is one document."""
     stored: StoredStates | None = None
     """What the trunk says to it, if that is known already."""
 
     @classmethod
     def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0) -> Batch:
         """That of a collated dict of `TrainingRows` or `StateStore`."""
-        return cls(row["tokens"], row["labels"], step, micro, StoredStates.of(row))
+        positions_BT = positions_if_packed(row["positions"])
+        return cls(row["tokens"], row["labels"], step, micro, positions_BT, StoredStates.of(row))
 
 
 class TrainingStep:
@@ -148,16 +152,18 @@ class TrainingStep:
         training-time test of EAGLE-3, 2503.01840, in one pass).
         """
         if model.head(depth).mix is None:
-            return model.normed(depth, model.run_head(depth, hidden_BTH))
+            return model.normed(depth, model.run_head(depth, hidden_BTH, batch.positions_BT))
         assert final_BTH is not None
-        known_BTH = of_token_before(final_BTH.detach())
+        places_BT = batch.positions_BT
+        known_BTH = of_token_before(final_BTH.detach(), places_BT)
         with torch.no_grad():
-            own_BTH = model.run_head(depth, hidden_BTH, previous_BTH=known_BTH)
-            own_BTH = of_token_before(model.normed(depth, own_BTH))
+            own_BTH = model.run_head(depth, hidden_BTH, places_BT, previous_BTH=known_BTH)
+            own_BTH = of_token_before(model.normed(depth, own_BTH), places_BT)
         chance_BT1 = self._chance(batch, depth)[..., None].to(hidden_BTH.device)
         previous_BTH = torch.where(chance_BT1 < _SHOWN_FINAL, known_BTH, own_BTH)
         previous_BTH = torch.where(chance_BT1 < 1 - _SHOWN_NOTHING, previous_BTH, 0.0)
-        return model.normed(depth, model.run_head(depth, hidden_BTH, previous_BTH=previous_BTH))
+        head_BTH = model.run_head(depth, hidden_BTH, places_BT, previous_BTH=previous_BTH)
+        return model.normed(depth, head_BTH)
 
     def _chance(self, batch: Batch, depth: int) -> torch.Tensor:
         """Uniform numbers [B, T]: a pure function of seed, step, batch and depth."""
@@ -188,7 +194,8 @@ class TrainingStep:
         if not self.trunk.trained:
             at = 0
             for depth in sorted(wanted):
-                hidden_BTH, at = model.run(hidden_BTH, at, depth), depth
+                hidden_BTH = model.run(hidden_BTH, at, depth, batch.positions_BT)
+                at = depth
                 found[depth] = hidden_BTH
             return found
         recipe = self.recipe
@@ -208,29 +215,38 @@ class TrainingStep:
             )
             skip = of_step[first : first + pass_rows]
             if not skip.all():  # on any process: all of them enter, or the collectives would hang
-                hidden_BTH = self._layer(model, layer, hidden_BTH, (~skip[own]).nonzero()[0])
+                kept_K = (~skip[own]).nonzero()[0]
+                hidden_BTH = self._layer(model, layer, hidden_BTH, batch.positions_BT, kept_K)
             if layer + 1 in wanted:
                 found[layer + 1] = hidden_BTH
         return found
 
     def _layer(
-        self, model: ExitModel, layer: int, hidden_BTH: torch.Tensor, kept_K: np.ndarray
+        self,
+        model: ExitModel,
+        layer: int,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+        kept_K: np.ndarray,
     ) -> torch.Tensor:
         """One layer over the samples that do not skip it; the others are not computed."""
 
-        def run(hidden: torch.Tensor) -> torch.Tensor:
+        def run(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
             if self.recipe.gradient_checkpointing:
-                again = checkpoint(model.run, hidden, layer, layer + 1, use_reentrant=False)
+                again = checkpoint(
+                    model.run, hidden, layer, layer + 1, positions, use_reentrant=False
+                )
                 assert isinstance(again, torch.Tensor)
                 return again
-            return model.run(hidden, layer, layer + 1)
+            return model.run(hidden, layer, layer + 1, positions)
 
         if len(kept_K) == len(hidden_BTH):
-            return run(hidden_BTH)
+            return run(hidden_BTH, positions_BT)
         if len(kept_K) == 0:  # enters for the others' sake
-            return hidden_BTH + 0.0 * run(hidden_BTH[:1]).sum()
+            return hidden_BTH + 0.0 * run(hidden_BTH[:1], None).sum()
         rows_K = torch.from_numpy(kept_K).to(hidden_BTH.device)
-        ran_KTH = run(hidden_BTH.index_select(0, rows_K))
+        positions_KT = None if positions_BT is None else positions_BT[rows_K]
+        ran_KTH = run(hidden_BTH.index_select(0, rows_K), positions_KT)
         return hidden_BTH.index_copy(0, rows_K, ran_KTH.to(hidden_BTH.dtype))
 
     @torch.no_grad()
@@ -238,7 +254,7 @@ class TrainingStep:
         """What the untouched base says to the batch."""
 
         if self.base is not None:
-            normed_NH = self.base.final(batch.tokens_BT).flatten(0, 1)
+            normed_NH = self.base.final(batch.tokens_BT, batch.positions_BT).flatten(0, 1)
             return Teacher(normed_NH, read=self.base.project)
         with self.trunk.untouched():
-            return Teacher(model.final(batch.tokens_BT).flatten(0, 1))
+            return Teacher(model.final(batch.tokens_BT, batch.positions_BT).flatten(0, 1))

@@ -7,10 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from hispec.measure import agreement, expected_speed, ladder_pairs
 from hispec.model import ExitModel
+from hispec.packing import Rows
 
+from .data import next_tokens
 from .processes import gather
 from .trunk import Trunk
 
@@ -19,11 +22,11 @@ class Judge:
     """Measures a model in training on the same rows of text every time.
 
     Args:
-        rows_RT: held-out token ids.
+        rows: held-out documents.
     """
 
-    def __init__(self, rows_RT: torch.Tensor, trunk: Trunk) -> None:
-        self.rows_RT = rows_RT
+    def __init__(self, rows: Rows, trunk: Trunk) -> None:
+        self.rows = rows
         self.trunk = trunk
         self._base_normed: list[torch.Tensor] = []
         self._base_head: torch.Tensor | None = None
@@ -32,16 +35,14 @@ class Judge:
     def remember_base(self, model: ExitModel) -> None:
         """Note what the untouched base says, before the first step changes it."""
         if self.trunk.trained:
-            self._base_normed = [
-                model.final(row_T[None].to(model.device)) for row_T in self.rows_RT
-            ]
+            self._base_normed = [model.final(*row) for row in self.rows.one_by_one(model.device)]
             with gather(model.hf.lm_head):
                 self._base_head = model.hf.lm_head.weight.detach().clone()
 
     def __call__(self, model: ExitModel) -> dict[str, Any]:
         """Figures by name, for the history and the checkpoint."""
         pairs = ladder_pairs(model.exits.depths, model.num_layers)
-        measured = agreement(model, self.rows_RT, pairs)
+        measured = agreement(model, self.rows, pairs)
         speed = expected_speed(model, measured)
         found = {"agreement": [asdict(m) for m in measured], "expected": asdict(speed)}
         if self.trunk.trained:
@@ -53,12 +54,16 @@ class Judge:
         """(KL of the final rung's law to the base's, its cross-entropy), nats per token."""
         kl = loss = 0.0
         tokens = labels = 0
-        for row_T, base_1TH in zip(self.rows_RT.to(model.device), self._base_normed, strict=True):
-            log_q_TV = model.project(model.final(row_T[None]))[0].float().log_softmax(-1)
+        labels_RT = next_tokens(self.rows.tokens_RT, positions_RT=self.rows.positions_RT)
+        labels_RT = labels_RT.to(model.device)
+        rows = zip(self.rows.one_by_one(model.device), labels_RT, self._base_normed, strict=True)
+        for (row_1T, positions_1T), labels_T, base_1TH in rows:
+            normed_1TH = model.final(row_1T, positions_1T)
+            log_q_TV = model.project(normed_1TH)[0].float().log_softmax(-1)
             log_p_TV = model.project(base_1TH, self._base_head)[0].float().log_softmax(-1)
             kl += (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum().item()
-            loss -= log_q_TV[:-1].gather(1, row_T[1:, None]).sum().item()
-            tokens, labels = tokens + len(row_T), labels + len(row_T) - 1
+            loss += F.nll_loss(log_q_TV, labels_T, ignore_index=-100, reduction="sum").item()
+            tokens, labels = tokens + len(labels_T), labels + int((labels_T >= 0).sum())
         return kl / tokens, loss / labels
 
 

@@ -62,6 +62,8 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
         project_dir=str(logs),
     )
     plugin = accelerator.state.deepspeed_plugin if deepspeed else None
+    if plugin is not None and plugin.is_auto("train_micro_batch_size_per_gpu"):
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.batch_size
     if on_cpu and plugin is not None and plugin.zero_stage == 3 and recipe.precision != "fp32":
         raise ValueError(
             f"precision={recipe.precision!r} is not possible with ZeRO-3 on a CPU: DeepSpeed's own "

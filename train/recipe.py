@@ -81,6 +81,9 @@ class Recipe:
     by the base's chat template and taught where the assistant speaks."""
     held_out: float = 0.05
     """Share of the documents that is only evaluated on."""
+    streaming: bool = False
+    """Read the documents as they are needed, for sets that are too large to be read at once: see
+    `train/stream.py`."""
     seq_len: int = 256
     max_rows: int | None = None
     """Most rows of `seq_len` tokens that are trained on; they are gone through again where `steps`

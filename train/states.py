@@ -148,13 +148,13 @@ class StateStore(Dataset[dict[str, Any]]):
         self.folder = folder
         self.rows = rows
         self.sizes = sizes
-        per_row = rows.tokens_RT.shape[1] * sizes.bytes_per_token
+        per_row = rows.rows.tokens_RT.shape[1] * sizes.bytes_per_token
         self.bytes = len(rows) * per_row
         self.rows_per_file = max(1, _SHARD // per_row)
         self.files = -(-len(rows) // self.rows_per_file)
         text = hashlib.sha256()
-        for tensor in (rows.tokens_RT, rows.positions_RT):
-            text.update(b"" if tensor is None else tensor.numpy().tobytes())
+        for tensor_RT in (rows.rows.tokens_RT, rows.rows.positions_RT):
+            text.update(tensor_RT.numpy().tobytes())
         self.about = {
             "base": base,
             "text": text.hexdigest(),
@@ -255,8 +255,8 @@ class StateStore(Dataset[dict[str, Any]]):
         parts: list[dict[str, torch.Tensor]] = []
         for start in range(first, stop, batch_size):
             rows = slice(start, min(start + batch_size, stop))
-            tokens_BT, positions_BT = self.rows.texts(rows, accelerator.device)
-            parts.append(on_model(compute_states, tokens_BT, positions_BT, self.sizes, chunk))
+            texts = self.rows.rows[rows].on(accelerator.device)
+            parts.append(on_model(compute_states, *texts, self.sizes, chunk))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:

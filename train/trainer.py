@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
 from .states import StateStore, state_sizes
+from .stream import Position, RowStream, streamed_sets
 from .trunk import Trunk
 from .watch import Figures, progress_bar
 
@@ -71,18 +72,19 @@ class Trainer:
         )
         self.tokenizer = AutoTokenizer.from_pretrained(self.base.folder, local_files_only=True)
 
-        training, held_out_RT = training_sets(
-            recipe, self.tokenizer, self.accelerator.num_processes
-        )
-        if self.model.draft_tokens is not None:
-            tokens_K = frequent_tokens(
-                training.labels_RT, recipe.draft_vocab, self.model.vocab_size
-            )
-            self.model.draft_tokens.copy_(tokens_K)
-        self.judge = Judge(held_out_RT, self.trunk)
-        self.store = self._state_store(training)
-        dataset: Dataset[dict[str, torch.Tensor]] = self.store or training
-        loader = DataLoader(dataset, recipe.batch_size, shuffle=True, drop_last=True)
+        processes = self.accelerator.num_processes
+        self.stream: RowStream | None = None
+        self.store: StateStore | None = None
+        loaders = []
+        if recipe.streaming:
+            self.stream, held_out = streamed_sets(recipe, self.tokenizer, processes)
+        else:
+            training, held_out = training_sets(recipe, self.tokenizer, processes)
+            self._choose_draft_tokens(training.labels_RT)
+            self.store = self._state_store(training)
+            dataset: Dataset[dict[str, torch.Tensor]] = self.store or training
+            loaders = [DataLoader(dataset, recipe.batch_size, shuffle=True, drop_last=True)]
+        self.judge = Judge(held_out, self.trunk)
         with_trunk = self.trunk.trained or sharded(self.accelerator)
         wrapped = Wrapped(self.model, with_trunk=with_trunk)
         optimizer = torch.optim.AdamW(
@@ -91,19 +93,26 @@ class Trainer:
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,
         )
-        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
-            wrapped, optimizer, loader
+        self.wrapped, self.optimizer, *loaders = self.accelerator.prepare(
+            wrapped, optimizer, *loaders
         )
-        if len(self.loader) < recipe.accumulate:
-            raise ValueError(
-                f"batch_size={recipe.batch_size} times {self.accelerator.num_processes} "
-                f"process(es), {recipe.accumulate} times a step, is more than the "
-                f"{len(training)} rows of {recipe.seq_len} tokens that data={recipe.data!r} gives"
-            )
+        for self.loader in loaders:
+            if len(self.loader) < recipe.accumulate:
+                raise ValueError(
+                    f"batch_size={recipe.batch_size} times {processes} process(es), "
+                    f"{recipe.accumulate} times a step, is more than the {len(training)} rows of "
+                    f"{recipe.seq_len} tokens that data={recipe.data!r} gives"
+                )
         self._console = Output()
         self.step = 0
         self.minutes = 0.0
         self.history: list[dict[str, Any]] = []
+
+    def _choose_draft_tokens(self, labels_RT: torch.Tensor) -> None:
+        if self.model.draft_tokens is not None:
+            count = self.recipe.draft_vocab
+            tokens_K = frequent_tokens(labels_RT, count, self.model.vocab_size)
+            self.model.draft_tokens.copy_(tokens_K)
 
     def _state_store(self, training: TrainingRows) -> StateStore | None:
         if self.recipe.states is None:
@@ -192,12 +201,23 @@ class Trainer:
             return self.wrapped(job, *args)
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches without end, from the run's position on: a function of (seed, step) alone."""
+        """Batches (see `TrainingRows`) without end, from the run's position on."""
+        if self.stream is not None:
+            yield from self._streamed_batches(self.stream)
         epoch, skip = divmod(self.step * self.recipe.accumulate, len(self.loader))
         while True:
             self.loader.set_epoch(epoch)
             yield from self.accelerator.skip_first_batches(self.loader, skip)
             epoch, skip = epoch + 1, 0
+
+    def _streamed_batches(self, stream: RowStream) -> Iterator[dict[str, torch.Tensor]]:
+        """The rows of a pass in the order of the processes, as one process would have them."""
+        size, accelerator = self.recipe.batch_size, self.accelerator
+        first = accelerator.process_index * size
+        while True:
+            rows = TrainingRows(stream.take(size * accelerator.num_processes))
+            batch = rows[first : first + size]
+            yield {name: tensor_BT.to(accelerator.device) for name, tensor_BT in batch.items()}
 
     def _time_is_up(self) -> bool:
         """Whether `max_minutes` are spent, by the clock of the first process: all stop together."""
@@ -250,6 +270,8 @@ class Trainer:
 
     def _save_state(self) -> None:
         progress = {"step": self.step, "minutes": self.minutes, "history": self.history}
+        if self.stream is not None:
+            progress["stream"] = asdict(self.stream.position)
         save_state(self.accelerator, self.run_folder / "state", self.recipe, progress)
 
     def _resume(self) -> None:
@@ -267,6 +289,8 @@ class Trainer:
             self.step = progress["step"]
             self.minutes = progress["minutes"]
             self.history = progress["history"]
+            if self.stream is not None:
+                self.stream.seek(Position(**progress["stream"]))
             self.say(f"going on at step {self.step} of {self.recipe.steps}, from {state}")
 
     # The best so far, and the end of a run ------------------------------------------------------
