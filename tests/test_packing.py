@@ -200,8 +200,8 @@ def test_runs_stay_in_their_document():
 def test_the_loss_and_gradients_of_packed_rows_are_those_of_the_documents(family, again, rate):
     """Trained trunk, block heads, layer dropout, recomputation, the base's law: all packed.
 
-    Without dropout the documents run alone, as rows of their own, give the sum of the losses; with
-    it a row that holds one document twice, once packed and once cut, skips the same layers.
+    Each document runs as a row of its own, skips the layers that its packed row skips, and adds to
+    the loss by its labels.
     """
     recipe = Recipe(
         *("-", "-", [2, 4]),
