@@ -19,7 +19,7 @@ from hispec.lm import load
 from hispec.measure import agreement
 from hispec.model import ExitModel
 from hispec.packing import Rows
-from train.data import frequent_tokens
+from train.data import TrainingRows, frequent_tokens
 from train.recipe import load_recipe
 from train.trainer import Trainer
 
@@ -105,6 +105,15 @@ def test_training_chooses_stores_and_uses_it(tiny_base, texts, tmp_path):
         assert found.tokens == plain.tokens
     checkpoint.export(tmp_path / "ee", tmp_path / "full", full=True)
     assert torch.equal(load(tmp_path / "full", device="cpu").model.draft_tokens, chosen)
+
+
+def test_of_a_stream_the_first_block_chooses(tiny_base, texts, tmp_path):
+    words = settings(tiny_base, texts, tmp_path / "ee", draft_vocab=40, streaming="true")
+    trainer = Trainer(load_recipe(words))
+    rows = TrainingRows(trainer.stream.first_block())
+    assert torch.equal(trainer.model.draft_tokens, frequent_tokens(rows.labels_RT, 40, 320))
+    first = trainer.stream.take(len(rows))
+    assert torch.equal(first.tokens_RT, rows.rows.tokens_RT)
 
 
 @pytest.mark.parametrize("ids", [[5, 5, 6], [6, 5, 7], [-1, 5, 6], [5, 6, 320]])

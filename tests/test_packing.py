@@ -16,7 +16,7 @@ from hispec.families import SLIDING
 from hispec.measure import LONGEST_RUN, run_shares
 from hispec.packing import Rows, evenly_spaced, packed, positions_if_packed, windows
 from hispec.text import Document
-from train.data import lesson, next_tokens
+from train.data import TrainingRows, next_tokens
 from train.forward import Batch, TrainingStep
 from train.judge import Judge
 from train.recipe import Recipe, load_recipe
@@ -82,9 +82,9 @@ def test_evenly_spaced_rows_reach_both_ends():
 def test_labels_do_not_cross_a_border():
     rows = rows_of([(2, 3)])
     tokens = rows.tokens_RT[0].tolist()
-    _, labels_RT, positions_RT = lesson(rows)
-    assert labels_RT.tolist() == [[tokens[1], -100, tokens[3], tokens[4], -100]]
-    assert torch.equal(positions_RT, rows.positions_RT)
+    lesson = TrainingRows(rows)[:]
+    assert lesson["labels"].tolist() == [[tokens[1], -100, tokens[3], tokens[4], -100]]
+    assert torch.equal(lesson["positions"], rows.positions_RT)
 
 
 @torch.inference_mode()
@@ -190,8 +190,8 @@ def test_runs_stay_in_their_document():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
     same = torch.tensor([[True, True, True, True, False, True, True, True]])
     # four places in a row lie in one document only once, from place 3 on: right, wrong, ...
-    assert run_shares(same, positions) == [1.0, 0.0, 0.0, 0.0]
-    assert run_shares(same, torch.arange(8)[None]) == [1.0] * 4 + [0.0] * 4
+    assert run_shares(same, same, positions) == [1.0, 0.0, 0.0, 0.0]
+    assert run_shares(same, same, torch.arange(8)[None]) == [1.0] * 4 + [0.0] * 4
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.6])
@@ -222,9 +222,8 @@ def test_the_loss_and_gradients_of_packed_rows_are_those_of_the_documents(family
             ) / sum(n - 1 for n in (9, 10, 12, 7, 19))
         else:
             taken = rows if kind == "packed" else Rows.whole(rows.tokens_RT)
-            tokens, _, positions = lesson(taken)
             labels = next_tokens(rows.tokens_RT, positions_RT=rows.positions_RT)
-            batch = Batch(tokens, labels, 0, positions_BT=positions_if_packed(positions))
+            batch = Batch.of({**TrainingRows(taken)[:], "labels": labels}, 0)
             loss = step(model, batch).loss
         loss.backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]

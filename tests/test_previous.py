@@ -40,7 +40,7 @@ def whole(model, text, depth):
     """(logits of a head that was told every state before, states at full depth)."""
     hidden = model.run(model.embed(text), 0, depth)
     final = model.final(text)
-    return model.logits(depth, hidden, of_token_before(final))[0], final
+    return model.logits(depth, hidden, previous_BTH=of_token_before(final))[0], final
 
 
 @torch.inference_mode()
@@ -50,7 +50,9 @@ def test_a_fresh_head_is_the_block_head(family):
     text = tokens()
     hidden = bare.run(bare.embed(text), 0, 2)
     expected = bare.logits(2, hidden)
-    assert torch.equal(fresh.logits(2, hidden, of_token_before(fresh.final(text))), expected)
+    assert torch.equal(
+        fresh.logits(2, hidden, previous_BTH=of_token_before(fresh.final(text))), expected
+    )
     assert torch.equal(fresh.logits(2, hidden), expected)
 
 
@@ -81,7 +83,7 @@ def test_in_a_chain_the_heads_own_state_stands_in_until_the_full_model_has_been_
     own = model.normed(2, model.run_head(2, hidden, previous_BTH=known))
     known[:, 13] = own[:, 12]
     second = ladder.logits(0, array, at(13), at(14))[0, -1]
-    by_hand = model.logits(2, hidden, known)[0]
+    by_hand = model.logits(2, hidden, previous_BTH=known)[0]
     torch.testing.assert_close(second, by_hand[13], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(second, expected[13], rtol=1e-2, atol=1e-2)
 
@@ -89,7 +91,9 @@ def test_in_a_chain_the_heads_own_state_stands_in_until_the_full_model_has_been_
     ladder.truncate(at(12))
     both = ladder.logits(0, array, at(12), at(14))[0]
     known[:, 13] = 0
-    torch.testing.assert_close(both[1], model.logits(2, hidden, known)[0, 13], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        both[1], model.logits(2, hidden, previous_BTH=known)[0, 13], rtol=1e-4, atol=1e-4
+    )
 
     # the full model comes by: what was computed from stand-ins is computed again
     ladder.logits(1, array, at(12), at(15))
@@ -112,7 +116,9 @@ def test_a_deeper_exit_reads_what_the_shallower_one_made_of_the_token_before():
     shallow, deep = (model.run(model.embed(text), 0, depth) for depth in (2, 4))
     known = of_token_before(final)
     known[:, 13] = model.normed(2, model.run_head(2, shallow, previous_BTH=known))[:, 12]
-    torch.testing.assert_close(got, model.logits(4, deep, known)[0, 12:14], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got, model.logits(4, deep, previous_BTH=known)[0, 12:14], rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.inference_mode()
@@ -132,7 +138,7 @@ def test_in_a_tree_the_token_before_is_the_parent():
         known = of_token_before(final)
         known[:, 12:] = 0  # what comes before a proposal is known of the last agreed token only
         hidden = model.run(model.embed(path), 0, 2)
-        expected = model.logits(2, hidden, known)[0, 11:]
+        expected = model.logits(2, hidden, previous_BTH=known)[0, 11:]
         torch.testing.assert_close(got[columns], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -127,6 +127,7 @@ def test_a_disk_that_fills_up_while_writing(tiny_base, texts, tmp_path):
     ("changes", "message"),
     [
         (dict(trunk="lora"), "states='s' is not possible: with trunk='lora'"),
+        (dict(streaming="true"), "states='s' is not possible: a streamed text"),
         (dict(neighbour_share=0.5), "neighbour_share=0.5 is not possible: with stored states"),
     ],
 )

@@ -189,6 +189,14 @@ class Recipe:
             self.neighbour_share,
             "with stored states only the final rung teaches",
         )
+        for key in ("states", "max_rows"):
+            value = getattr(self, key)
+            check(
+                not self.streaming or value is None,
+                key,
+                value,
+                "a streamed text is not gone through twice; it needs streaming=false",
+            )
         check(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
         check(
             trained or self.max_drift is None,

@@ -98,6 +98,11 @@ class RowStream:
             count -= len(part)
         return Rows.joined(parts)
 
+    def first_block(self) -> Rows:
+        """The rows of the first block, wherever the stream stands."""
+        _, rows = next(self._blocks_from(Position()))
+        return rows
+
     def _blocks_from(self, at: Position) -> Iterator[tuple[Position, Rows]]:
         """(where it begins, its shuffled rows) of every block from that of a position on."""
         full = self._block_rows * self._seq_len

@@ -78,6 +78,8 @@ class Trainer:
         loaders = []
         if recipe.streaming:
             self.stream, held_out = streamed_sets(recipe, self.tokenizer, processes)
+            if recipe.draft_vocab:
+                self._choose_draft_tokens(TrainingRows(self.stream.first_block()).labels_RT)
         else:
             training, held_out = training_sets(recipe, self.tokenizer, processes)
             self._choose_draft_tokens(training.labels_RT)
