@@ -258,7 +258,7 @@ def test_every_kind_of_trunk_trains_on_packed_rows(tiny_base, tmp_path, trunk):
     )
     trainer = Trainer(load_recipe(words))
     assert positions_if_packed(trainer.judge.rows.positions_RT) is not None
-    assert positions_if_packed(next(trainer._batches())[2]) is not None
+    assert positions_if_packed(next(trainer._batches())["positions"]) is not None
     trainer.train()
     before, after = trainer.history[0], trainer.history[-1]
     assert after["agreement"][0]["acceptance"] > before["agreement"][0]["acceptance"]
