@@ -187,6 +187,7 @@ class Decode:
         positions_BC = base_B[:, None] + proposal.depth_BC[:, : scores_BCV.shape[1]]
 
         verdict = self.sampler.judge(scores_BCV, positions_BC, proposal)
+        self._observe(base_B, upto_B, scores_BCV, verdict)
         if not proposal.chain:
             self._keep(base_B, verdict)
         agreed_B = base_B + verdict.accepted_B
@@ -216,7 +217,9 @@ class Decode:
         began = time.perf_counter()
         base_B = self.agreed[0]
         nothing = Proposal.chain_of(self.tokens_BN[:, :0], np.zeros_like(base_B))
-        scores_BV = self._scores(0, base_B, base_B - ~rows_B, nothing, drafting=True)[:, 0]
+        scores_BCV = self._scores(0, base_B, base_B - ~rows_B, nothing, drafting=True)
+        self._observe(base_B, base_B - ~rows_B, scores_BCV)
+        scores_BV = scores_BCV[:, 0]
         rows = np.flatnonzero(rows_B)
         token_B = self.sampler.draw(scores_BV, base_B)
         self._write(rows, base_B[rows], token_B[rows], self.ladder.depths[0])
@@ -305,9 +308,6 @@ class Decode:
         columns = np.arange(logits_BCV.shape[1])
         asked_BC = columns < (upto_B - base_B + 1)[:, None]
         rows_N, columns_N = np.nonzero(asked_BC)
-        if self.drafter.observes:
-            tokens_N = self.tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
-            self.drafter.observe(tokens_N, logits_BCV[rows_N, columns_N])
         if not self.processors:
             return logits_BCV
         scores_BCV = logits_BCV.float()
@@ -317,6 +317,26 @@ class Decode:
             prefix_NT = torch.from_numpy(self._prefixes(*at, int(length), base_B, proposal))
             scores_BCV[at] = self.processors(prefix_NT.to(scores_BCV.device), scores_BCV[at])
         return scores_BCV
+
+    def _observe(
+        self,
+        base_B: np.ndarray,
+        upto_B: np.ndarray,
+        scores_BCV: torch.Tensor,
+        verdict: Verdict | None = None,
+    ) -> None:
+        """Show the drafter what a level said. Where it said something after the same token more
+        than once, it is what it said on the accepted path that comes last, and stays."""
+        if not self.drafter.observes:
+            return
+        asked_BC = np.arange(scores_BCV.shape[1]) < (upto_B - base_B + 1)[:, None]
+        rows_N, columns_N = np.nonzero(asked_BC)
+        if verdict is not None:
+            on_path_N = verdict.on_path(scores_BCV.shape[1])[rows_N, columns_N]
+            order_N = np.argsort(on_path_N, kind="stable")
+            rows_N, columns_N = rows_N[order_N], columns_N[order_N]
+        tokens_N = self.tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
+        self.drafter.observe(tokens_N, scores_BCV[rows_N, columns_N])
 
     def _prefixes(
         self,
@@ -357,9 +377,7 @@ class Decode:
     def _unsure(self, scores_BCV: torch.Tensor, verdict: Verdict) -> np.ndarray:
         """Rows [B] with a token, accepted or added, of which the level was not sure."""
         sure_BC = confidence(scores_BCV) >= self.config.buffer_threshold
-        path_BD = np.pad(verdict.path_BD, ((0, 0), (1, 0))).clip(max=sure_BC.shape[1] - 1)
-        on_path_BD = np.arange(path_BD.shape[1]) <= verdict.accepted_B[:, None]
-        return (on_path_BD & ~np.take_along_axis(sure_BC, path_BD, axis=1)).sum(1) > 0
+        return (verdict.on_path(sure_BC.shape[1]) & ~sure_BC).sum(1) > 0
 
     def _stop(self, before_B: np.ndarray) -> None:
         """Cut the committed texts where a stopping criterion says so, token by token."""

@@ -109,6 +109,15 @@ class Verdict:
     token_B: np.ndarray
     """The level's own token after the last accepted one."""
 
+    def on_path(self, columns: int) -> np.ndarray:
+        """Which of the first columns lie on the accepted path, that of the last agreed token
+        included: bool [B, columns]."""
+        rows_N, steps_N = np.nonzero(np.arange(self.path_BD.shape[1]) < self.accepted_B[:, None])
+        on_BC = np.zeros((len(self.path_BD), 1 + int(self.path_BD.max(initial=columns))), bool)
+        on_BC[:, 0] = True
+        on_BC[rows_N, self.path_BD[rows_N, steps_N]] = True
+        return on_BC[:, :columns]
+
 
 class Sampler(Protocol):
     """One rule of verification, bound to one decode."""

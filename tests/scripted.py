@@ -65,7 +65,10 @@ class ScriptedModel:
         self.num_layers = len(says)
 
     def head(self, depth):
-        return SimpleNamespace(blocks=())
+        return SimpleNamespace(blocks=(), mix=None)
+
+    def draft_head(self):
+        return None
 
     def embed(self, tokens_BT):
         return torch.nn.functional.pad(tokens_BT[..., None].float(), (0, LONGEST))

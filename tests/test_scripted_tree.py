@@ -1,9 +1,9 @@
 """`recycle` and `recycle+exit` on scripted models: the exact text and the exact work, by hand.
 
 A tree of 3 has the best candidate, the best after that one, and the second best: columns 1, 2 and
-3. Candidates are those of the last time that some level was asked after a token, on an accepted
-path or beside it, or else what followed it in the prompt. Tokens that nothing is known after have
-no children, and after such a token there is no tree.
+3. Candidates are those of the last time that some level was asked after a token, the accepted path
+of a pass counting as later than what lies beside it, or else what followed it in the prompt. Tokens
+that nothing is known after have no children, and after such a token there is no tree.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def test_the_trees_of_these_tests():
         ((3,), PERIODIC, 7, {}, Counts([3], (5, 4), [], [13])),
         ((2, 3), PERIODIC, 7, {}, Counts([2, 2], (5, 4), [(6, 6)], [13, 12])),
         ((1, 2, 3), PERIODIC, 7, {}, Counts([2, 1, 2], (5, 4), [(6, 6), (6, 6)], [13, 12, 12])),
-        # From c and d there is no tree, from a one of c a ~ for d, and one of ! ~ for e: the
-        # first tree's own branches were asked last, and they know no text.
+        # From c and d there is no tree, from a one of c a ~ for d, and one of d ~ for e.
         ((3,), NOVEL, 6, {}, Counts([6], (5, 0), [], [13])),
         # The verifier refuses c for #, after which nothing is known: ! and ! are collected, and
         # b is validated, c added. From c: a b right, c and a are the verifier's.
@@ -51,8 +50,9 @@ def test_trees_are_verified_and_validated(ladder, text, new_tokens, wrong, expec
 @pytest.mark.parametrize(
     ("ladder", "tree_tokens", "new_tokens", "expected"),
     [
-        # c has no tree. From the a at 4, 6 and 8: c a b, b a c, b a c; columns 3, 3, and 1 2.
-        ((3,), 3, 9, Counts([5], (9, 4), [], [16])),
+        # c has no tree. From the a at 4, 6 and 8: c a b, b a c, c a b; column 3 each time. What the
+        # a in column 2 said is not kept: the a on the path says the opposite.
+        ((3,), 3, 9, Counts([6], (9, 3), [], [17])),
         # a, b a and c a are 5 pending, validated, and b added. From b: a and a filler, a right.
         ((2, 3), 3, 9, Counts([4, 3], (8, 3), [(7, 7)], [16, 11])),
         # From a: c a c ~, b a, ~; columns 5 6. From c: a c, b, ~ !, }; columns 1 3, as the limit
@@ -121,8 +121,8 @@ def test_a_stop_string_over_two_trees():
         # Of the a after a branch in column 3: validated at 3 pending, c added. Then a right and b
         # added, a right and c added.
         ([6], Counts([4, 3], (8, 3), [(7, 7)], [16, 11])),
-        # Nothing is validated before the limit, at 8 pending: trees at 5, 7 and 9.
-        ([], Counts([4, 2], (9, 4), [(8, 8)], [16, 11])),
+        # Nothing is validated before the limit, at 8 pending: trees at 5, 7 and 9, and the a at 10.
+        ([], Counts([5, 2], (9, 3), [(8, 8)], [17, 11])),
     ],
 )
 def test_an_unsure_verifier_of_a_branch(unsure, expected):
