@@ -96,6 +96,27 @@ def test_two_processes_stream_as_one(tiny_base, texts, tmp_path):
     assert abs(found[0][0]["loss"] - found[0][1]["loss"]) > 0.01
 
 
+def test_two_processes_store_states_and_train_on_them_as_one(tiny_base, texts, tmp_path):
+    """ZeRO-3: the trunk is spread over both, so both run it for the one file that there is."""
+    words = dict(steps=10, eval_every=5, max_rows=20, head_previous="true", draft_vocab=100)
+    found = []
+    for config, processes in (("single", 1), ("zero3", 2)):
+        output, states = tmp_path / config / "ee", tmp_path / config / "states"
+        batch = {"batch_size": 4 // processes}
+        done = run(
+            *launch(config, processes),
+            *settings(tiny_base, texts, output, states=states, **batch, **words),
+            **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(list(states.glob("*.safetensors"))) == 1
+        found.append([entry["agreement"] for entry in history(output)])
+    for alone, shared in zip(*found, strict=True):
+        for a, b in zip(alone, shared, strict=True):
+            assert b["acceptance"] == pytest.approx(a["acceptance"], abs=1e-3)
+    assert found[0][0][0]["acceptance"] != pytest.approx(found[0][-1][0]["acceptance"], abs=2e-3)
+
+
 def test_fsdp_without_a_gpu_is_refused(tiny_base, texts, tmp_path):
     """accelerate would fall back to plain data parallelism without a word."""
     words = settings(tiny_base, texts, tmp_path / "ee", **SMOKE)
