@@ -13,11 +13,12 @@ from conftest import ROOT
 LAYERS = [
     {"config", "files", "stats", "bases", "console", "proposal", "families", "attention", "chat"},
     {"sampling", "cache", "text", "convert"},
-    {"fetch", "prompts", "packing"},
+    {"fetch", "prompts", "packing", "hub_errors"},
     {"heads", "card"},
     {"model"},
     {"ladder", "draft", "measure", "compare"},
     {"decode", "checkpoint"},
+    {"hub"},
     {"lm"},
     {"show"},
     {"cli"},
