@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
@@ -24,16 +24,24 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 
 from .bases import BASES, MODEL_FILES, fetch_names
-from .card import FIGURE, PLAN, WRITTEN, model_card
-from .checkpoint import CARD, CONFIG, base_weight_files, is_checkpoint, own_base, read_config
+from .card import FIGURE, PLAN
+from .checkpoint import CARD, CONFIG, is_checkpoint, own_base, read_config
 from .fetch import base_path
 from .files import clear_leftovers, new_folder, read_json, sha256, write_json
 from .hub_errors import HubError, UnreachableError, clearly
+from .parcel import (
+    BESIDE,
+    PULLED,
+    belongs,
+    card,
+    included,
+    local_files,
+    local_paths,
+    matches,
+    verify,
+)
 
 ROOT = Path("checkpoints")
-PULLED = "pulled.json"
-"""Beside a pulled checkpoint's files: from which repository and commit they came."""
-_BESIDE = (CARD, FIGURE, "agreement.json", PLAN, "LICENSE*", "custom_generate/*.py")
 # What of an older push does not outlive a newer one: beside other exits it would be wrong.
 _REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json"),
@@ -41,37 +49,6 @@ _REPLACED = (
 )
 # What the Hub itself puts into a new repository; anything else belongs to somebody.
 _OF_A_NEW_REPOSITORY = {".gitattributes", CARD}
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """The config of a checkpoint whose files are all there and have the hashes that it names.
-
-    Nothing is loaded, and a base that is not included is not asked for.
-
-    Raises:
-        ValueError: no checkpoint, of another format version, or not whole; it says what is wrong.
-    """
-    config = read_config(folder)
-    named = {**config["files"], **(config["base"]["weights"] if _included(config) else {})}
-    wrong = []
-    for name, expected in named.items():
-        file = folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            wrong.append(f"{CONFIG} names {name!r}, which is no file of this folder")
-        elif not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif (found := sha256(file)) != expected:
-            wrong.append(
-                f"{name} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
-            )
-    if _included(config):
-        stray = {file.name for file in base_weight_files(folder)} - named.keys()
-        wrong += [f"{CONFIG} does not name {name}" for name in sorted(stray)]
-        if not (folder / "config.json").is_file():
-            wrong.append("config.json is missing")
-    if wrong:
-        raise ValueError(f"{folder} is no whole EE checkpoint: {'; '.join(wrong)}")
-    return config
 
 
 def push(
@@ -104,18 +81,18 @@ def push(
             f"{folder}: nobody else could find its base, the local folder {base['id']!r}; include "
             f"it: hispec export {folder} DIR --full, then push DIR"
         )
-    files, left_out = _local_files(folder, config)
-    card = _card(folder, repo, config, files)
-    sizes = {name: file.stat().st_size for name, file in files.items()} | {CARD: len(card)}
+    files, left_out = local_files(folder, config)
+    text = card(folder, repo, config, files)
+    sizes = {name: file.stat().st_size for name, file in files.items()} | {CARD: len(text)}
     for name in sorted(sizes):
         say(f"{sizes[name]:>14,}  {name}")
     say(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files")
     if left_out:
         say(f"not part of a checkpoint, not sent: {', '.join(left_out)}")
-    if paths := _local_paths(config):
+    if paths := local_paths(config):
         say(f"note: {CONFIG} tells these paths of this machine: {', '.join(paths)}")
     if dry_run:
-        say(f"\n{CARD}:\n\n{card.decode()}")
+        say(f"\n{CARD}:\n\n{text.decode()}")
         say(f"dry run: nothing was sent to {repo}")
         return None
     adds = [CommitOperationAdd(name, str(file)) for name, file in files.items() if name != CARD]
@@ -123,7 +100,7 @@ def push(
         parent, stale = _prepare(HfApi(), repo, private, sizes.keys(), say)
         commit = HfApi().create_commit(
             repo,
-            [CommitOperationAdd(CARD, card), *adds, *map(CommitOperationDelete, stale)],
+            [CommitOperationAdd(CARD, text), *adds, *map(CommitOperationDelete, stale)],
             commit_message=f"EE checkpoint, exits {config['exits']['depths']}",
             parent_commit=parent,
         )
@@ -153,7 +130,7 @@ def pull(
         HubError: no network, no such repository or revision, or no right to read it.
     """
     repo, revision = _parse(name, revision)
-    folder = pulled_path(name if revision is None else f"{repo}@{revision}", folder)
+    folder = folder or pulled_path(f"{repo}@{revision}" if revision else repo)
     clear_leftovers(folder)
     _check_target(folder, repo)
     with clearly(f"{repo} could not be pulled"):
@@ -176,7 +153,7 @@ def pull(
     shutil.rmtree(arrived.parent)  # what is there of other commits, too
     _tidy(arrived)
     say(f"{repo} is in {folder}")
-    if not _included(config):
+    if not included(config):
         _say_base(folder, config, say)
     return folder
 
@@ -216,7 +193,7 @@ def locate(name: str) -> Path | None:
             found = snapshot_download(
                 repo,
                 revision=revision,
-                allow_patterns=[CONFIG, *MODEL_FILES, *_BESIDE],
+                allow_patterns=[CONFIG, *MODEL_FILES, *BESIDE],
                 local_files_only=True,
             )
         except OSError:
@@ -226,9 +203,9 @@ def locate(name: str) -> Path | None:
         raise
 
 
-def pulled_path(name: str, folder: Path | None = None) -> Path:
-    """Where `pull` puts the checkpoint of that name, if no other `folder` is given."""
-    return ROOT / name.replace("/", "--") if folder is None else folder
+def pulled_path(name: str) -> Path:
+    """Where `pull` puts the checkpoint of that name, if no folder is given."""
+    return ROOT / name.replace("/", "--")
 
 
 def _parse(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -244,57 +221,6 @@ def _check_repo(repo: str) -> None:
     if "/" not in repo:
         raise ValueError(f"{repo!r} is not possible: name the repository as ORG/NAME")
     validate_repo_id(repo)
-
-
-def _included(config: dict[str, Any]) -> bool:
-    return bool(config["base"]["included"])
-
-
-def _belongs(name: str, config: dict[str, Any]) -> bool:
-    """Whether a file of that name is part of the checkpoint, in its folder or on the Hub."""
-    patterns = (*_BESIDE, *(MODEL_FILES if _included(config) else ()))
-    named = name == CONFIG or name in config["files"] or _matches(name, patterns)
-    return named and name != PULLED
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether one of the patterns is that of `name`; a star does not reach into a folder."""
-    return any(
-        PurePosixPath(name).match(pattern) and name.count("/") == pattern.count("/")
-        for pattern in patterns
-    )
-
-
-def _local_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path], list[str]]:
-    """(the checkpoint's files, by name on the Hub; names of other files)."""
-    files, others = {}, []
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if not file.is_file():
-            continue
-        if _belongs(name, config):
-            files[name] = file
-        elif name != PULLED:
-            others.append(name)
-    return files, others
-
-
-def _card(folder: Path, repo: str, config: dict[str, Any], files: dict[str, Path]) -> bytes:
-    if CARD in files and (
-        CARD in config["files"] or WRITTEN not in files[CARD].read_text(encoding="utf-8")
-    ):
-        return files[CARD].read_bytes()
-    plan = read_json(files[PLAN]) if PLAN in files else None
-    return model_card(repo, config, files=files, plan=plan).encode()
-
-
-def _local_paths(value: Any) -> list[str]:
-    """Absolute paths among the values of a config."""
-    if isinstance(value, dict):
-        return [path for inner in value.values() for path in _local_paths(inner)]
-    if isinstance(value, list):
-        return [path for inner in value for path in _local_paths(inner)]
-    return [value] if isinstance(value, str) and Path(value).is_absolute() else []
 
 
 def _prepare(
@@ -330,9 +256,9 @@ def _prepare(
             "name another repository"
         )
     say(f"{repo} exists and is {visible}")
-    stale = sorted(name for name in present - {*names} if _matches(name, _REPLACED))
+    stale = sorted(name for name in present - {*names} if matches(name, _REPLACED))
     if stale:
-        say(f"of an older push, removed: {', '.join(stale)}")
+        say(f"of an older push, goes with this one: {', '.join(stale)}")
     return info.sha, stale
 
 
@@ -394,7 +320,7 @@ def _refusing(repo: str, commit: str, arrived: Path) -> Iterator[None]:
 
 
 def _wanted(listed: dict[str, str | None], config: dict[str, Any]) -> list[str]:
-    return [name for name in listed if _belongs(name, config)]
+    return [name for name in listed if belongs(name, config)]
 
 
 def _check_target(folder: Path, repo: str) -> None:

@@ -64,7 +64,8 @@ def _refusal(error: errors.HfHubHTTPError) -> str:
     if status == 403:
         return (
             f"the token in use ({token}) is valid but has no right to this: the repository or its "
-            f"namespace is somebody else's, or the token may only read ({_safe(error)})"
+            f"namespace is somebody else's, or the token may only read "
+            f"({error.response.headers.get('X-Error-Message') or _safe(error)})"
         )
     if status == 409:
         return f"a repository of that name exists but cannot be seen ({_safe(error)})"

@@ -76,6 +76,7 @@ class HubServer:
         self.headers: list[str] = []  # the Authorization header of each request
         self.received: dict[str, int] = {}  # bytes of large files by SHA-256
         self.served: dict[str, int] = {}  # bytes of downloads by file name
+        self.meddled: set[str] = set()  # repositories that somebody else pushes to meanwhile
         self.cut_uploads: set[str] = set()  # SHA-256 of what breaks off half way
         self.cut_downloads: set[str] = set()  # names of what does
         self.flipped: set[str] = set()  # names of what arrives with a byte changed
@@ -150,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send([{"type": "file", **_entry(path, d, "path")} for path, d in files])
             case "POST", ["api", "models", org, name, "preupload", _]:
                 repo = self._writable(f"{org}/{name}", user, may_write)
+                if f"{org}/{name}" in self.hub.meddled:
+                    repo.commit({**repo.files, "theirs": b""})
                 self._send({"files": [_mode(f["path"], repo) for f in self._json()["files"]]})
             case "POST", ["api", "models", org, name, "commit", _]:
                 self._commit(f"{org}/{name}", self._writable(f"{org}/{name}", user, may_write))

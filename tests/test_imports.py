@@ -18,6 +18,7 @@ LAYERS = [
     {"model"},
     {"ladder", "draft", "measure", "compare"},
     {"decode", "checkpoint"},
+    {"parcel"},
     {"hub"},
     {"lm"},
     {"show"},
