@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 # What of a model is downloaded, or goes into a full checkpoint: no pickles, nothing that is run.
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
@@ -109,3 +111,17 @@ BASES: dict[str, Base] = {
         ),
     ),
 }
+
+
+def fetch_names(base: dict[str, Any]) -> list[str]:
+    """What `hispec fetch` calls the base of a checkpoint, the surest name first; maybe nothing.
+
+    Args:
+        base: the section of that name in `exit_config.json`.
+    """
+    if base["id"] in BASES:
+        return [base["id"]]
+    if base["hub_id"] is None:
+        return []
+    exact = re.fullmatch("[0-9a-f]{40}", base["revision"] or "")
+    return [f"{base['hub_id']}@{base['revision']}"] * bool(exact) + [base["hub_id"]]

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+
+from .bases import fetch_names
+
+FIGURE, PLAN = "agreement.png", "plan.json"
+# A card that bears this line is ours to write anew; one without it is somebody's own text.
+WRITTEN = "<!-- Written by hispec, which writes it anew while this line stands. -->"
+_KINDS = {
+    "shared": "the final norm",
+    "adapter": "norms and low-rank adapters of their own",
+    "block": "own transformer blocks",
+}
+# What of a recipe tells how the exits came to be what they are; the rest is in `exit_config.json`.
+_SETTINGS = (
+    *("trunk", "head", "head_blocks", "head_rank", "head_previous", "draft_vocab", "data"),
+    *("seq_len", "steps", "batch_size", "lr", "divergence", "neighbour_share", "distill_weight"),
+    *("ce_weight", "e_scale", "curriculum", "layer_dropout", "base_kl", "precision", "seed"),
+)
 
 
-def model_card(name: str, config: dict[str, Any]) -> str:
-    """Markdown with a YAML head, from the content of `exit_config.json`."""
+def model_card(
+    name: str,
+    config: dict[str, Any],
+    *,
+    files: Collection[str] = (),
+    plan: dict[str, Any] | None = None,
+) -> str:
+    """Markdown with a YAML head, from the content of `exit_config.json`.
+
+    Args:
+        name: of the checkpoint: a folder's, or on the Hub `ORG/NAME`.
+        files: what lies beside the card; the figure of the agreement is shown if it is there.
+        plan: content of `plan.json`, if there is one.
+    """
     base, exits = config["base"], config["exits"]
     metadata = ModelCardData(
         base_model=base["hub_id"],
@@ -16,13 +47,10 @@ def model_card(name: str, config: dict[str, Any]) -> str:
         library_name="hispec",
         pipeline_tag="text-generation",
         tags=["early-exit", "speculative-decoding", "hispec"],
+        model_name=name.rpartition("/")[2],
+        eval_results=_eval_results(config) or None,
     )
     depths = ", ".join(map(str, exits["depths"]))
-    kind = {
-        "shared": "the final norm",
-        "adapter": "norms and low-rank adapters of their own",
-        "block": "own transformer blocks",
-    }[exits["head"]]
     trained = (
         " Its layers were trained together with the exits, so that text is no longer the base's."
         if base.get("trained")
@@ -32,43 +60,109 @@ def model_card(name: str, config: dict[str, Any]) -> str:
         "---",
         metadata.to_yaml(),
         "---",
+        WRITTEN,
+        "",
         f"# {name}",
         "",
         f"Early exits at depth {depths} of {config['model']['num_hidden_layers']} for "
-        f"`{base['id']}`, read through {kind} and the shared LM head. Decoded with HiSpec, a "
-        "shallow exit drafts, a deeper one verifies and the full model validates; the text is the "
-        f"full model's own.{trained}",
+        f"`{_shown(base['id'])}`, read through {_KINDS[exits['head']]} and the shared LM head. "
+        "Decoded with HiSpec, a shallow exit drafts, a deeper one verifies and the full model "
+        f"validates; the text is the full model's own.{trained}",
         "",
-        "```bash",
-        f'hispec generate {name} "your prompt" --stats',
-        "```",
-        "",
+        *_usage(name, config),
+        *_figures(config["figures"], FIGURE in files),
+        *_training(config["recipe"]),
+        *_plan(plan or {}),
     ]
-    lines += _figures(config["figures"])
     included = "included in this folder" if base["included"] else "not included"
-    if (drift := config["figures"].get("drift")) is not None:
-        lines += [f"KL of the full model to its base on the same text: {drift:.4f} nats.", ""]
-    lines += ["## Base", "", f"`{base['id']}`, {included}. SHA-256 of its weights:", ""]
+    lines += ["## Base", "", f"`{_shown(base['id'])}`, {included}. SHA-256 of its weights:", ""]
     lines += [f"- `{file}` `{digest}`" for file, digest in base["weights"].items()]
     return "\n".join(lines) + "\n"
 
 
-def _figures(figures: dict[str, Any]) -> list[str]:
-    rows = figures.get("agreement")
+def _eval_results(config: dict[str, Any]) -> list[EvalResult]:
+    """The measured agreement in the Hub's model-index form."""
+    figures, data = config["figures"], config["recipe"].get("data", "text")
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="early-exit drafting",
+            dataset_type=_shown(data),
+            dataset_name=figures["text"],
+            metric_type=kind,
+            metric_name=f"{title}, depth {row['shallow']} judged by depth {row['deep']}",
+            metric_value=round(row[key], 4),
+        )
+        for row in figures.get("agreement", ())
+        for kind, key, title in (
+            ("agreement", "top1", "same top token"),
+            ("acceptance", "acceptance", "sum of min(p, q)"),
+        )
+    ]
+
+
+def _usage(name: str, config: dict[str, Any]) -> list[str]:
+    base = config["base"]
+    lines = ["## Decode", "", "```bash"]
+    if not base["included"]:
+        lines += [f"hispec fetch {fetched}" for fetched in fetch_names(base)[:1]]
+    if "/" in name:
+        lines.append(f"hispec pull {name}")
+    lines += [f'hispec generate {name} "your prompt" --stats', "```", ""]
+    lines += ["```python", "import hispec", "", f'lm = hispec.load("{name}")']
+    lines += ['print(lm.generate("your prompt").text[0])', "```", ""]
+    if base["included"]:
+        lines += ["Plain transformers loads the full model from it: "
+                  f'`AutoModelForCausalLM.from_pretrained("{name}")`.', ""]  # fmt: skip
+    return lines
+
+
+def _figures(figures: dict[str, Any], pictured: bool) -> list[str]:
+    lines = []
+    if rows := figures.get("agreement"):
+        lines += [
+            "## Agreement",
+            "",
+            f"On {figures['text']}, {rows[0]['tokens']:,} tokens, temperature 1:",
+            "",
+            "| depth | judged by | same top token | acceptance, sum of min(p, q) |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['shallow']} | {r['deep']} | {r['top1']:.3f} | {r['acceptance']:.3f} |"
+            for r in rows
+        ]
+        trained = (
+            f"Trained on {figures['training_tokens']:,} tokens in {figures['minutes']:.1f} minutes."
+        )
+        lines += ["", trained, ""]
+    if pictured:
+        lines += [f"![Agreement with the full model over depth]({FIGURE})", ""]
+    if (drift := figures.get("drift")) is not None:
+        lines += [f"KL of the full model to its base on the same text: {drift:.4f} nats.", ""]
+    return lines
+
+
+def _training(recipe: dict[str, Any]) -> list[str]:
+    rows = [f"| `{key}` | {_shown(recipe[key])} |" for key in _SETTINGS if key in recipe]
+    return ["## Training", "", "| setting | value |", "|---|---|", *rows, ""] if rows else []
+
+
+def _plan(plan: dict[str, Any]) -> list[str]:
+    """The plan's settings; its tables stay in the file."""
+    rows = [
+        f"| `{key}` | {_shown(value)} |"
+        for key, value in plan.items()
+        if not isinstance(value, dict)
+        and not (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
+    ]
     if not rows:
         return []
-    lines = [
-        "## Agreement",
-        "",
-        f"On {figures['text']}, {rows[0]['tokens']:,} tokens, temperature 1:",
-        "",
-        "| depth | judged by | same top token | acceptance, sum of min(p, q) |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['shallow']} | {r['deep']} | {r['top1']:.3f} | {r['acceptance']:.3f} |" for r in rows
-    ]
-    trained = (
-        f"Trained on {figures['training_tokens']:,} tokens in {figures['minutes']:.1f} minutes."
-    )
-    return [*lines, "", trained, ""]
+    return ["## Plan", "", f"From `{PLAN}`:", "", "| setting | value |", "|---|---|", *rows, ""]
+
+
+def _shown(value: Any) -> str:
+    """A setting in a table; of a path on the author's machine only the last part."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .bases import MODEL_FILES
+from .bases import MODEL_FILES, fetch_names
 from .card import model_card
 from .config import ExitConfig
 from .fetch import base_path
@@ -344,7 +345,26 @@ def load(
 def _base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
     if config["base"]["included"] and base is None:
         return folder
-    return find_base(base or config["base"]["id"], near=folder).folder
+    return (own_base(folder, config) if base is None else find_base(base, near=folder)).folder
+
+
+def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
+    """The base that the checkpoint in `folder` names: by its id, or by what it is on the Hub.
+
+    Raises:
+        ValueError: it is not on this machine; the message says how to get it.
+    """
+    named = config["base"]
+    names = fetch_names(named)
+    for name in (*names[:1], named["id"], *names[1:]):
+        with suppress(ValueError):
+            return find_base(name, near=folder)
+    if not names:
+        return find_base(named["id"], near=folder)
+    raise ValueError(
+        f"the base of {folder}, {named['id']!r}, is not on this machine; to get it: "
+        f"hispec fetch {names[0]}"
+    )
 
 
 def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:

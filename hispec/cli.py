@@ -158,6 +158,38 @@ def export(
     out.say(f"EE checkpoint: {folder}")
 
 
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of an EE checkpoint")],
+    repo: Annotated[str, typer.Argument(help="ORG/NAME on the Hub")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="of a new repository; private by default"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the files, print the card, contact nobody")
+    ] = False,
+) -> None:
+    """Put an EE checkpoint on the Hugging Face Hub, checked, in one commit."""
+    from .hub import push as push_checkpoint
+
+    push_checkpoint(checkpoint, repo, private=private, dry_run=dry_run, say=out.say)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="ORG/NAME or ORG/NAME@REVISION on the Hub")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="where to; default: checkpoints/ORG--NAME")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit")] = None,
+) -> None:
+    """Bring an EE checkpoint from the Hugging Face Hub, whole or not at all, and check it."""
+    from .hub import pull as pull_checkpoint
+
+    pull_checkpoint(repo, folder, revision=revision, say=out.say)
+
+
 def parse_depths(key: str, text: str | None) -> list[int] | None:
     """`6,12,30` as numbers.
 

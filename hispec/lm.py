@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from . import checkpoint
+from . import checkpoint, hub
 from .config import DecodeConfig, ExitConfig, check
 from .decode import Decode
 from .model import ExitModel
@@ -210,8 +210,9 @@ def load(
     """Load an EE checkpoint, or a plain model whose depths are read through its final norm.
 
     Args:
-        path: folder of an EE checkpoint or of a plain transformers model, or a name or Hub id that
-            `hispec fetch` has fetched.
+        path: folder of an EE checkpoint or of a plain transformers model, a name or Hub id that
+            `hispec fetch` has fetched, or an EE checkpoint on the Hub, `ORG/NAME` or
+            `ORG/NAME@REVISION`: as `hispec pull` left it, else out of huggingface_hub's cache.
         dtype: "auto" takes the dtype that the base is stored in.
         device: the accelerator, if there is one, else the CPU.
         exits: for a plain model, depths to use as exits.
@@ -219,10 +220,13 @@ def load(
 
     Raises:
         ValueError: nothing there, or a checkpoint that does not hold what its config says.
+        HubError: nothing here, and the Hub refuses it or cannot be reached.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(path)
+    if not folder.exists():
+        folder = hub.locate(str(path)) or folder
     if checkpoint.is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
         return EarlyExitLM(*checkpoint.load(folder, dtype=dtype, device=device, base=base))

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import hispec
+from hispec import hub_errors
 from hispec.compare import first_difference, hf_generate
 
 PROMPT = "def main():\n    return"
@@ -172,7 +173,9 @@ def test_load_refuses_what_is_no_model(tmp_path, ee):
         hispec.load("no-such")
     with pytest.raises(ValueError, match="names its own exits"):
         hispec.load(ee, exits=(2,))
-    with pytest.raises(ValueError, match="'checkpoints/dmeo' is no local folder"):
+    with pytest.raises(
+        hub_errors.HubError, match=r"'checkpoints/dmeo' is no local folder .*OFFLINE is"
+    ):
         hispec.load("checkpoints/dmeo")
 
 
