@@ -314,7 +314,8 @@ class Decode:
         length_N = base_B[rows_N] + proposal.depth_BC[rows_N, columns_N]
         for length in np.unique(length_N):  # processors take prefixes of one length at a time
             at = rows_N[length_N == length], columns_N[length_N == length]
-            prefix_NT = torch.from_numpy(self._prefixes(*at, int(length), base_B, proposal))
+            slots_NT = proposal.slots_before(*at, int(length), base_B)
+            prefix_NT = torch.from_numpy(self.tokens_BN[at[0][:, None], slots_NT])
             scores_BCV[at] = self.processors(prefix_NT.to(scores_BCV.device), scores_BCV[at])
         return scores_BCV
 
@@ -337,24 +338,6 @@ class Decode:
             rows_N, columns_N = rows_N[order_N], columns_N[order_N]
         tokens_N = self.tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
         self.drafter.observe(tokens_N, scores_BCV[rows_N, columns_N])
-
-    def _prefixes(
-        self,
-        rows_N: np.ndarray,
-        columns_N: np.ndarray,
-        length: int,
-        base_B: np.ndarray,
-        proposal: Proposal,
-    ) -> np.ndarray:
-        """The tokens [N, length] that lead to some columns, each in its row."""
-        slots_NT = np.broadcast_to(np.arange(length), (len(rows_N), length))
-        if not proposal.chain:
-            base_N1 = base_B[rows_N][:, None]
-            path_ND = proposal.path_BCD[rows_N, columns_N]
-            step_NT = (slots_NT - base_N1).clip(0, path_ND.shape[1] - 1)
-            path_NT = np.take_along_axis(path_ND, step_NT, axis=1)
-            slots_NT = np.where(slots_NT < base_N1, slots_NT, base_N1 + path_NT - 1)
-        return self.tokens_BN[rows_N[:, None], slots_NT]
 
     def _write(
         self, rows_N: np.ndarray, slots_N: np.ndarray, tokens_N: np.ndarray, depth: int

@@ -66,6 +66,24 @@ class Proposal:
             path_BCD[:, i + 1] = np.where(inside_BD, above_BD, i + 1)
         return path_BCD
 
+    def slots_before(
+        self, rows_N: np.ndarray, columns_N: np.ndarray, length: int, base_B: np.ndarray
+    ) -> np.ndarray:
+        """Slots [N, length] of the tokens that lead to some columns, each in its row.
+
+        Args:
+            length: of the text up to the column, which all of them have in common.
+            base_B: slot of the first proposal of each row.
+        """
+        slots_NT = np.broadcast_to(np.arange(length), (len(rows_N), length))
+        if self.chain:
+            return slots_NT
+        base_N1 = base_B[rows_N][:, None]
+        path_ND = self.path_BCD[rows_N, columns_N]
+        step_NT = (slots_NT - base_N1).clip(0, path_ND.shape[1] - 1)
+        path_NT = np.take_along_axis(path_ND, step_NT, axis=1)
+        return np.where(slots_NT < base_N1, slots_NT, base_N1 + path_NT - 1)
+
     @cached_property
     def sees_BNN(self) -> np.ndarray:
         """Whether proposal `i` attends to proposal `j`: itself and its ancestors."""

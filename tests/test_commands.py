@@ -121,9 +121,10 @@ def test_evaluations_hold_out_what_the_training_held_out(tiny_base, texts):
 def test_agreement_by_hand(lm):
     """Against argmaxes and laws of whole-sequence logits."""
     from hispec.measure import agreement
+    from hispec.packing import Rows
 
     rows = torch.randint(3, 320, (2, 50), generator=torch.Generator().manual_seed(3))
-    (measured,) = agreement(lm.model, rows, [(2, 6)])
+    (measured,) = agreement(lm.model, Rows.whole(rows), [(2, 6)])
     with torch.inference_mode():
         states = lm.model.hf(rows, output_hidden_states=True)
         q = lm.model.read(2, states.hidden_states[2]).softmax(-1)
@@ -168,7 +169,7 @@ def test_lossless_passes_and_names_differences(ee, tmp_path):
     prompts.write_text('{"text": "x"}\n')
     wrong = run(sys.executable, "eval/lossless.py", *words)
     assert wrong.returncode == 2
-    assert "line 1 has none of turns, question, prompt; it has: text" in wrong.stderr
+    assert "line 1 has none of turns, question, messages, prompt; it has: text" in wrong.stderr
 
 
 def test_lossless_notices_a_difference(ee, monkeypatch, capsys):
