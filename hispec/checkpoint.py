@@ -238,47 +238,6 @@ def copy(source: Path, folder: Path) -> None:
         write_text(temporary / CARD, model_card(folder.name, config))
 
 
-def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> None:
-    """Write an EE checkpoint of a plain base whose depths are read through its final norm.
-
-    This is how LayerSkip's own models, trained to be read so at every depth, become checkpoints.
-
-    Raises:
-        ValueError: no such base, depths that it has not, or a `folder` that may not be replaced.
-    """
-    base = find_base(name)
-    model = ExitModel(load_base(base.folder), ExitConfig(list(depths), head="shared"))
-    save(folder, model, base, full=full)
-
-
-def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> None:
-    """Write a checkpoint anew, checked on the way, with or without its base.
-
-    Raises:
-        ValueError: `source` fails the checks of `load`, or `folder` may not be replaced.
-    """
-    if folder.resolve() == source.resolve():
-        raise ValueError(f"{folder} is the checkpoint itself; name another folder")
-    check_target(folder)
-    config = read_config(source)
-    kept = ("hub_id", "revision", "license", "trained")
-    provenance = {key: config["base"].get(key) for key in kept}
-    if not full and provenance["trained"]:
-        raise ValueError(
-            f"{source} cannot be exported without its trunk, which was trained too: use --full"
-        )
-    model, _ = load(source, base=base)
-    home = _base_folder(source, config, base)
-    save(
-        folder,
-        model,
-        LocalBase(config["base"]["id"], home, provenance),
-        recipe=config["recipe"],
-        figures=config["figures"],
-        full=full,
-    )
-
-
 def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
@@ -329,7 +288,7 @@ def load(
             in hash, name or shape; the message says what differs.
     """
     config = read_config(folder)
-    home = _base_folder(folder, config, base)
+    home = base_folder(folder, config, base)
     _check_hashes(config, folder, home)
     hf = load_base(home, dtype)
     for key in _SHAPE_KEYS:
@@ -341,7 +300,8 @@ def load(
     return model.to(device).eval(), AutoTokenizer.from_pretrained(home, local_files_only=True)
 
 
-def _base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
+def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
+    """Where the base of a checkpoint is. Raises ValueError if it is not on this machine."""
     if config["base"]["included"] and base is None:
         return folder
     return find_base(base or config["base"]["id"], near=folder).folder

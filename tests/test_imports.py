@@ -12,13 +12,14 @@ from conftest import ROOT
 # Each module may import those in lines before its own.
 LAYERS = [
     {"config", "files", "stats", "bases", "console", "proposal", "families", "attention", "chat"},
-    {"sampling", "cache", "text", "convert"},
+    {"sampling", "cache", "text", "convert", "gguf_tokenizer"},
     {"fetch", "prompts", "packing"},
     {"heads", "card"},
     {"model"},
     {"ladder", "draft", "measure", "compare"},
     {"decode", "checkpoint"},
-    {"lm"},
+    {"lm", "draft_model", "gguf_file"},
+    {"export"},
     {"show"},
     {"cli"},
 ]
