@@ -45,6 +45,7 @@ def model_card(name: str, config: dict[str, Any]) -> str:
         "",
     ]
     lines += _figures(config["figures"])
+    lines += _checked(config["figures"])
     included = "included in this folder" if base["included"] else "not included"
     if (drift := config["figures"].get("drift")) is not None:
         lines += [f"KL of the full model to its base on the same text: {drift:.4f} nats.", ""]
@@ -72,3 +73,22 @@ def _figures(figures: dict[str, Any]) -> list[str]:
         f"Trained on {figures['training_tokens']:,} tokens in {figures['minutes']:.1f} minutes."
     )
     return [*lines, "", trained, ""]
+
+
+def _checked(figures: dict[str, Any]) -> list[str]:
+    """What the check of the export found."""
+    if not (check := figures.get("check")):
+        return []
+    shares = [f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None]
+    ties = f", but for {check['near_ties']} near-ties" if check["near_ties"] else ""
+    return [
+        "## Checked",
+        "",
+        f"Loaded by a new process before it was called an export, in {check['dtype']}: the logits "
+        f"at every exit are those of its source, without any difference. {check['prompts']} "
+        f"prompts ({check['text']}), {check['new_tokens']} new tokens, ladder "
+        f"{', '.join(map(str, check['ladder']))}: the full model's own text{ties}, with "
+        f"{check['tokens_per_target_pass']:.2f} tokens per pass of it; accepted of the drafts: "
+        f"{', '.join(shares) or 'none were made'}.",
+        "",
+    ]

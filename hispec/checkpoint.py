@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,8 @@ from .files import new_folder, read_json, sha256, write_json, write_text
 from .model import ExitModel
 
 FORMAT_VERSION = 1
+SHARD = "5GB"
+"""Largest file of weights."""
 CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
 DRAFT_TOKENS = "draft_tokens"
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
@@ -145,6 +147,7 @@ def save(
     full: bool = False,
     exits: dict[str, torch.Tensor] | None = None,
     trunk: dict[str, torch.Tensor] | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Write an EE checkpoint, whole or not at all.
 
@@ -156,6 +159,8 @@ def save(
         full: include the base, so that plain transformers loads the folder.
         exits: state dict of the exits, instead of what the model holds.
         trunk: weights of a trunk that was trained too, instead of the base's; always included.
+        check: called with the folder before it gets its name; what it finds becomes the figure
+            `check`, and if it raises, nothing is written.
 
     Raises:
         ValueError: `folder` holds something that is no EE checkpoint, or the base itself.
@@ -172,14 +177,14 @@ def save(
         tensors[DRAFT_TOKENS] = model.draft_tokens.to("cpu", torch.int32)
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
-        if full or trunk is not None:
+        included = full or trunk is not None
+        if included:
             replaced = ("*.safetensors*",) if trunk is not None else ()
             _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
         if trunk is not None:
             tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
             weights = {name: trunk[name].to("cpu", dtype) for name in trunk if name not in tied}
-            save_torch_state_dict(weights, temporary)
-        hashes = base.weights() if trunk is None else weight_hashes(temporary)
+            save_torch_state_dict(weights, temporary, max_shard_size=SHARD)
         config = {
             "format_version": FORMAT_VERSION,
             "exits": asdict(model.exits),
@@ -189,11 +194,11 @@ def save(
                 "hub_id": base.hub_id,
                 "revision": base.revision,
                 "license": base.license,
-                "included": full or trunk is not None,
+                "included": included,
                 "trained": trunk is not None or base.trained,
-                "weights": hashes,
+                "weights": weight_hashes(temporary) if included else base.weights(),
             },
-            "files": {EXITS: sha256(temporary / EXITS)},
+            "files": _file_hashes(temporary),
             "recipe": recipe or {},
             "figures": figures or {},
             "versions": {
@@ -203,6 +208,21 @@ def save(
         }
         write_text(temporary / CARD, model_card(folder.name, config))
         write_json(temporary / CONFIG, config)
+        if check is not None:
+            config["figures"] = {**(figures or {}), "check": check(temporary)}
+            write_text(temporary / CARD, model_card(folder.name, config))
+            write_json(temporary / CONFIG, config)
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of what lies in a checkpoint besides its base's weights and `CONFIG`.
+
+    The card is left out: people edit it, and nothing reads it.
+    """
+    named_elsewhere = {CONFIG, CARD, *(file.name for file in base_weight_files(folder))}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: sha256(file) for name, file in names.items() if name not in named_elsewhere}
 
 
 def _copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
@@ -308,14 +328,14 @@ def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
 
 
 def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
-    exits = folder / EXITS
-    if not exits.is_file():
-        raise ValueError(f"{folder}: {EXITS} is missing")
-    if (found := sha256(exits)) != config["files"][EXITS]:
-        raise ValueError(
-            f"{exits} is damaged or was changed: SHA-256 {found}, {CONFIG} says "
-            f"{config['files'][EXITS]}"
-        )
+    for name, expected_hash in config["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{folder}: {name} is missing")
+        if (found := sha256(file)) != expected_hash:
+            raise ValueError(
+                f"{file} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected_hash}"
+            )
     expected, found_of = config["base"]["weights"], weight_hashes(home)
     if found_of != expected:
         differing = [

@@ -171,10 +171,13 @@ def export(
         return
     check(exit_depth is None, "exit", exit_depth, "only with --as; a checkpoint has all its exits")
     if depths := parse_depths("exits", exits):
-        exports.export_untrained(checkpoint, depths, target, full=full)
+        found = exports.export_untrained(checkpoint, depths, target, full=full)
     else:
-        exports.export(Path(checkpoint), target, full=full, base=base)
-    out.say(f"EE checkpoint: {target}")
+        found = exports.export(Path(checkpoint), target, full=full, base=base)
+    out.say(
+        f"EE checkpoint: {target}; checked: {found['prompts']} prompts, {found['new_tokens']} new "
+        f"tokens, {found['tokens_per_target_pass']:.2f} per pass of the full model"
+    )
 
 
 def parse_depths(key: str, text: str | None) -> list[int] | None:

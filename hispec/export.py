@@ -19,28 +19,40 @@ from .checkpoint import (
 )
 from .config import ExitConfig, check
 from .model import ExitModel
+from .verify import check_in_fresh_process
 
+Figures = dict[str, Any]
 FORMS = ("draft-model", "gguf")
 
 
-def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> None:
+def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> Figures:
     """Write an EE checkpoint of a plain base whose depths are read through its final norm.
 
     This is how LayerSkip's own models, trained to be read so at every depth, become checkpoints.
+    Returns what the check found.
 
     Raises:
         ValueError: no such base, depths that it has not, or a `folder` that may not be replaced.
     """
+    check_target(folder)
     base = find_base(name)
     model = ExitModel(load_base(base.folder), ExitConfig(list(depths), head="shared"))
-    save(folder, model, base, full=full)
+
+    def checked(written: Path) -> Figures:
+        return check_in_fresh_process(name, written, exits=depths)
+
+    save(folder, model, base, full=full, check=checked)
+    return _found(folder)
 
 
-def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> None:
-    """Write a checkpoint anew, checked on the way, with or without its base.
+def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> Figures:
+    """Write a checkpoint anew, with or without its base; checked before it gets its name.
+
+    Returns what the check found.
 
     Raises:
-        ValueError: `source` fails the checks of `load`, or `folder` may not be replaced.
+        ValueError: `source` fails the checks of `load`, `folder` may not be replaced, or what was
+            written differs from `source` (see `verify`).
     """
     if folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the checkpoint itself; name another folder")
@@ -52,7 +64,25 @@ def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -
             f"{source} cannot be exported without its trunk, which was trained too: use --full"
         )
     model, _ = load(source, base=base)
-    save(folder, model, origin, recipe=config["recipe"], figures=config["figures"], full=full)
+
+    def checked(written: Path) -> Figures:
+        return check_in_fresh_process(str(source), written, base=base)
+
+    save(
+        folder,
+        model,
+        origin,
+        recipe=config["recipe"],
+        figures=config["figures"],
+        full=full,
+        check=checked,
+    )
+    return _found(folder)
+
+
+def _found(folder: Path) -> Figures:
+    found: Figures = read_config(folder)["figures"]["check"]
+    return found
 
 
 def base_of(source: Path, config: dict[str, Any], base: str | None) -> LocalBase:

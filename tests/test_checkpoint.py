@@ -80,6 +80,7 @@ def test_adapters_come_back_too(tiny_base, tmp_path):
     assert "low-rank adapters" in (tmp_path / "ee" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_full_loads_in_plain_transformers_and_needs_no_base(trained, saved, tmp_path):
     full = tmp_path / "full"
     export.export(saved, full, full=True)
@@ -183,6 +184,7 @@ def test_missing_pieces_are_named(saved):
         checkpoint.load(saved)
 
 
+@pytest.mark.slow
 def test_only_checkpoints_are_ever_replaced(trained, saved, tmp_path):
     with pytest.raises(ValueError, match="is the checkpoint itself"):
         export.export(saved, saved, full=True)
@@ -202,6 +204,7 @@ def test_only_checkpoints_are_ever_replaced(trained, saved, tmp_path):
     assert (precious / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_base_read_through_its_final_norm_becomes_a_checkpoint(tiny_base, tmp_path):
     """LayerSkip's own models: no tensors of their own, but exits, a base and its hash."""
     export.export_untrained(str(tiny_base), [3, 5], tmp_path / "shared", full=True)

@@ -19,6 +19,7 @@ LAYERS = [
     {"ladder", "draft", "measure", "compare"},
     {"decode", "checkpoint"},
     {"lm", "draft_model", "gguf_file"},
+    {"verify"},
     {"export"},
     {"show"},
     {"cli"},
