@@ -309,7 +309,7 @@ def load(
     """
     config = read_config(folder)
     home = base_folder(folder, config, base)
-    _check_hashes(config, folder, home)
+    check_hashes(config, folder, home)
     hf = load_base(home, dtype)
     for key in _SHAPE_KEYS:
         expected, found = config["model"][key], getattr(hf.config, key)
@@ -327,7 +327,8 @@ def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
     return find_base(base or config["base"]["id"], near=folder).folder
 
 
-def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
+def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
+    """Raise ValueError unless a checkpoint and its base hold what its config says."""
     for name, expected_hash in config["files"].items():
         file = folder / name
         if not file.is_file():

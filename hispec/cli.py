@@ -180,6 +180,26 @@ def export(
     )
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="EE checkpoint, plain model, or a fetched name")],
+    base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for programs")] = False,
+) -> None:
+    """Say what can be read there: exits, sizes, license, base, figures, plan."""
+    import json
+
+    from . import inspection
+
+    quiet_transformers()
+    report = inspection.inspect(model, base)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for line in inspection.lines(report):
+        out.say(line)
+
+
 def parse_depths(key: str, text: str | None) -> list[int] | None:
     """`6,12,30` as numbers.
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"model"},
     {"ladder", "draft", "measure", "compare"},
     {"decode", "checkpoint"},
-    {"lm", "draft_model", "gguf_file"},
+    {"lm", "draft_model", "gguf_file", "inspection"},
     {"verify"},
     {"export"},
     {"show"},
