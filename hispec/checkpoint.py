@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .bases import MODEL_FILES
 from .card import model_card
 from .config import ExitConfig
+from .exits_file import DRAFT_TOKENS, load_exits
 from .fetch import base_path
 from .files import new_folder, read_json, sha256, write_json, write_text
 from .model import ExitModel
@@ -31,7 +32,8 @@ FORMAT_VERSION = 1
 SHARD = "5GB"
 """Largest file of weights."""
 CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
-DRAFT_TOKENS = "draft_tokens"
+GENERATE = "custom_generate/generate.py"
+"""What `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 _SECTIONS = {
@@ -181,6 +183,8 @@ def save(
         if included:
             replaced = ("*.safetensors*",) if trunk is not None else ()
             _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
+            (temporary / GENERATE).parent.mkdir()
+            shutil.copy2(Path(__file__).parent / GENERATE, temporary / GENERATE)
         if trunk is not None:
             tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
             weights = {name: trunk[name].to("cpu", dtype) for name in trunk if name not in tied}
@@ -310,14 +314,29 @@ def load(
     config = read_config(folder)
     home = base_folder(folder, config, base)
     check_hashes(config, folder, home)
-    hf = load_base(home, dtype)
+    model = _with_exits(load_base(home, dtype), folder, config, str(home))
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(home, local_files_only=True)
+
+
+def attach(hf: PreTrainedModel, folder: Path) -> ExitModel:
+    """The exits of a checkpoint on a model of its base that is loaded already.
+
+    Raises:
+        ValueError: no checkpoint, exits that are damaged, or a model of another shape.
+    """
+    config = read_config(folder)
+    _check_file(folder, EXITS, config["files"][EXITS])
+    return _with_exits(hf, folder, config, "the model")
+
+
+def _with_exits(hf: PreTrainedModel, folder: Path, config: dict[str, Any], name: str) -> ExitModel:
     for key in _SHAPE_KEYS:
         expected, found = config["model"][key], getattr(hf.config, key)
         if expected != found:
-            raise ValueError(f"{home}: {key}={found!r}, but the exits belong to {expected!r}")
+            raise ValueError(f"{name}: {key}={found!r}, but the exits belong to {expected!r}")
     model = ExitModel(hf, ExitConfig(**config["exits"]))
-    _load_exits(model, folder / EXITS)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(home, local_files_only=True)
+    load_exits(model, folder / EXITS)
+    return model
 
 
 def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
@@ -330,13 +349,7 @@ def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
 def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
     """Raise ValueError unless a checkpoint and its base hold what its config says."""
     for name, expected_hash in config["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{folder}: {name} is missing")
-        if (found := sha256(file)) != expected_hash:
-            raise ValueError(
-                f"{file} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected_hash}"
-            )
+        _check_file(folder, name, expected_hash)
     expected, found_of = config["base"]["weights"], weight_hashes(home)
     if found_of != expected:
         differing = [
@@ -350,35 +363,11 @@ def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
         )
 
 
-def _load_exits(model: ExitModel, file: Path) -> None:
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
-    expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
-    if model.draft_tokens is not None:
-        expected[DRAFT_TOKENS] = model.draft_tokens
-    if stored.keys() != expected.keys():
-        _refuse_names(file, stored.keys() - expected.keys(), expected.keys() - stored.keys())
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs "
-                f"{tuple(expected[name].shape)}"
-            )
-    if model.draft_tokens is not None:
-        tokens_K = stored.pop(DRAFT_TOKENS).long()
-        bounds = torch.tensor([-1]), torch.tensor([model.vocab_size])
-        if torch.cat([bounds[0], tokens_K, bounds[1]]).diff().min() < 1:
-            raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
-        model.draft_tokens.copy_(tokens_K)
-    model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
-
-
-def _refuse_names(file: Path, unknown: set[str], missing: set[str]) -> None:
-    def shown(names: Sequence[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-    parts = [f"lacks {shown(sorted(missing))}"] if missing else []
-    parts += [f"has the unknown {shown(sorted(unknown))}"] if unknown else []
-    raise ValueError(f"{file} {' and '.join(parts)}")
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise ValueError(f"{folder}: {name} is missing")
+    if (found := sha256(file)) != expected:
+        raise ValueError(
+            f"{file} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
+        )
