@@ -87,8 +87,7 @@ def _checked(figures: dict[str, Any]) -> list[str]:
         f"Loaded by a new process before it was called an export, in {check['dtype']}: the logits "
         f"at every exit are those of its source, without any difference. {check['prompts']} "
         f"prompts ({check['text']}), {check['new_tokens']} new tokens, ladder "
-        f"{', '.join(map(str, check['ladder']))}: the full model's own text{ties}, with "
-        f"{check['tokens_per_target_pass']:.2f} tokens per pass of it; accepted of the drafts: "
-        f"{', '.join(shares) or 'none were made'}.",
+        f"{', '.join(map(str, check['ladder']))}: the full model's own text{ties}; accepted of the "
+        f"drafts: {', '.join(shares) or 'none were made'}.",
         "",
     ]

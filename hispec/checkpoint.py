@@ -211,6 +211,8 @@ def save(
             },
         }
         write_text(temporary / CARD, model_card(folder.name, config))
+        for file in temporary.glob("*.safetensors"):  # written readable for the owner only
+            shutil.copymode(temporary / CARD, file)
         write_json(temporary / CONFIG, config)
         if check is not None:
             config["figures"] = {**(figures or {}), "check": check(temporary)}

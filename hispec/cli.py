@@ -174,9 +174,10 @@ def export(
         found = exports.export_untrained(checkpoint, depths, target, full=full)
     else:
         found = exports.export(Path(checkpoint), target, full=full, base=base)
+    accepted = [f"{s:.3f} at depth {d}" for d, s in found["acceptance"].items() if s is not None]
     out.say(
         f"EE checkpoint: {target}; checked: {found['prompts']} prompts, {found['new_tokens']} new "
-        f"tokens, {found['tokens_per_target_pass']:.2f} per pass of the full model"
+        f"tokens, accepted of the drafts {', '.join(accepted)}"
     )
 
 

@@ -224,9 +224,12 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
         for row in rows or ()
     ]
     if check := report["figures"].get("check"):
+        accepted = ", ".join(
+            f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None
+        )
         found.append(
-            f"checked: {check['prompts']} prompts, {check['new_tokens']} new tokens, "
-            f"{check['tokens_per_target_pass']:.2f} per pass of the full model"
+            f"checked: {check['prompts']} prompts, {check['new_tokens']} new tokens, accepted of "
+            f"the drafts {accepted}"
         )
     plan = report["plan"]
     found.append("plan: none yet" if plan is None else f"plan: {plan.get('ladder', plan)}")

@@ -181,7 +181,6 @@ def _decode(lm: EarlyExitLM, prompts: list[list[int]]) -> dict[str, Any]:
         "near_ties": near_ties,
         "ladder": list(ladder.ladder),
         "acceptance": {str(rung.depth): rung.acceptance for rung in stats.rungs[:-1]},
-        "tokens_per_target_pass": stats.tokens_per_target_pass,
     }
 
 

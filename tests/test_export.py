@@ -276,4 +276,11 @@ def test_the_command_says_what_was_checked(saved, tmp_path):
     done = run(*HISPEC, "export", saved, tmp_path / "out", "--full")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "out" / "exit_config.json").read_text())["figures"]["check"]
-    assert f"checked: 8 prompts, {figures['new_tokens']} new tokens" in done.stdout
+    shares = figures["acceptance"]
+    assert (
+        f"checked: 8 prompts, {figures['new_tokens']} new tokens, accepted of the drafts "
+        f"{shares['2']:.3f} at depth 2, {shares['4']:.3f} at depth 4\n"
+    ) in done.stdout
+    inspected = run(*HISPEC, "inspect", tmp_path / "out").stdout
+    assert f"checked: 8 prompts, {figures['new_tokens']} new tokens, accepted" in inspected
+    assert (tmp_path / "out" / "exits.safetensors").stat().st_mode & 0o044
