@@ -74,6 +74,7 @@ def model_card(
         *_training(config["recipe"]),
         *_plan(plan or {}),
     ]
+    lines += _checked(config["figures"])
     included = "included in this folder" if base["included"] else "not included"
     lines += ["## Base", "", f"`{_shown(base['id'])}`, {included}. SHA-256 of its weights:", ""]
     lines += [f"- `{file}` `{digest}`" for file, digest in base["weights"].items()]
@@ -166,3 +167,21 @@ def _shown(value: Any) -> str:
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _checked(figures: dict[str, Any]) -> list[str]:
+    """What the check of the export found."""
+    if not (check := figures.get("check")):
+        return []
+    shares = [f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None]
+    ties = f", but for {check['near_ties']} near-ties" if check["near_ties"] else ""
+    return [
+        "## Checked",
+        "",
+        f"Loaded by a new process before it was called an export, in {check['dtype']}: the logits "
+        f"at every exit are those of its source, without any difference. {check['prompts']} "
+        f"prompts ({check['text']}), {check['new_tokens']} new tokens, ladder "
+        f"{', '.join(map(str, check['ladder']))}: the full model's own text{ties}; accepted of the "
+        f"drafts: {', '.join(shares) or 'none were made'}.",
+        "",
+    ]

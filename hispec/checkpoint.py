@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -17,20 +17,24 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .bases import MODEL_FILES, fetch_names
 from .card import model_card
 from .config import ExitConfig
+from .exits_file import DRAFT_TOKENS, load_exits
 from .fetch import base_path
 from .files import new_folder, read_json, sha256, write_json, write_text
 from .model import ExitModel
 
 FORMAT_VERSION = 1
+SHARD = "5GB"
+"""Largest file of weights."""
 CONFIG, EXITS, CARD = "exit_config.json", "exits.safetensors", "README.md"
-DRAFT_TOKENS = "draft_tokens"
+GENERATE = "custom_generate/generate.py"
+"""What `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
 _SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 _SECTIONS = {
@@ -146,6 +150,7 @@ def save(
     full: bool = False,
     exits: dict[str, torch.Tensor] | None = None,
     trunk: dict[str, torch.Tensor] | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Write an EE checkpoint, whole or not at all.
 
@@ -157,6 +162,8 @@ def save(
         full: include the base, so that plain transformers loads the folder.
         exits: state dict of the exits, instead of what the model holds.
         trunk: weights of a trunk that was trained too, instead of the base's; always included.
+        check: called with the folder before it gets its name; what it finds becomes the figure
+            `check`, and if it raises, nothing is written.
 
     Raises:
         ValueError: `folder` holds something that is no EE checkpoint, or the base itself.
@@ -173,14 +180,16 @@ def save(
         tensors[DRAFT_TOKENS] = model.draft_tokens.to("cpu", torch.int32)
     with new_folder(folder) as temporary:
         save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
-        if full or trunk is not None:
+        included = full or trunk is not None
+        if included:
             replaced = ("*.safetensors*",) if trunk is not None else ()
             _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
+            (temporary / GENERATE).parent.mkdir()
+            shutil.copy2(Path(__file__).parent / GENERATE, temporary / GENERATE)
         if trunk is not None:
             tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
             weights = {name: trunk[name].to("cpu", dtype) for name in trunk if name not in tied}
-            save_torch_state_dict(weights, temporary)
-        hashes = base.weights() if trunk is None else weight_hashes(temporary)
+            save_torch_state_dict(weights, temporary, max_shard_size=SHARD)
         config = {
             "format_version": FORMAT_VERSION,
             "exits": asdict(model.exits),
@@ -190,11 +199,11 @@ def save(
                 "hub_id": base.hub_id,
                 "revision": base.revision,
                 "license": base.license,
-                "included": full or trunk is not None,
+                "included": included,
                 "trained": trunk is not None or base.trained,
-                "weights": hashes,
+                "weights": weight_hashes(temporary) if included else base.weights(),
             },
-            "files": {EXITS: sha256(temporary / EXITS)},
+            "files": _file_hashes(temporary),
             "recipe": recipe or {},
             "figures": figures or {},
             "versions": {
@@ -203,7 +212,24 @@ def save(
             },
         }
         write_text(temporary / CARD, model_card(folder.name, config))
+        for file in temporary.glob("*.safetensors"):  # written readable for the owner only
+            shutil.copymode(temporary / CARD, file)
         write_json(temporary / CONFIG, config)
+        if check is not None:
+            config["figures"] = {**(figures or {}), "check": check(temporary)}
+            write_text(temporary / CARD, model_card(folder.name, config))
+            write_json(temporary / CONFIG, config)
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of what lies in a checkpoint besides its base's weights and `CONFIG`.
+
+    The card is left out: people edit it, and nothing reads it.
+    """
+    named_elsewhere = {CONFIG, CARD, *(file.name for file in base_weight_files(folder))}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: sha256(file) for name, file in names.items() if name not in named_elsewhere}
 
 
 def _copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
@@ -237,47 +263,6 @@ def copy(source: Path, folder: Path) -> None:
     with new_folder(folder) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
         write_text(temporary / CARD, model_card(folder.name, config))
-
-
-def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> None:
-    """Write an EE checkpoint of a plain base whose depths are read through its final norm.
-
-    This is how LayerSkip's own models, trained to be read so at every depth, become checkpoints.
-
-    Raises:
-        ValueError: no such base, depths that it has not, or a `folder` that may not be replaced.
-    """
-    base = find_base(name)
-    model = ExitModel(load_base(base.folder), ExitConfig(list(depths), head="shared"))
-    save(folder, model, base, full=full)
-
-
-def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> None:
-    """Write a checkpoint anew, checked on the way, with or without its base.
-
-    Raises:
-        ValueError: `source` fails the checks of `load`, or `folder` may not be replaced.
-    """
-    if folder.resolve() == source.resolve():
-        raise ValueError(f"{folder} is the checkpoint itself; name another folder")
-    check_target(folder)
-    config = read_config(source)
-    kept = ("hub_id", "revision", "license", "trained")
-    provenance = {key: config["base"].get(key) for key in kept}
-    if not full and provenance["trained"]:
-        raise ValueError(
-            f"{source} cannot be exported without its trunk, which was trained too: use --full"
-        )
-    model, _ = load(source, base=base)
-    home = _base_folder(source, config, base)
-    save(
-        folder,
-        model,
-        LocalBase(config["base"]["id"], home, provenance),
-        recipe=config["recipe"],
-        figures=config["figures"],
-        full=full,
-    )
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -330,19 +315,35 @@ def load(
             in hash, name or shape; the message says what differs.
     """
     config = read_config(folder)
-    home = _base_folder(folder, config, base)
-    _check_hashes(config, folder, home)
-    hf = load_base(home, dtype)
-    for key in _SHAPE_KEYS:
-        expected, found = config["model"][key], getattr(hf.config, key)
-        if expected != found:
-            raise ValueError(f"{home}: {key}={found!r}, but the exits belong to {expected!r}")
-    model = ExitModel(hf, ExitConfig(**config["exits"]))
-    _load_exits(model, folder / EXITS)
+    home = base_folder(folder, config, base)
+    check_hashes(config, folder, home)
+    model = _with_exits(load_base(home, dtype), folder, config, str(home))
     return model.to(device).eval(), AutoTokenizer.from_pretrained(home, local_files_only=True)
 
 
-def _base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
+def attach(hf: PreTrainedModel, folder: Path) -> ExitModel:
+    """The exits of a checkpoint on a model of its base that is loaded already.
+
+    Raises:
+        ValueError: no checkpoint, exits that are damaged, or a model of another shape.
+    """
+    config = read_config(folder)
+    _check_file(folder, EXITS, config["files"][EXITS])
+    return _with_exits(hf, folder, config, "the model")
+
+
+def _with_exits(hf: PreTrainedModel, folder: Path, config: dict[str, Any], name: str) -> ExitModel:
+    for key in _SHAPE_KEYS:
+        expected, found = config["model"][key], getattr(hf.config, key)
+        if expected != found:
+            raise ValueError(f"{name}: {key}={found!r}, but the exits belong to {expected!r}")
+    model = ExitModel(hf, ExitConfig(**config["exits"]))
+    load_exits(model, folder / EXITS)
+    return model
+
+
+def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
+    """Where the base of a checkpoint is. Raises ValueError if it is not on this machine."""
     if config["base"]["included"] and base is None:
         return folder
     return (own_base(folder, config) if base is None else find_base(base, near=folder)).folder
@@ -367,15 +368,10 @@ def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
     )
 
 
-def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
-    exits = folder / EXITS
-    if not exits.is_file():
-        raise ValueError(f"{folder}: {EXITS} is missing")
-    if (found := sha256(exits)) != config["files"][EXITS]:
-        raise ValueError(
-            f"{exits} is damaged or was changed: SHA-256 {found}, {CONFIG} says "
-            f"{config['files'][EXITS]}"
-        )
+def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
+    """Raise ValueError unless a checkpoint and its base hold what its config says."""
+    for name, expected_hash in config["files"].items():
+        _check_file(folder, name, expected_hash)
     expected, found_of = config["base"]["weights"], weight_hashes(home)
     if found_of != expected:
         differing = [
@@ -389,35 +385,11 @@ def _check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
         )
 
 
-def _load_exits(model: ExitModel, file: Path) -> None:
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
-    expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
-    if model.draft_tokens is not None:
-        expected[DRAFT_TOKENS] = model.draft_tokens
-    if stored.keys() != expected.keys():
-        _refuse_names(file, stored.keys() - expected.keys(), expected.keys() - stored.keys())
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs "
-                f"{tuple(expected[name].shape)}"
-            )
-    if model.draft_tokens is not None:
-        tokens_K = stored.pop(DRAFT_TOKENS).long()
-        bounds = torch.tensor([-1]), torch.tensor([model.vocab_size])
-        if torch.cat([bounds[0], tokens_K, bounds[1]]).diff().min() < 1:
-            raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
-        model.draft_tokens.copy_(tokens_K)
-    model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
-
-
-def _refuse_names(file: Path, unknown: set[str], missing: set[str]) -> None:
-    def shown(names: Sequence[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-    parts = [f"lacks {shown(sorted(missing))}"] if missing else []
-    parts += [f"has the unknown {shown(sorted(unknown))}"] if unknown else []
-    raise ValueError(f"{file} {' and '.join(parts)}")
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    file = folder / name
+    if not file.is_file():
+        raise ValueError(f"{folder}: {name} is missing")
+    if (found := sha256(file)) != expected:
+        raise ValueError(
+            f"{file} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
+        )

@@ -135,27 +135,70 @@ def generate(
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
-    folder: Annotated[Path, typer.Argument(help="where to write it")],
+    target: Annotated[Path, typer.Argument(help="folder to write, or FILE.gguf for --as gguf")],
     full: Annotated[bool, typer.Option(help="include the base: plain transformers loads it")] = (
         False
     ),
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            help="for other tools: draft-model (the exit as a causal LM of its own) or gguf "
+            "(for llama.cpp: the full model, or with --exit the draft model)",
+        ),
+    ] = None,
+    exit_depth: Annotated[
+        int | None, typer.Option("--exit", help="with --as: the exit to write")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
     exits: Annotated[
         str | None, typer.Option(help="for a plain model: depths read through its final norm")
     ] = None,
 ) -> None:
-    """Write an EE checkpoint anew, checked, with or without its base."""
-    from . import checkpoint as checkpoints
+    """Write an EE checkpoint anew, checked, with or without its base; or for other tools."""
+    from . import export as exports
+    from .config import check
     from .files import clear_leftovers
 
     quiet_transformers()
-    if clear_leftovers(folder):
-        out.say(f"an earlier export to {folder} was interrupted: cleaned up")
+    if clear_leftovers(target):
+        out.say(f"an earlier export to {target} was interrupted: cleaned up")
+    if form is not None:
+        check(not full, "full", full, "with --as something else than an EE checkpoint is written")
+        check(exits is None, "exits", exits, "with --as one exit is written: --exit DEPTH")
+        said = exports.export_as(form, checkpoint, target, depth=exit_depth, base=base)
+        out.say(f"{form}: {target}" + (f"; {said}" if said else ""))
+        return
+    check(exit_depth is None, "exit", exit_depth, "only with --as; a checkpoint has all its exits")
     if depths := parse_depths("exits", exits):
-        checkpoints.export_untrained(checkpoint, depths, folder, full=full)
+        found = exports.export_untrained(checkpoint, depths, target, full=full)
     else:
-        checkpoints.export(Path(checkpoint), folder, full=full, base=base)
-    out.say(f"EE checkpoint: {folder}")
+        found = exports.export(Path(checkpoint), target, full=full, base=base)
+    accepted = [f"{s:.3f} at depth {d}" for d, s in found["acceptance"].items() if s is not None]
+    out.say(
+        f"EE checkpoint: {target}; checked: {found['prompts']} prompts, {found['new_tokens']} new "
+        f"tokens, accepted of the drafts {', '.join(accepted)}"
+    )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="EE checkpoint, plain model, or a fetched name")],
+    base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for programs")] = False,
+) -> None:
+    """Say what can be read there: exits, sizes, license, base, figures, plan."""
+    import json
+
+    from . import inspection
+
+    quiet_transformers()
+    report = inspection.inspect(model, base)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for line in inspection.lines(report):
+        out.say(line)
 
 
 @app.command()

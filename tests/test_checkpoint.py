@@ -11,7 +11,7 @@ from conftest import tiny_hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hispec import checkpoint
+from hispec import checkpoint, export
 from hispec.config import ExitConfig
 from hispec.model import ExitModel
 
@@ -80,9 +80,10 @@ def test_adapters_come_back_too(tiny_base, tmp_path):
     assert "low-rank adapters" in (tmp_path / "ee" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_full_loads_in_plain_transformers_and_needs_no_base(trained, saved, tmp_path):
     full = tmp_path / "full"
-    checkpoint.export(saved, full, full=True)
+    export.export(saved, full, full=True)
     plain = AutoModelForCausalLM.from_pretrained(full)
     with torch.inference_mode():
         assert torch.equal(plain(TOKENS).logits, trained[0].hf(TOKENS).logits)
@@ -92,7 +93,7 @@ def test_full_loads_in_plain_transformers_and_needs_no_base(trained, saved, tmp_
     loaded, _ = checkpoint.load(full)
     for before, after in zip(all_logits(trained[0]), all_logits(loaded), strict=True):
         assert torch.equal(before, after)
-    checkpoint.export(full, tmp_path / "light", full=False, base=str(trained[1].folder))
+    export.export(full, tmp_path / "light", full=False, base=str(trained[1].folder))
     assert not (tmp_path / "light" / "model.safetensors").exists()
 
 
@@ -183,9 +184,10 @@ def test_missing_pieces_are_named(saved):
         checkpoint.load(saved)
 
 
+@pytest.mark.slow
 def test_only_checkpoints_are_ever_replaced(trained, saved, tmp_path):
     with pytest.raises(ValueError, match="is the checkpoint itself"):
-        checkpoint.export(saved, saved, full=True)
+        export.export(saved, saved, full=True)
     precious = tmp_path / "documents"
     precious.mkdir()
     checkpoint.save(precious, *trained)  # an empty folder may be taken
@@ -196,15 +198,16 @@ def test_only_checkpoints_are_ever_replaced(trained, saved, tmp_path):
         (trained[1].folder, "is not empty and no EE checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
-            checkpoint.export(saved, target, full=False)
+            export.export(saved, target, full=False)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
-    checkpoint.export(saved, precious, full=True)
+    export.export(saved, precious, full=True)
     assert (precious / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_base_read_through_its_final_norm_becomes_a_checkpoint(tiny_base, tmp_path):
     """LayerSkip's own models: no tensors of their own, but exits, a base and its hash."""
-    checkpoint.export_untrained(str(tiny_base), [3, 5], tmp_path / "shared", full=True)
+    export.export_untrained(str(tiny_base), [3, 5], tmp_path / "shared", full=True)
     model, _ = checkpoint.load(tmp_path / "shared")
     assert (model.exits.depths, model.exits.head) == ([3, 5], "shared")
     with torch.inference_mode():
@@ -213,7 +216,7 @@ def test_a_base_read_through_its_final_norm_becomes_a_checkpoint(tiny_base, tmp_
         hidden = model.run(model.embed(TOKENS), 0, 3)
         assert torch.equal(model.logits(3, hidden), expected)
     with pytest.raises(ValueError, match="depth 6 is the full model"):
-        checkpoint.export_untrained(str(tiny_base), [6], tmp_path / "no", full=False)
+        export.export_untrained(str(tiny_base), [6], tmp_path / "no", full=False)
 
 
 def test_a_full_checkpoint_takes_no_pickle_along(trained, saved, tmp_path):

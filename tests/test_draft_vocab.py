@@ -13,6 +13,7 @@ from test_train import settings
 from hispec import checkpoint
 from hispec.config import DecodeConfig, ExitConfig
 from hispec.decode import Decode
+from hispec.export import export
 from hispec.files import read_json, sha256, write_json
 from hispec.ladder import Ladder
 from hispec.lm import load
@@ -103,7 +104,7 @@ def test_training_chooses_stores_and_uses_it(tiny_base, texts, tmp_path):
     for reduced in (True, False):
         found = lm.generate(prompt, max_new_tokens=12, draft_vocab=reduced)
         assert found.tokens == plain.tokens
-    checkpoint.export(tmp_path / "ee", tmp_path / "full", full=True)
+    export(tmp_path / "ee", tmp_path / "full", full=True)
     assert torch.equal(load(tmp_path / "full", device="cpu").model.draft_tokens, chosen)
 
 

@@ -12,15 +12,17 @@ from conftest import ROOT
 # Each module may import those in lines before its own.
 LAYERS = [
     {"config", "files", "stats", "bases", "console", "proposal", "families", "attention", "chat"},
-    {"sampling", "cache", "text", "convert"},
+    {"sampling", "cache", "text", "convert", "gguf_tokenizer"},
     {"fetch", "prompts", "packing", "hub_errors"},
     {"heads", "card"},
     {"model"},
-    {"ladder", "draft", "measure", "compare"},
+    {"ladder", "draft", "measure", "compare", "exits_file"},
     {"decode", "checkpoint"},
     {"parcel"},
-    {"hub"},
-    {"lm"},
+    {"hub", "draft_model", "gguf_file"},
+    {"lm", "inspection", "generation"},
+    {"verify"},
+    {"export"},
     {"show"},
     {"cli"},
 ]

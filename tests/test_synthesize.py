@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from hispec import checkpoint
 from hispec.chat import render, user_turn
+from hispec.export import export_untrained
 from train.dedup import SeenTexts, seq_rep
 from train.recipe import load_recipe
 from train.sample_file import Progress, SampleFile
@@ -330,7 +331,7 @@ def test_a_turn_may_end_with_words(tmp_path, capsys):
 
 
 def test_an_exit_may_draft(talker, invented, tmp_path, capsys):
-    checkpoint.export_untrained(str(talker), [1], tmp_path / "ee", full=False)
+    export_untrained(str(talker), [1], tmp_path / "ee", full=False)
     given = (tmp_path / "ee", tmp_path / "a.jsonl")
     rows, _ = made(capsys, *given, drafter="exit", batch_size=4)
     assert [r["messages"] for r in rows] == [r["messages"] for r in rows_of(invented)]

@@ -9,6 +9,7 @@ from test_train import settings
 from transformers import AutoModelForCausalLM
 
 from hispec import checkpoint
+from hispec.export import export
 from train.forward import Batch
 from train.recipe import load_recipe
 from train.trainer import Trainer
@@ -108,8 +109,8 @@ def test_a_trained_trunk_is_exported_with_what_it_learned(tiny_base, texts, tmp_
     assert "that text is no longer the base's" in card
     assert "KL of the full model to its base" in card
     with pytest.raises(ValueError, match="was trained too: use --full"):
-        checkpoint.export(tmp_path / "ee", tmp_path / "light", full=False)
-    checkpoint.export(tmp_path / "ee", tmp_path / "again", full=True)
+        export(tmp_path / "ee", tmp_path / "light", full=False)
+    export(tmp_path / "ee", tmp_path / "again", full=True)
     again, _ = checkpoint.load(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(again.hf(rows_RT).logits, plain)

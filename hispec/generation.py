@@ -1,0 +1,245 @@
+"""`model.generate(custom_generate=DIR)` of plain transformers, decoded with the exits in DIR.
+
+transformers prepares everything as for its own decoding: generation config, inputs, processors,
+criteria. Only the loop is ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.logits_process import (
+    ExponentialDecayLengthPenalty,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .checkpoint import EXITS, attach, is_checkpoint
+from .config import DecodeConfig, check
+from .decode import Decode
+from .model import ExitModel
+
+_PREPARED = {
+    *("max_new_tokens", "max_time", "eos", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "no_repeat_ngram_size"),
+}
+"""Fields of `DecodeConfig` that transformers' own generation config has."""
+SETTINGS = {field.name for field in fields(DecodeConfig)} - _PREPARED
+_COUNTING = (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+)
+"""Processors that count the tokens of a row, padding included."""
+_MODES = ("greedy_search", "sample")
+_KEPT = "_hispec_exits"
+
+
+def generate(
+    model: PreTrainedModel,
+    *,
+    exits_from: str | None = None,
+    streamer: BaseStreamer | None = None,
+    stop_strings: str | list[str] | None = None,
+    tokenizer: Any = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    assistant_model: Any = None,
+    **arguments: Any,
+) -> torch.Tensor:
+    """Token ids [B, T] as `model.generate(**arguments)` gives them, left padding included.
+
+    Greedy text is that of `model.generate`. Sampled text is of the same law, but drawn with noise
+    of our own: it follows `seed`, or torch's global seed where that is not given.
+
+    Args:
+        model: any plain model of the base that the exits belong to.
+        exits_from: the EE checkpoint; by default the folder named as `custom_generate`, or the one
+            that `model` was loaded from.
+        streamer: for one row.
+        stop_strings: as in `generate`; they need `tokenizer`.
+        arguments: those of `generate`, and the settings of `DecodeConfig` that have no counterpart
+            there, `ladder`, `drafter`, `draft_length`, `buffer`, `seed` and so on.
+
+    Raises:
+        ValueError: no checkpoint there or exits of another model, a generation mode other than
+            greedy and sampling, or a setting that this model cannot decode with.
+    """
+    check(assistant_model is None, "assistant_model", "given", "the exits draft; leave it out")
+    settings = {key: arguments.pop(key) for key in sorted(SETTINGS & arguments.keys())}
+    ee = _with_exits(model, _folder(model, exits_from))
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if stop_strings:
+        check(tokenizer is not None, "tokenizer", None, "stop_strings need it")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    # Of the class: that of the model may be this function, if it was loaded with trust.
+    out: torch.Tensor = type(model).generate(
+        model,
+        stopping_criteria=criteria,
+        streamer=streamer,
+        custom_generate=_loop(ee, settings, streamer),
+        **arguments,
+    )
+    return out
+
+
+def _loop(
+    ee: ExitModel, settings: dict[str, Any], streamer: BaseStreamer | None
+) -> Callable[..., torch.Tensor]:
+    """The decoding loop as transformers calls it once everything is prepared."""
+
+    def decode(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        del model
+        mode = generation_config.get_generation_mode().value
+        check(mode in _MODES, "generation mode", mode, f"one of {', '.join(_MODES)}")
+        as_dict = generation_config.return_dict_in_generate
+        check(not as_dict, "return_dict_in_generate", as_dict, "token ids alone are returned")
+        check(input_ids.shape[1] > 0, "input_ids", "none", "a prompt of token ids, no embeddings")
+        check(streamer is None or len(input_ids) == 1, "streamer", streamer, "for one row only")
+        mask_BT = model_kwargs.get("attention_mask")
+        prompts = _prompts(input_ids, mask_BT)
+        _refuse_counting(logits_processor, mask_BT)
+        sampled = bool(generation_config.do_sample)
+        config = DecodeConfig(
+            **{"ladder": [*ee.exits.depths, ee.num_layers], **settings},
+            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            eos=_ids(generation_config._eos_token_tensor),
+            temperature=1.0 if sampled else 0.0,  # the rest of the law is in the processors
+        )
+        run = Decode(
+            ee,
+            prompts,
+            config,
+            seeds=_seeds(settings, len(prompts), config) if sampled else None,
+            logits_processor=logits_processor,
+            stopping_criteria=StoppingCriteriaList(
+                one
+                for one in stopping_criteria
+                if not isinstance(one, (MaxLengthCriteria, EosTokenCriteria))  # `config` has these
+            ),
+        )
+        if streamer is not None:
+            for (committed,) in run.run():
+                streamer.put(torch.tensor(committed.tokens))
+            streamer.end()
+        return _joined(input_ids, run.finish(), generation_config)
+
+    return decode
+
+
+def _joined(
+    input_ids: torch.Tensor, rows: list[list[int]], generation_config: GenerationConfig
+) -> torch.Tensor:
+    """Prompts and new tokens [B, T], rows that ended early padded at their end."""
+    pad = (_ids(generation_config._pad_token_tensor) or (0,))[0]
+    longest = max(len(tokens) for tokens in rows)
+    new_BN = [tokens + [pad] * (longest - len(tokens)) for tokens in rows]
+    return torch.cat([input_ids, torch.tensor(new_BN, device=input_ids.device)], dim=1)
+
+
+def _prompts(input_ids: torch.Tensor, mask_BT: torch.Tensor | None) -> list[list[int]]:
+    """Token ids of every row without its padding. Raises ValueError unless that is at its left."""
+    if mask_BT is None:
+        return input_ids.tolist()
+    seen_BT = mask_BT.bool().cpu().numpy()
+    check(
+        bool((np.diff(seen_BT.astype(int), axis=1) >= 0).all() and seen_BT[:, -1].all()),
+        "attention_mask",
+        "gaps or padding at the right",
+        "padding at the left only (padding_side='left')",
+    )
+    return [ids[seen_T].tolist() for ids, seen_T in zip(input_ids.cpu(), seen_BT, strict=True)]
+
+
+def _refuse_counting(processors: LogitsProcessorList, mask_BT: torch.Tensor | None) -> None:
+    for one in processors:
+        name = type(one).__name__
+        check(
+            not isinstance(one, UnbatchedClassifierFreeGuidanceLogitsProcessor),
+            "logits_processor",
+            name,
+            "it keeps a state of its own, and drafts would spoil it",
+        )
+        check(
+            mask_BT is None or not isinstance(one, _COUNTING),
+            "logits_processor",
+            name,
+            "it counts padding as text; decode rows of one length, or one by one",
+        )
+
+
+def _seeds(settings: dict[str, Any], rows: int, config: DecodeConfig) -> list[int] | None:
+    """One of every row: from the setting `seed`, or torch's global generator."""
+    generator = None
+    if "seed" in settings:
+        generator = torch.Generator().manual_seed(settings["seed"])
+    drawn = torch.randint(2**31, (rows,), generator=generator).tolist()
+    if config.law != "match":  # has one generator for all rows
+        config.seed = drawn[0]
+        return None
+    return drawn
+
+
+def _ids(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None else tuple(tensor.flatten().tolist())
+
+
+def _with_exits(model: PreTrainedModel, folder: Path) -> ExitModel:
+    """The model with its exits, built once and kept with it."""
+    key = str(folder.resolve()), (folder / EXITS).stat().st_mtime_ns
+    kept = vars(model).get(_KEPT)
+    if kept is None or kept[0] != key:
+        kept = key, attach(model, folder).eval()
+        vars(model)[_KEPT] = kept  # no submodule: the model is a part of it already
+    ee: ExitModel = kept[1]
+    return ee
+
+
+def _folder(model: PreTrainedModel, given: str | None) -> Path:
+    """The EE checkpoint that is meant. Raises ValueError if there is none."""
+    named = [given] if given else [_custom_generate(), model.config._name_or_path]
+    for name in named:
+        if name and is_checkpoint(Path(name)):
+            return Path(name)
+    shown = ", ".join(repr(name) for name in named if name)
+    raise ValueError(
+        f"no EE checkpoint in a local folder at {shown or 'any place named'}; a model of the Hub "
+        "has to be on this machine: name its folder as exits_from=FOLDER"
+    )
+
+
+def _custom_generate() -> str | None:
+    """What the user named as `custom_generate`: transformers does not hand it on, so it is read
+    where transformers has it, in the call that led here."""
+    frame = sys._getframe(1)
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_name == "generate":
+            value = frame.f_locals.get("custom_generate")
+            if isinstance(value, str):
+                return value
+    return None
