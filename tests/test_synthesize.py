@@ -357,7 +357,7 @@ def test_exits_train_on_the_file(invented, talker, tmp_path):
     }
     trainer = Trainer(load_recipe(["recipe=smoke", *(f"{k}={v}" for k, v in given.items())]))
     batches = trainer._batches()
-    labels = torch.cat([next(batches)[1] for _ in range(len(trainer.loader))])
+    labels = torch.cat([next(batches)["labels"] for _ in range(len(trainer.loader))])
     taught = trainer.tokenizer.decode(labels[labels >= 0])
     assert "</s>" in taught
     assert "user" not in taught
