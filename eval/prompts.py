@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from hispec.checkpoint import is_checkpoint, read_config
 from hispec.config import check
 from hispec.lm import EarlyExitLM
-from hispec.prompts import read_prompts
+from hispec.prompts import read_prompts, spread
 from hispec.text import STDLIB, Document, documents, held_out_stream, split
 
 
@@ -83,18 +82,10 @@ def from_file(lm: EarlyExitLM, path: Path, count: int) -> list[list[int]]:
     Raises:
         ValueError: a row that is no prompt, or no prompts at all.
     """
-    by_task: dict[str, list[list[int]]] = defaultdict(list)
-    for prompt in read_prompts(path):
-        by_task[prompt.task].append(prompt.encode(lm.tokenizer))
-    if not by_task:
+    taken = spread(read_prompts(path), count)
+    if not taken:
         raise ValueError(f"{path} holds no prompts")
-    tasks = list(by_task.values())
-    share = [count // len(tasks) + (i < count % len(tasks)) for i in range(len(tasks))]
-    return [
-        rows[j * len(rows) // wanted]
-        for rows, wanted in zip(tasks, share, strict=True)
-        for j in range(min(wanted, len(rows)))
-    ]
+    return [prompt.encode(lm.tokenizer) for prompt in taken]
 
 
 @dataclass

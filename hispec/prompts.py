@@ -1,14 +1,18 @@
-"""What a row of a JSONL file of prompts asks for."""
+"""Prompts: what a row of a JSONL file asks for, a set of our own, and how to take a few of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .chat import Message, is_chat
+from .config import check
 from .text import local_rows
+
+BUILTIN = Path(__file__).with_name("prompts.jsonl")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,39 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
             raise ValueError(
                 f"{where} has none of turns, question, messages, prompt; it has: {', '.join(row)}"
             )
+
+
+def builtin() -> list[Prompt]:
+    """The prompts that come with the package, eight each of chat, code, math, summarization,
+    translation and retrieval: single turns that a base without a chat template can take too."""
+    return list(read_prompts(BUILTIN))
+
+
+def spread(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
+    """`count` of the prompts, or all if they are fewer, task after task.
+
+    As many of each task, as far as it has them, at even distances in it, so that the choice
+    depends on nothing but the number.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    check(count >= 1, "prompts", count, "1 or more")
+    by_task: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in prompts:
+        by_task[prompt.task].append(prompt)
+    share = dict.fromkeys(by_task, 0)
+    left = min(count, sum(map(len, by_task.values())))
+    while left:
+        for task, rows in by_task.items():
+            taken = share[task] < len(rows) and left > 0
+            share[task] += taken
+            left -= taken
+    return [
+        rows[i * len(rows) // share[task]]
+        for task, rows in by_task.items()
+        for i in range(share[task])
+    ]
 
 
 def _filled(text: Any, where: str) -> str:
