@@ -7,10 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import tiny_hf, tiny_tokenizer
+from conftest import tiny_tokenizer
 
-from eval.prompts import from_file
-from hispec.lm import EarlyExitLM
 from hispec.prompts import Prompt, builtin, read_prompts, spread
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -60,14 +58,19 @@ def test_rows_that_ask_nothing_are_refused(tmp_path, row, message):
         list(read_prompts(write(tmp_path, row)))
 
 
-def test_an_evaluation_takes_prompts_of_every_task(tmp_path):
-    lm = EarlyExitLM.from_transformers(tiny_hf(vocab_size=320), tiny_tokenizer())
-    rows = [{"question": f"{task} {i}?", "task": task} for task in "abc" for i in range(5)]
-    taken = [lm.tokenizer.decode(ids) for ids in from_file(lm, write(tmp_path, *rows), 6)]
-    assert taken == [f"user: {task} {i}?\nassistant: " for task in "abc" for i in (0, 2)]
-    assert from_file(lm, write(tmp_path, rows[0]), 1) == [lm.encode("a 0?")]
-    with pytest.raises(ValueError, match="holds no prompts"):
-        from_file(lm, write(tmp_path), 1)
+def test_with_the_template_or_without(tmp_path):
+    tokenizer = tiny_tokenizer()
+    text, question, chat = read_prompts(
+        write(tmp_path, {"prompt": "x ="}, {"question": "Why?"}, {"messages": [SYSTEM, USER]})
+    )
+    assert tokenizer.decode(text.encode(tokenizer, chat=True)) == "user: x =\nassistant: "
+    assert tokenizer.decode(question.encode(tokenizer, chat=False)) == "Why?"
+    assert question.encode(tokenizer, chat=True) == question.encode(tokenizer)
+    with pytest.raises(ValueError, match="line 3 has 2 turns, but chat=False"):
+        chat.encode(tokenizer, chat=False)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat=True is not possible: the tokenizer has no chat"):
+        text.encode(tokenizer, chat=True)
 
 
 @pytest.mark.parametrize(
