@@ -47,6 +47,7 @@ def hf_generate(
     max_new_tokens: int,
     eos: Sequence[int] = (),
     stopping_criteria: StoppingCriteriaList | None = None,
+    assistant_model: Any = None,
     **settings: Any,
 ) -> list[int]:
     """New token ids of transformers' own greedy `generate`.
@@ -65,6 +66,7 @@ def hf_generate(
                 tokens_1T,
                 attention_mask=torch.ones_like(tokens_1T),
                 stopping_criteria=stopping_criteria,
+                assistant_model=assistant_model,
             )
     finally:
         hf.generation_config = own
