@@ -82,7 +82,7 @@ def rivals(
 def _lookup(lm: EarlyExitLM, limits: Limits, name: str, full: int) -> Contestant:
     if name in HF:
         label, tokens = f"HF prompt lookup {shown([full])}", limits.lookup_length
-        return _by_hf(lm, limits, label, prompt_lookup_num_tokens=tokens)
+        return _by_hf(lm, limits, label, {"prompt_lookup_num_tokens": tokens})
     from economize.techniques.lookup import LookupConfig
 
     drafter = LookupConfig(max_proposal=limits.lookup_length)
@@ -95,13 +95,7 @@ def _early_exit(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Conte
     own = "" if lm.model.exits.head == "shared" else ", final norm"
     label = f"early exit{own} {shown([depth, lm.model.num_layers])}"
     if name in HF:
-        return _by_hf(
-            lm,
-            limits,
-            f"HF {label}",
-            assistant_early_exit=depth,
-            num_assistant_tokens=limits.draft_length,
-        )
+        return _by_hf(lm, limits, f"HF {label}", {"assistant_early_exit": depth})
     from economize.techniques.early_exit import EarlyExitConfig
 
     drafter = EarlyExitConfig(exit_layer=depth, head="shared")
@@ -114,13 +108,10 @@ def _draft_model(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Cont
     draft = draft_model(lm.model, depth)
     label = f"exit as draft model {shown([depth, lm.model.num_layers])}"
     if name in HF:
-        draft.generation_config = GenerationConfig(  # `generate` asks the draft model for these
-            num_assistant_tokens=limits.draft_length,
-            num_assistant_tokens_schedule="constant",
-            eos_token_id=list(limits.eos) or None,
-            pad_token_id=0,
+        draft.generation_config = GenerationConfig(  # the draft model's counts, not the target's
+            num_assistant_tokens=limits.draft_length, pad_token_id=0
         )
-        return _by_hf(lm, limits, f"HF, {label}", assistant_model=draft)
+        return _by_hf(lm, limits, f"HF, {label}", {"assistant_model": draft})
     from economize.techniques.draft_model import DraftModelConfig
 
     with tempfile.TemporaryDirectory() as folder:  # read once, when it is attached
@@ -136,12 +127,18 @@ def _draft_model(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Cont
         )
 
 
-def _by_hf(lm: EarlyExitLM, limits: Limits, name: str, **settings: Any) -> Contestant:
+def _by_hf(
+    lm: EarlyExitLM, limits: Limits, name: str, assisted: dict[str, Any] | None = None
+) -> Contestant:
+    """transformers' `generate`, with these arguments."""
     hf = lm.model.hf
+    length = {"num_assistant_tokens": limits.draft_length} if assisted else {}
 
     def decode(prompt: list[int]) -> Outcome:
         with _same_depth(hf), _passes(hf) as passes:
-            tokens = hf_generate(hf, prompt, limits.max_new_tokens, limits.eos, **settings)
+            tokens = hf_generate(
+                hf, prompt, limits.max_new_tokens, limits.eos, assisted=assisted, **length
+            )
         return Outcome(tokens, passes())
 
     return Contestant(name, decode, outside=True)

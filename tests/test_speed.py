@@ -106,6 +106,20 @@ def test_rivals_draft_with_the_exit_that_is_named(ee):
             assert drafts.accepted == drafts.proposed > 0
 
 
+def test_the_early_exit_of_transformers_keeps_what_it_has_read(ee):
+    """Its drafts are no assisted decodes themselves, each of which would read the prompt anew."""
+    lm = load(ee, device="cpu")
+    (rival,), _ = rivals(lm, LIMITS, ["hf-early-exit"], [2])
+    read: list[int] = []
+    hook = lm.model.hf.model.layers[0].register_forward_pre_hook(
+        lambda module, arguments: read.append(arguments[0].shape[1])
+    )
+    prompt = tokens_of(lm)[0]
+    rival.decode(prompt)
+    hook.remove()
+    assert sum(length >= len(prompt) for length in read) == 2  # once to draft, once to verify
+
+
 def test_an_interrupted_early_exit_leaves_the_model_whole(ee, monkeypatch):
     lm = load(ee, device="cpu")
     (rival,), _ = rivals(lm, LIMITS, ["hf-early-exit"], [2])
