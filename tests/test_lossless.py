@@ -105,7 +105,7 @@ def test_sampled_texts_are_compared_by_what_they_are_drawn_by(lm):
 
 
 def test_differences_are_classed_in_every_family(family, prompts):
-    """Rounding is told by two passes over a cache of transformers' own, sliding windows included."""
+    """Rounding is told by a pass over a cache of transformers' own, sliding windows included."""
     hf = tiny_hf(family)
     text = hf_generate(hf, prompts[2], 4)
     found = first_difference(hf, prompts[2], [*text[:3], (text[3] + 1) % VOCAB], text)
