@@ -67,13 +67,13 @@ def rivals(
     for name in names:
         check(name in (*HF, *ECONOMIZE), "rivals", name, f"known: {', '.join((*HF, *ECONOMIZE))}")
         check(name in here, "rivals", name, "it needs economize: pip install 'hispec[rivals]'")
+    makers = {"lookup": _lookup, "early-exit": _early_exit, "draft-model": _draft_model}
     found, left_out = [], []
     for name in names:
-        lookup = name.endswith("lookup")
-        for depth in [lm.model.num_layers] if lookup else exits:
-            make = _early_exit if name.endswith("early-exit") else _draft_model
+        kind = name.partition("-")[2]
+        for depth in [lm.model.num_layers] if kind == "lookup" else exits:
             try:
-                found.append((_lookup if lookup else make)(lm, limits, name, depth))
+                found.append(makers[kind](lm, limits, name, depth))
             except ValueError as error:
                 left_out.append(f"{name} is left out: {error}")
     return found, left_out
