@@ -108,12 +108,9 @@ def compute_states(
     chunk: int,
 ) -> dict[str, torch.Tensor]:
     """The tensors [B, T, ...] that are kept of some rows, on the CPU, by name."""
-    found: dict[str, torch.Tensor] = {}
-    hidden_BTH, at = model.embed(tokens_BT), 0
-    for depth in [*sizes.depths, model.num_layers]:
-        hidden_BTH, at = model.run(hidden_BTH, at, depth, positions_BT), depth
-        found[f"depth.{depth}"] = hidden_BTH
-    final_BTH = model.normed(model.num_layers, found.pop(f"depth.{model.num_layers}"))
+    states = model.states(tokens_BT, [*sizes.depths, model.num_layers], positions_BT)
+    final_BTH = model.normed(model.num_layers, states[model.num_layers])
+    found = {f"depth.{depth}": states[depth] for depth in sizes.depths}
     if sizes.final:
         found["final"] = final_BTH
     tops, logs = [], []
