@@ -53,7 +53,8 @@ class Trainer:
         set_seed(recipe.seed)
         quiet_transformers()
         self.base = checkpoint.find_base(recipe.base)
-        dtype = torch.float32 if recipe.trunk == "full" else recipe.dtype  # master weights, or not
+        # A trunk that is trained whole needs master weights; any other is used as it is.
+        dtype = torch.float32 if recipe.trunk == "full" else recipe.dtype
         hf = checkpoint.load_base(self.base.folder, dtype)
         self.model = ExitModel(hf, recipe.exit_config(), gather).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
