@@ -176,10 +176,6 @@ class Cache:
             self._hidden[track] = hidden_BTH.new_zeros(self.rows * self.capacity, width)
         self._hidden[track].index_copy_(0, self.flat(slots_BT), hidden_BTH.reshape(-1, width))
 
-    def holds(self, track: Any) -> bool:
-        """Whether the track has stored hidden states at all."""
-        return track in self._hidden
-
     def hidden(self, track: Any, slots_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that a track stored for `slots_BT`."""
         picked = self._hidden[track].index_select(0, self.flat(slots_BT))

@@ -157,6 +157,7 @@ def export(
 ) -> None:
     """Write an EE checkpoint anew, checked, with or without its base; or for other tools."""
     from . import export as exports
+    from .card import accepted
     from .config import check
     from .files import clear_leftovers
 
@@ -174,10 +175,9 @@ def export(
         found = exports.export_untrained(checkpoint, depths, target, full=full)
     else:
         found = exports.export(Path(checkpoint), target, full=full, base=base)
-    accepted = [f"{s:.3f} at depth {d}" for d, s in found["acceptance"].items() if s is not None]
     out.say(
         f"EE checkpoint: {target}; checked: {found['prompts']} prompts, {found['new_tokens']} new "
-        f"tokens, accepted of the drafts {', '.join(accepted)}"
+        f"tokens, accepted of the drafts {accepted(found)}"
     )
 
 

@@ -307,11 +307,9 @@ class Decode:
         logits_BCV = self.ladder.logits(
             rung, self.tokens_BN, base_B - 1, upto_B, tree, drafting=drafting
         )
-        columns = np.arange(logits_BCV.shape[1])
-        asked_BC = columns < (upto_B - base_B + 1)[:, None]
-        rows_N, columns_N = np.nonzero(asked_BC)
         if not self.processors:
             return logits_BCV
+        rows_N, columns_N = _asked(logits_BCV, upto_B - base_B)
         scores_BCV = logits_BCV.float()
         length_N = base_B[rows_N] + proposal.depth_BC[rows_N, columns_N]
         for length in np.unique(length_N):  # processors take prefixes of one length at a time
@@ -332,8 +330,7 @@ class Decode:
         than once, it is what it said on the accepted path that comes last, and stays."""
         if not self.drafter.observes:
             return
-        asked_BC = np.arange(scores_BCV.shape[1]) < (upto_B - base_B + 1)[:, None]
-        rows_N, columns_N = np.nonzero(asked_BC)
+        rows_N, columns_N = _asked(scores_BCV, upto_B - base_B)
         if verdict is not None:
             on_path_N = verdict.on_path(scores_BCV.shape[1])[rows_N, columns_N]
             order_N = np.argsort(on_path_N, kind="stable")
@@ -414,3 +411,10 @@ class Decode:
         for rung, stats in enumerate(self.stats.rungs):
             stats.tokens_run = self.ladder.segment_tokens[rung]
             stats.head_tokens_run = self.ladder.head_tokens[rung]
+
+
+def _asked(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) [N] of scores after the last agreed token and `count` more; others are
+    padding."""
+    rows_N, columns_N = np.nonzero(np.arange(scores_BCV.shape[1]) <= count_B[:, None])
+    return rows_N, columns_N

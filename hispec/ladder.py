@@ -187,18 +187,17 @@ class Ladder:
         if self.model.head(self.depths[rung]).mix is None:
             return None
         before_BT = self.cache.slots_before(slots_BT)
-        last = len(self.depths) - 1
-        sources = [(("segment", last), self.depths[last])]
-        lower = max(rung - 1, 0)
-        kind = "head" if self.head_layers(lower) else "segment"
-        sources.insert(0, ((kind, lower), self.depths[lower]))
+        lower, last = max(rung - 1, 0), len(self.depths) - 1
+        stand_in = ("head" if self.head_layers(lower) else "segment", lower)
         found_BTH: torch.Tensor | None = None
-        for track, depth in sources:
-            length_B1 = torch.from_numpy(self.cache.length(track)[:, None]).to(slots_BT.device)
-            known_BT = (before_BT >= 0) & (before_BT < length_B1)
-            if not self.cache.holds(track):
+        for track in (stand_in, ("segment", last)):  # the full model's own state where it is known
+            length_B = self.cache.length(track)
+            if not length_B.any():
                 continue
-            normed_BTH = self.model.normed(depth, self.cache.hidden(track, before_BT.clamp_min(0)))
+            length_B1 = torch.from_numpy(length_B[:, None]).to(slots_BT.device)
+            known_BT = (before_BT >= 0) & (before_BT < length_B1)
+            states_BTH = self.cache.hidden(track, before_BT.clamp_min(0))
+            normed_BTH = self.model.normed(self.depths[track[1]], states_BTH)
             if found_BTH is None:
                 found_BTH = torch.zeros_like(normed_BTH)
             found_BTH = torch.where(known_BT[..., None], normed_BTH, found_BTH)
