@@ -264,15 +264,21 @@ def load(
         folder = hub.locate(str(path)) or folder
     if checkpoint.is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
-        try:
-            plan = read_plan(folder)
-        except ValueError as error:  # a checkpoint decodes without one
-            warnings.warn(str(error), stacklevel=2)
-            plan = None
-        return EarlyExitLM(*checkpoint.load(folder, dtype=dtype, device=device, base=base), plan)
+        loaded = checkpoint.load(folder, dtype=dtype, device=device, base=base)
+        return EarlyExitLM(*loaded, _plan(folder))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = checkpoint.find_base(str(path)).folder
     tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
     hf = checkpoint.load_base(home, dtype).to(device)
-    return EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
+    lm = EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
+    lm.plan = _plan(home) if exits is None else None
+    return lm
+
+
+def _plan(folder: Path) -> Plan | None:
+    try:
+        return read_plan(folder)
+    except ValueError as error:  # a model decodes without one
+        warnings.warn(str(error), stacklevel=3)
+        return None

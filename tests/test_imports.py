@@ -23,7 +23,7 @@ LAYERS = [
     {"hub", "draft_model", "gguf_file"},
     {"lm", "inspection", "generation"},
     {"verify", "plan"},
-    {"export"},
+    {"export", "planning"},
     {"show"},
     {"cli"},
 ]
