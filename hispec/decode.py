@@ -24,7 +24,7 @@ from .draft import build_drafter
 from .ladder import Ladder
 from .model import ExitModel
 from .proposal import Proposal, chain_parents
-from .sampling import Match, Rejection, Sampler, Verdict, confidence, processors
+from .sampling import Match, Rejection, Sampler, Verdict, processors
 from .stats import DecodeStats, RungStats
 
 
@@ -225,7 +225,9 @@ class Decode:
         self._write(rows, base_B[rows], token_B[rows], self.ladder.depths[0])
         self.agreed[0] = base_B + rows_B
         self._count(0, 0, 0, time.perf_counter() - began)
-        return confidence(scores_BV) >= threshold if threshold else np.ones_like(rows_B)
+        return (
+            self.sampler.confidence(scores_BV) >= threshold if threshold else np.ones_like(rows_B)
+        )
 
     def offer_chain(self, tokens_BN: np.ndarray, rows_B: np.ndarray) -> None:
         """Put free drafts [B, N] to some rows, as far as the texts may go on."""
@@ -305,11 +307,9 @@ class Decode:
         logits_BCV = self.ladder.logits(
             rung, self.tokens_BN, base_B - 1, upto_B, tree, drafting=drafting
         )
-        columns = np.arange(logits_BCV.shape[1])
-        asked_BC = columns < (upto_B - base_B + 1)[:, None]
-        rows_N, columns_N = np.nonzero(asked_BC)
         if not self.processors:
             return logits_BCV
+        rows_N, columns_N = _asked(logits_BCV, upto_B - base_B)
         scores_BCV = logits_BCV.float()
         length_N = base_B[rows_N] + proposal.depth_BC[rows_N, columns_N]
         for length in np.unique(length_N):  # processors take prefixes of one length at a time
@@ -330,14 +330,16 @@ class Decode:
         than once, it is what it said on the accepted path that comes last, and stays."""
         if not self.drafter.observes:
             return
-        asked_BC = np.arange(scores_BCV.shape[1]) < (upto_B - base_B + 1)[:, None]
-        rows_N, columns_N = np.nonzero(asked_BC)
+        rows_N, columns_N = _asked(scores_BCV, upto_B - base_B)
         if verdict is not None:
             on_path_N = verdict.on_path(scores_BCV.shape[1])[rows_N, columns_N]
             order_N = np.argsort(on_path_N, kind="stable")
             rows_N, columns_N = rows_N[order_N], columns_N[order_N]
         tokens_N = self.tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
-        self.drafter.observe(tokens_N, scores_BCV[rows_N, columns_N])
+        candidates_NK = self.sampler.candidates(
+            scores_BCV[rows_N, columns_N], self.drafter.observes
+        )
+        self.drafter.observe(tokens_N, candidates_NK)
 
     def _write(
         self, rows_N: np.ndarray, slots_N: np.ndarray, tokens_N: np.ndarray, depth: int
@@ -359,7 +361,7 @@ class Decode:
 
     def _unsure(self, scores_BCV: torch.Tensor, verdict: Verdict) -> np.ndarray:
         """Rows [B] with a token, accepted or added, of which the level was not sure."""
-        sure_BC = confidence(scores_BCV) >= self.config.buffer_threshold
+        sure_BC = self.sampler.confidence(scores_BCV) >= self.config.buffer_threshold
         return (verdict.on_path(sure_BC.shape[1]) & ~sure_BC).sum(1) > 0
 
     def _stop(self, before_B: np.ndarray) -> None:
@@ -409,3 +411,10 @@ class Decode:
         for rung, stats in enumerate(self.stats.rungs):
             stats.tokens_run = self.ladder.segment_tokens[rung]
             stats.head_tokens_run = self.ladder.head_tokens[rung]
+
+
+def _asked(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) [N] of scores after the last agreed token and `count` more; others are
+    padding."""
+    rows_N, columns_N = np.nonzero(np.arange(scores_BCV.shape[1]) <= count_B[:, None])
+    return rows_N, columns_N

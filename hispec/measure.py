@@ -147,11 +147,8 @@ def _normed_states(
     depths: Sequence[int],
 ) -> dict[int, _Read]:
     """What is read at some depths of one row."""
-    hidden_1TH, at, states = model.embed(tokens_1T), 0, {}
-    for depth in [*depths, model.num_layers]:
-        hidden_1TH, at = model.run(hidden_1TH, at, depth, positions_1T), depth
-        states[depth] = hidden_1TH
-    final_1TH = model.normed(model.num_layers, hidden_1TH)
+    states = model.states(tokens_1T, {*depths, model.num_layers}, positions_1T)
+    final_1TH = model.normed(model.num_layers, states[model.num_layers])
     found = {model.num_layers: _Read(final_1TH[0])}
 
     def read(depth: int, normed_1TH: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,22 @@ class ExitModel(nn.Module):
             cache,
         )
 
+    def states(
+        self,
+        tokens_BT: torch.Tensor,
+        depths: Iterable[int],
+        positions_BT: torch.Tensor | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Hidden states [B, T, H] of whole sequences or packed documents by depth, before any norm.
+
+        Every layer up to the deepest of `depths` runs once.
+        """
+        hidden_BTH, at, found = self.embed(tokens_BT), 0, {}
+        for depth in sorted(depths):
+            hidden_BTH, at = self.run(hidden_BTH, at, depth, positions_BT), depth
+            found[depth] = hidden_BTH
+        return found
+
     def run_head(
         self,
         depth: int,

@@ -133,12 +133,9 @@ def verify(request: Request) -> dict[str, Any]:
 @torch.inference_mode()
 def _logits(lm: EarlyExitLM, tokens_1T: torch.Tensor) -> dict[int, torch.Tensor]:
     """Logits [T, V] at every exit and at full depth."""
-    model, at, found = lm.model, 0, {}
-    hidden_1TH = model.embed(tokens_1T)
-    for depth in [*model.exits.depths, model.num_layers]:
-        hidden_1TH, at = model.run(hidden_1TH, at, depth), depth
-        found[depth] = model.logits(depth, hidden_1TH)[0]
-    return found
+    model = lm.model
+    states = model.states(tokens_1T, [*model.exits.depths, model.num_layers])
+    return {depth: model.logits(depth, hidden_1TH)[0] for depth, hidden_1TH in states.items()}
 
 
 def _compare(wanted: dict[int, torch.Tensor], found: dict[int, torch.Tensor]) -> None:

@@ -189,16 +189,11 @@ class TrainingStep:
     def _states(self, model: ExitModel, batch: Batch, depths: list[int]) -> dict[int, torch.Tensor]:
         """States [B, T, H] at some depths and at the end."""
         wanted = {*depths, model.num_layers}
+        if not self.trunk.trained:
+            return model.states(batch.tokens_BT, wanted, batch.positions_BT)
+        recipe = self.recipe
         hidden_BTH = model.embed(batch.tokens_BT)
         found: dict[int, torch.Tensor] = {}
-        if not self.trunk.trained:
-            at = 0
-            for depth in sorted(wanted):
-                hidden_BTH = model.run(hidden_BTH, at, depth, batch.positions_BT)
-                at = depth
-                found[depth] = hidden_BTH
-            return found
-        recipe = self.recipe
         warm = warmed_up(batch.step, recipe.dropout_warmup * recipe.steps)
         layer_rates = rates(recipe.dropout_schedule, model.num_layers, recipe.layer_dropout)
         rows = len(hidden_BTH)

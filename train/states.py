@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
         top_k=min(recipe.states_top_k, vocab_size),
         hidden=hidden,
         final=recipe.head_previous,
-        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+        dtype=recipe.dtype,
     )
 
 
@@ -108,12 +108,9 @@ def compute_states(
     chunk: int,
 ) -> dict[str, torch.Tensor]:
     """The tensors [B, T, ...] that are kept of some rows, on the CPU, by name."""
-    found: dict[str, torch.Tensor] = {}
-    hidden_BTH, at = model.embed(tokens_BT), 0
-    for depth in [*sizes.depths, model.num_layers]:
-        hidden_BTH, at = model.run(hidden_BTH, at, depth, positions_BT), depth
-        found[f"depth.{depth}"] = hidden_BTH
-    final_BTH = model.normed(model.num_layers, found.pop(f"depth.{model.num_layers}"))
+    states = model.states(tokens_BT, [*sizes.depths, model.num_layers], positions_BT)
+    final_BTH = model.normed(model.num_layers, states[model.num_layers])
+    found = {f"depth.{depth}": states[depth] for depth in sizes.depths}
     if sizes.final:
         found["final"] = final_BTH
     tops, logs = [], []
@@ -161,7 +158,7 @@ class StateStore(Dataset[dict[str, Any]]):
             **asdict(sizes),
             "dtype": str(sizes.dtype),
         }
-        self._open = lru_cache(maxsize=None)(self._open_file)
+        self._open = cache(self._open_file)
 
     def __len__(self) -> int:
         return len(self.rows)
