@@ -192,7 +192,8 @@ def report(out: Output, rows: Sequence[dict[str, Any]], prompts: Sequence[Asked]
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         out.say(
             f"texts that differ from HF's, by the class of their first difference: {counted}; the "
-            f"two top logits were at most {gap:.3f} apart there"
+            f"two top logits were at most {gap:.3f} apart there (a tie: rounding decides; compare "
+            "with dtype=float32)"
         )
 
 
@@ -203,19 +204,24 @@ def _overall(rows: Sequence[dict[str, Any]], prompts: int) -> Table:
                   "text of HF", "of own plain"):  # fmt: skip
         table.add_column(title, justify="right")
     for row in rows:
-        same = [
-            "same" if row[key] == prompts else f"{row[key]} of {prompts}"
-            for key in ("same_as_generate", "same_as_plain")
-        ]
         table.add_row(
             row["setting"],
             _spread(row["tokens_per_second"], ".1f"),
             _spread(row["over_generate"], ".2f"),
             _spread(row["over_plain"], ".2f"),
             f"{row['tokens_per_target_pass']:.2f}",
-            *same,
+            _same(row["same_as_generate"], prompts, row["differences"]),
+            _same(row["same_as_plain"], prompts),
         )
     return table
+
+
+def _same(count: int, prompts: int, kinds: dict[str, int] | None = None) -> str:
+    """How many texts are the same, and the classes of the others' first differences."""
+    if count == prompts:
+        return "same"
+    classes = [f"{number} {kind}" for kind, number in (kinds or {}).items()]
+    return ", ".join([f"{count} of {prompts}", *classes])
 
 
 def _spread(rate: dict[str, float], form: str) -> str:

@@ -18,6 +18,7 @@ from eval.rivals import ECONOMIZE, HF, Limits, by_generate, installed, rivals
 from eval.timing import Contestant, Outcome, Spent, measure
 from hispec.compare import hf_generate
 from hispec.config import ExitConfig
+from hispec.console import Output
 from hispec.lm import EarlyExitLM, load
 from hispec.model import ExitModel
 from hispec.stats import DraftStats
@@ -225,6 +226,25 @@ def test_speed_reports_all_of_it(ee, tmp_path, capsys):
     assert set(hispec["acceptance"]) <= {"2", "4"}
     assert sum(rung["share_of_time"] for rung in hispec["rungs"].values()) < 1
     assert hispec["rungs"]["6"]["ms_per_token"] > 0
+
+
+def test_a_wrong_text_is_counted_and_classed(ee, capsys):
+    lm = load(ee, device="cpu")
+    right = by_generate(lm, LIMITS)
+
+    def one_wrong(prompt: list[int]) -> Outcome:
+        tokens = right.decode(prompt).tokens
+        return Outcome([*tokens[:2], (tokens[2] + 1) % 320, *tokens[3:]], len(tokens))
+
+    prompts = [Asked("a", tokens) for tokens in tokens_of(lm)]
+    plain = preset(lm, "plain", {**COMMON, "ladder": [6]})
+    measured = measure([right, plain, Contestant("wrong", one_wrong)], prompts, 1)
+    rows = eval.speed.summary(lm.model.hf, measured, prompts)
+    assert (rows[1]["same_as_generate"], rows[1]["differences"]) == (2, {})
+    assert (rows[2]["same_as_generate"], rows[2]["same_as_plain"]) == (0, 0)
+    assert (rows[2]["differences"], rows[2]["largest_gap"] > 0) == ({"bug": 2}, True)
+    eval.speed.report(Output(), rows, prompts)
+    assert "0 of 2, 2 bug" in capsys.readouterr().out
 
 
 def test_speed_refuses_before_it_decodes(ee):
