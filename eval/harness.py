@@ -73,7 +73,7 @@ class Scores:
         found: list[dict[int, Scored]] = [{} for _ in pairs]
         for row, text in enumerate(cut):
             count = min(len(pairs[row][1]), len(text) - 1)
-            ending_N = torch.tensor(text[-count:], device=self.model.device)
+            ending_N = torch.tensor(text[len(text) - count :], device=self.model.device).long()
             read = slice(len(text) - 1 - count, len(text) - 1)
             for depth in self.depths:
                 total, greedy = 0.0, True

@@ -119,17 +119,19 @@ def main(words: Sequence[str]) -> None:
         for found in reversed(fit(lm.model, rows, [*exits, full], reference))
     ]
     if same:
-        columns[0].name = "full model = base"
+        columns[0].name, base = "full model = base", None
     elif base is not None:
         (found,) = fit(base.model, rows, [base.model.num_layers], reference)
         columns.insert(0, Column("base", base, found.depth, found))
     if tasks:
         _run(settings, columns, tasks, decoding, out)
 
-    out.print(_table(columns))
+    compared = same or base is not None
+    out.print(_table(columns, "base" if compared else "full model"))
     text = f"{rows.tokens_RT.numel():,} tokens of held-out text ({name})"
-    out.say(f"perplexity and KL: {text}; {settings.dtype}")
-    gaps = _differences(columns) if base is not None and not same else []
+    dtype = str(lm.model.hf.dtype).removeprefix("torch.")
+    out.say(f"perplexity and KL: {text}; {dtype}")
+    gaps = _differences(columns) if base is not None else []
     for gap in gaps:
         error = "" if gap["stderr"] is None else f" ± {gap['stderr']:.4f}"
         out.say(f"{gap['task']} {gap['metric']}: full model - base = {gap['value']:+.4f}{error}")
@@ -138,6 +140,7 @@ def main(words: Sequence[str]) -> None:
         "verdict": verdict,
         "same_as_base": same,
         "versions": {"lm_eval": version("lm_eval")} if tasks else {},
+        "dtype": dtype,
         "text": text,
     }
     target = Path(settings.output or (folder if folder.is_dir() else "runs"))
@@ -151,9 +154,7 @@ def _tasks(settings: Settings) -> list[Any]:
     if not settings.tasks:
         return []
     if find_spec("lm_eval") is None:
-        raise ValueError(
-            "tasks need lm-evaluation-harness: pip install 'hispec[eval]'; or tasks=[]"
-        )
+        raise ValueError("tasks need lm-evaluation-harness: pip install -e '.[eval]'; or tasks=[]")
     from eval.benchmarks import load_tasks
 
     return load_tasks(settings.tasks, settings.gsm8k_file)
@@ -255,13 +256,13 @@ def _run(
             column.figures = run_tasks(model, asked, settings.limit, settings.chat)
 
 
-def _table(columns: Sequence[Column]) -> Table:
+def _table(columns: Sequence[Column], judge: str) -> Table:
     table = Table(title="quality")
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")
     table.add_row("perplexity", *(f"{column.text.perplexity:.3f}" for column in columns))
-    table.add_row("KL to the base, nats", *(f"{column.text.kl:.4f}" for column in columns))
+    table.add_row(f"KL to the {judge}, nats", *(f"{column.text.kl:.4f}" for column in columns))
     for figure in columns[0].figures:
         cells = []
         for column in columns:

@@ -86,6 +86,31 @@ def test_what_a_config_says_of_the_trunk_is_not_believed(trained, tiny_base, tmp
     assert plain["same_as_base"] is False
 
 
+def test_a_base_that_is_not_here(ee, tmp_path, capsys):
+    """A frozen trunk is measured without it, and that is said; a trained one needs it."""
+    model, _ = checkpoint.load(ee)
+    base = checkpoint.own_base(ee, checkpoint.read_config(ee))
+    full = tmp_path / "full"
+    checkpoint.save(full, model, base, full=True)
+    config = checkpoint.read_config(full)
+    config["base"]["id"] = "nobody/base"
+    (full / "exit_config.json").write_text(json.dumps(config))
+    found = line_of(capsys, f"checkpoint={full}", "tasks=[]")
+    assert found["verdict"].startswith("not compared with the base: 'nobody/base' is no local")
+    assert found["same_as_base"] is None
+    config["base"]["trained"] = True
+    (full / "exit_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="nobody/base"):
+        eval.quality.main([f"checkpoint={full}", "tasks=[]", *QUICK])
+
+
+def test_tasks_without_the_harness(ee, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval.quality, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="tasks need lm-evaluation-harness"):
+        eval.quality.main([f"checkpoint={ee}", *QUICK])
+    assert line_of(capsys, f"checkpoint={ee}", f"output={tmp_path}", "tasks=[]")["same_as_base"]
+
+
 def test_a_plain_model_is_read_at_any_depth(tiny_base, tmp_path, capsys):
     words = f"checkpoint={tiny_base}", f"output={tmp_path}", "depths=[1,5]", "tasks=[]"
     found = line_of(capsys, *words)
