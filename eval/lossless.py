@@ -2,14 +2,18 @@
 
 `against=generate` compares own plain decoding and every ladder with transformers' greedy text,
 `against=plain` every ladder with own plain decoding, at any temperature and seed. Lists every
-difference with its position and the gap between the two top logits; ends with one JSON line; exit
-code 1 if anything differs.
+difference with its position, the gap between the two top scores, and its class: `tie`, `processor`
+or `bug` (`hispec.compare.Difference`). Ends with one JSON line.
+
+Exit code 0: no difference, or with `allow_ties=true` nothing but ties. 1: any other difference.
+2: a setting that is not possible.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,12 +45,16 @@ class Settings(PromptSource):
     seed: int = 0
     draft_length: int = 2
     buffer: int = 4
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    allow_ties: bool = False
+    """Let texts differ where rounding alone decides between two tokens."""
     dtype: str = "float32"
     device: str | None = "cpu"
 
 
 def main(words: Sequence[str]) -> int:
-    from hispec.compare import first_difference, hf_generate
+    from hispec.compare import TIE, first_difference, hf_generate
     from hispec.config import DecodeConfig
     from hispec.decode import Decode
     from hispec.lm import load
@@ -65,6 +73,11 @@ def main(words: Sequence[str]) -> int:
     ]
     check(settings.rows >= 1, "rows", settings.rows, "1 or more")
 
+    penalties = {
+        "repetition_penalty": settings.repetition_penalty,
+        "no_repeat_ngram_size": settings.no_repeat_ngram_size,
+    }
+
     def config(ladder: list[int], drafter: str) -> DecodeConfig:
         return DecodeConfig(
             ladder,
@@ -75,6 +88,7 @@ def main(words: Sequence[str]) -> int:
             temperature=settings.temperature,
             seed=settings.seed,
             eos=lm.eos(),
+            **penalties,
         )
 
     def decode(rows: list[list[int]], ladder: list[int], drafter: str) -> list[list[int]]:
@@ -90,36 +104,45 @@ def main(words: Sequence[str]) -> int:
     reference = "transformers' generate" if by_generate else "own plain decoding"
     differences: list[dict[str, Any]] = []
     tokens = 0
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    by_length = sorted(enumerate(prompts), key=lambda n: len(n[1].tokens))  # little padding
     groups = [by_length[i : i + settings.rows] for i in range(0, len(prompts), settings.rows)]
+    most = settings.max_new_tokens
     for group in track(groups, "comparing", transient=True, console=Output(stderr=True)):
-        rows = [prompts[i] for i in group]
+        rows = [asked.tokens for _, asked in group]
         if by_generate:
-            wanted = [hf_generate(lm.model.hf, p, settings.max_new_tokens, lm.eos()) for p in rows]
+            wanted = [hf_generate(lm.model.hf, row, most, lm.eos(), **penalties) for row in rows]
         else:
             wanted = decode(rows, [full], "exit")
         tokens += sum(map(len, wanted))
         for ladder, drafter in compared:
-            texts = zip(group, rows, decode(rows, ladder, drafter), wanted, strict=True)
-            for number, prompt, ours, theirs in texts:
-                if (found := first_difference(lm.model.hf, prompt, ours, theirs)) is not None:
-                    where = {"prompt": number, "ladder": ladder, "drafter": drafter}
-                    differences.append({**where, **asdict(found)})
+            judged = config(ladder, drafter)
+            texts = zip(group, decode(rows, ladder, drafter), wanted, strict=True)
+            for (number, asked), ours, theirs in texts:
+                found = first_difference(lm.model.hf, asked.tokens, ours, theirs, judged)
+                if found is not None:
+                    where = {"prompt": number, "task": asked.task}
+                    setting = {"ladder": ladder, "drafter": drafter}
+                    differences.append({**where, **setting, **asdict(found)})
 
     out = Output()
     for d in differences:
         out.say(
-            f"prompt {d['prompt']}, ladder {tuple(d['ladder'])}, {d['drafter']}: differs at new "
-            f"token {d['position']} ({d['ours']} instead of {d['theirs']}), gap of the two top "
-            f"logits {d['gap']:.5f}"
+            f"{d['kind']}: prompt {d['prompt']}, ladder {tuple(d['ladder'])}, {d['drafter']}: "
+            f"differs at new token {d['position']} ({d['ours']} instead of {d['theirs']}), gap of "
+            f"the two top scores {d['gap']:.5f}, rounding {d['rounding']:.5f}"
         )
     shown = ", ".join(f"{tuple(ladder)} {drafter}" for ladder, drafter in compared)
+    kinds = Counter(d["kind"] for d in differences)
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     out.say(
-        f"{len(differences)} differences from {reference}: {len(prompts)} prompts, {tokens} "
-        f"tokens, {shown}, {settings.dtype}, temperature {settings.temperature}"
+        f"{len(differences)} differences from {reference}{f' ({counted})' if counted else ''}: "
+        f"{len(prompts)} prompts, {tokens} tokens, {shown}, {settings.dtype}, temperature "
+        f"{settings.temperature}"
     )
-    print(json.dumps({"settings": asdict(settings), "tokens": tokens, "differences": differences}))
-    return 1 if differences else 0
+    line = {"settings": asdict(settings), "tokens": tokens, "kinds": kinds}
+    print(json.dumps({**line, "differences": differences}))
+    allowed_kinds = {TIE} if settings.allow_ties else set()
+    return 1 if kinds.keys() - allowed_kinds else 0
 
 
 if __name__ == "__main__":

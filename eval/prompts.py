@@ -1,17 +1,19 @@
-"""Prompts to decode: lines of a JSONL file, or the beginnings of held-out documents."""
+"""Prompts to decode: of a set, a JSONL file, or the beginnings of held-out documents."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.tasks import task_prompts
 from hispec.checkpoint import is_checkpoint, read_config
 from hispec.config import check
 from hispec.lm import EarlyExitLM
-from hispec.prompts import read_prompts
+from hispec.prompts import spread
 from hispec.text import STDLIB, Document, documents, held_out_stream, split
+
+HELD_OUT = "held-out"
 
 
 @dataclass
@@ -75,51 +77,44 @@ def beginnings(
     return found
 
 
-def from_file(lm: EarlyExitLM, path: Path, count: int) -> list[list[int]]:
-    """`count` prompts of a JSONL file, spread evenly over its tasks.
+@dataclass
+class Asked:
+    """One prompt as the model gets it."""
 
-    Questions are asked in the chat template where there is one, see `hispec.prompts`.
-
-    Raises:
-        ValueError: a row that is no prompt, or no prompts at all.
-    """
-    by_task: dict[str, list[list[int]]] = defaultdict(list)
-    for prompt in read_prompts(path):
-        by_task[prompt.task].append(prompt.encode(lm.tokenizer))
-    if not by_task:
-        raise ValueError(f"{path} holds no prompts")
-    tasks = list(by_task.values())
-    share = [count // len(tasks) + (i < count % len(tasks)) for i in range(len(tasks))]
-    return [
-        rows[j * len(rows) // wanted]
-        for rows, wanted in zip(tasks, share, strict=True)
-        for j in range(min(wanted, len(rows)))
-    ]
+    task: str
+    tokens: list[int]
 
 
 @dataclass
 class PromptSource(TextSource):
-    """Prompts to decode: of a file, or the beginnings of held-out documents."""
+    """Prompts to decode."""
 
-    prompt_file: str | None = None
-    """JSONL of prompts, see `from_file`; default: the beginnings of held-out documents."""
+    prompts_from: str = HELD_OUT
+    """`held-out`: the beginnings of held-out documents; `builtin`: a set of our own; `spec-bench`,
+    `humaneval`, `gsm8k`, `cnn-dm`, `xsum`, `sharegpt`; or a local JSONL file, of such rows or as in
+    `hispec.prompts.to_prompt`."""
     prompts: int = 6
+    """Spread evenly over the tasks of a set."""
+    chat: bool | None = None
+    """Put prompts in the chat template, or in none; default: questions where there is one."""
     prompt_tokens: int = 64
     """Length of a beginning."""
     max_new_tokens: int = 64
 
 
-def load_prompts(lm: EarlyExitLM, source: PromptSource, checkpoint: str) -> list[list[int]]:
-    """Token ids of the prompts that `source` names.
+def load_prompts(lm: EarlyExitLM, source: PromptSource, checkpoint: str) -> list[Asked]:
+    """The prompts that `source` names, task after task.
 
     Raises:
-        ValueError: an impossible number, an unreadable file, or no document that is long enough.
+        ValueError: an impossible number, an unreadable set, or no document that is long enough.
     """
     for key in ("prompts", "prompt_tokens", "max_new_tokens"):
         check(getattr(source, key) >= 1, key, getattr(source, key), "1 or more")
-    if source.prompt_file:
-        return from_file(lm, Path(source.prompt_file), source.prompts)
-    return beginnings(
+    if source.prompts_from != HELD_OUT:
+        taken = spread(task_prompts(source.prompts_from), source.prompts)
+        return [Asked(p.task, p.encode(lm.tokenizer, source.chat)) for p in taken]
+    check(not source.chat, "chat", source.chat, f"prompts_from={HELD_OUT!r} has texts to continue")
+    found = beginnings(
         lm,
         source,
         checkpoint,
@@ -127,3 +122,4 @@ def load_prompts(lm: EarlyExitLM, source: PromptSource, checkpoint: str) -> list
         tokens=source.prompt_tokens,
         room=source.max_new_tokens,
     )
+    return [Asked(HELD_OUT, tokens) for tokens in found]

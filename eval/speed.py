@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> None:
     )
     full, exits = lm.model.num_layers, lm.model.exits.depths
 
-    prompts = load_prompts(lm, settings, settings.checkpoint)
+    prompts = [asked.tokens for asked in load_prompts(lm, settings, settings.checkpoint)]
 
     def by_ladder(
         ladder: list[int], drafter: str = "exit", *, draft_vocab: bool = True

@@ -24,7 +24,8 @@ from .proposal import Proposal
 _VECTOR = 16
 
 
-def _round_up(slots: int) -> int:
+def round_up(slots: int) -> int:
+    """The next number of slots that is whole vectors."""
     return -(-slots // _VECTOR) * _VECTOR
 
 
@@ -41,7 +42,7 @@ class Cache:
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
         self.rows = rows
-        self.capacity = _round_up(capacity)
+        self.capacity = round_up(capacity)
         self.device = device
         self.lengths: dict[Any, np.ndarray] = {}
         self._keys: dict[int, torch.Tensor] = {}
@@ -83,7 +84,7 @@ class Cache:
             self._tree = _PlacedTree(proposal, base_B, slots_BT)
             visible = max(visible, int(base_B.max()) + proposal.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
-        self.visible = _round_up(visible)  # the few slots more are all masked
+        self.visible = round_up(visible)  # the few slots more are all masked
         return slots_BT if self._tree is None else self._tree.positions(slots_BT)
 
     def slots_before(self, slots_BT: torch.Tensor) -> torch.Tensor:
@@ -133,7 +134,7 @@ class Cache:
                     continue
                 moved = place - slot
                 positions_1T = torch.arange(first + moved, stop + moved)[None]
-                keys_K = torch.arange(_round_up(stop + moved))
+                keys_K = torch.arange(round_up(stop + moved))
                 found.append(
                     Branch(
                         row=row,

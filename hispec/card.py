@@ -173,7 +173,6 @@ def _checked(figures: dict[str, Any]) -> list[str]:
     """What the check of the export found."""
     if not (check := figures.get("check")):
         return []
-    shares = [f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None]
     ties = f", but for {check['near_ties']} near-ties" if check["near_ties"] else ""
     return [
         "## Checked",
@@ -182,6 +181,12 @@ def _checked(figures: dict[str, Any]) -> list[str]:
         f"at every exit are those of its source, without any difference. {check['prompts']} "
         f"prompts ({check['text']}), {check['new_tokens']} new tokens, ladder "
         f"{', '.join(map(str, check['ladder']))}: the full model's own text{ties}; accepted of the "
-        f"drafts: {', '.join(shares) or 'none were made'}.",
+        f"drafts: {accepted(check)}.",
         "",
     ]
+
+
+def accepted(check: dict[str, Any]) -> str:
+    """What share of every exit's drafts was accepted in the check of an export, in words."""
+    shares = [f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None]
+    return ", ".join(shares) or "none were made"

@@ -183,7 +183,7 @@ def save(
         included = full or trunk is not None
         if included:
             replaced = ("*.safetensors*",) if trunk is not None else ()
-            _copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
+            copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
             (temporary / GENERATE).parent.mkdir()
             shutil.copy2(Path(__file__).parent / GENERATE, temporary / GENERATE)
         if trunk is not None:
@@ -232,7 +232,7 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return {name: sha256(file) for name, file in names.items() if name not in named_elsewhere}
 
 
-def _copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
+def copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
     """Copy the files that make a model, but for those whose names match one of `without`."""
     for file in source.iterdir():
         if any(map(file.match, MODEL_FILES)) and not any(map(file.match, without)):
@@ -386,10 +386,14 @@ def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
 
 
 def _check_file(folder: Path, name: str, expected: str) -> None:
-    file = folder / name
-    if not file.is_file():
-        raise ValueError(f"{folder}: {name} is missing")
-    if (found := sha256(file)) != expected:
-        raise ValueError(
-            f"{file} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
-        )
+    if fault := file_fault(folder, name, expected):
+        raise ValueError(f"{folder}: {fault}")
+
+
+def file_fault(folder: Path, name: str, expected: str) -> str | None:
+    """What is wrong with a file that should have the SHA-256 `expected`; None if nothing is."""
+    if not (folder / name).is_file():
+        return f"{name} is missing"
+    if (found := sha256(folder / name)) != expected:
+        return f"{name} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
+    return None

@@ -43,24 +43,29 @@ def generate(
     checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
     prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
     ladder: Annotated[
-        str, typer.Option(help="depths such as 6,12,30, 'plain', or 'auto': all exits")
+        str,
+        typer.Option(help="depths such as 6,12,30, 'plain', or 'auto': as planned, else all exits"),
     ] = "auto",
     drafter: Annotated[
-        str, typer.Option(help="exit, lookup, recycle, lookup+exit or recycle+exit")
-    ] = "exit",
-    draft_length: Annotated[int, typer.Option(help="tokens an exit drafts per round")] = 2,
+        str | None, typer.Option(help="exit (default), lookup, recycle, lookup+exit, recycle+exit")
+    ] = None,
+    draft_length: Annotated[
+        int | None, typer.Option(help="tokens an exit drafts per round (2)")
+    ] = None,
     max_draft_length: Annotated[
         int | None, typer.Option(help="let the draft length follow acceptance, up to this")
     ] = None,
     draft_threshold: Annotated[
-        float, typer.Option(help="an exit's draft ends below this top probability")
-    ] = 0.0,
-    lookup_length: Annotated[int, typer.Option(help="tokens a lookup proposes")] = 8,
-    tree_tokens: Annotated[int, typer.Option(help="tokens of a recycled tree")] = 15,
-    buffer: Annotated[int, typer.Option(help="tokens that start the next deeper rung")] = 4,
+        float | None, typer.Option(help="an exit's draft ends below this top probability")
+    ] = None,
+    lookup_length: Annotated[int | None, typer.Option(help="tokens a lookup proposes (8)")] = None,
+    tree_tokens: Annotated[int | None, typer.Option(help="tokens of a recycled tree (15)")] = None,
+    buffer: Annotated[
+        int | None, typer.Option(help="tokens that start the next deeper rung (4)")
+    ] = None,
     buffer_threshold: Annotated[
-        float, typer.Option(help="a verifier's top probability that starts it too")
-    ] = 0.0,
+        float | None, typer.Option(help="a verifier's top probability that starts it too")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="longest continuation")] = 128,
     max_time: Annotated[float | None, typer.Option(help="seconds")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends the text")] = None,
@@ -101,17 +106,21 @@ def generate(
         exits=parse_depths("exits", exits),
         base=base,
     )
+    chosen: dict[str, Any] = {
+        "drafter": drafter,
+        "draft_length": draft_length,
+        "max_draft_length": max_draft_length,
+        "draft_threshold": draft_threshold,
+        "lookup_length": lookup_length,
+        "tree_tokens": tree_tokens,
+        "buffer": buffer,
+        "buffer_threshold": buffer_threshold,
+    }
+    chosen = {key: value for key, value in chosen.items() if value is not None}
     run = lm.decode(
         [sys.stdin.read() if prompt == "-" else prompt],
         ladder=ladder if ladder in (AUTO, PLAIN) else parse_depths("ladder", ladder),
-        drafter=drafter,
-        draft_length=draft_length,
-        max_draft_length=max_draft_length,
-        draft_threshold=draft_threshold,
-        lookup_length=lookup_length,
-        tree_tokens=tree_tokens,
-        buffer=buffer,
-        buffer_threshold=buffer_threshold,
+        **chosen,
         max_new_tokens=max_new_tokens,
         max_time=max_time,
         stop_strings=stop or (),
@@ -128,8 +137,52 @@ def generate(
     tokens = show.stream(out, lm, run, show_rungs)
     if stats:
         show.stats_table(out, run.stats)
+        if ladder == AUTO and not chosen:
+            out.say(lm.planned()[1])
     if compare:
         show.comparison(out, lm, run, tokens)
+
+
+@app.command()
+def plan(
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a plain model's folder")],
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="how many of them, evenly over their tasks")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="decoded of each prompt")] = 48,
+    exits: Annotated[
+        str | None, typer.Option(help="depths to try, e.g. 4,8,12; default: the trained exits")
+    ] = None,
+    confirm: Annotated[int, typer.Option(help="settings that are really decoded")] = 4,
+    repeats: Annotated[int, typer.Option(help="how often; the median counts")] = 2,
+    base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of plan.json and plan.png; default: CHECKPOINT")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line at the end")] = False,
+) -> None:
+    """Find the fastest setting for this model, machine and kind of text."""
+    from .lm import load
+    from .planning import json_line, plan_checkpoint
+
+    quiet_transformers()
+    lm = load(checkpoint, dtype=parse_dtype(dtype), device=parse_device(device), base=base)
+    found = plan_checkpoint(
+        out,
+        lm,
+        output or Path(checkpoint),
+        data=data,
+        count=prompts,
+        exits=parse_depths("exits", exits),
+        new_tokens=max_new_tokens,
+        confirm=confirm,
+        repeats=repeats,
+    )
+    if as_json:
+        print(json_line(found))
 
 
 @app.command()
@@ -157,6 +210,7 @@ def export(
 ) -> None:
     """Write an EE checkpoint anew, checked, with or without its base; or for other tools."""
     from . import export as exports
+    from .card import accepted
     from .config import check
     from .files import clear_leftovers
 
@@ -174,10 +228,9 @@ def export(
         found = exports.export_untrained(checkpoint, depths, target, full=full)
     else:
         found = exports.export(Path(checkpoint), target, full=full, base=base)
-    accepted = [f"{s:.3f} at depth {d}" for d, s in found["acceptance"].items() if s is not None]
     out.say(
         f"EE checkpoint: {target}; checked: {found['prompts']} prompts, {found['new_tokens']} new "
-        f"tokens, accepted of the drafts {', '.join(accepted)}"
+        f"tokens, accepted of the drafts {accepted(found)}"
     )
 
 

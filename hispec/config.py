@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,15 @@ def check(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise the one kind of error that a wrong setting gets: key, value, what is allowed."""
     if not condition:
         raise ValueError(f"{key}={value!r} is not possible: {allowed}")
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """What is not as it was, key by key."""
+    return [
+        f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
+        for key in keys
+        if then.get(key) != now.get(key)
+    ]
 
 
 @dataclass

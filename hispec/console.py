@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -18,6 +19,11 @@ class Output(Console):
     def say(self, text: str) -> None:
         """Print one line as it is, however long."""
         self.print(text, markup=False, soft_wrap=True)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def quiet_transformers() -> None:

@@ -24,7 +24,7 @@ from .draft import build_drafter
 from .ladder import Ladder
 from .model import ExitModel
 from .proposal import Proposal, chain_parents
-from .sampling import Match, Rejection, Sampler, Verdict, confidence, processors
+from .sampling import Match, Rejection, Sampler, Verdict, processors
 from .stats import DecodeStats, RungStats
 
 
@@ -225,7 +225,9 @@ class Decode:
         self._write(rows, base_B[rows], token_B[rows], self.ladder.depths[0])
         self.agreed[0] = base_B + rows_B
         self._count(0, 0, 0, time.perf_counter() - began)
-        return confidence(scores_BV) >= threshold if threshold else np.ones_like(rows_B)
+        return (
+            self.sampler.confidence(scores_BV) >= threshold if threshold else np.ones_like(rows_B)
+        )
 
     def offer_chain(self, tokens_BN: np.ndarray, rows_B: np.ndarray) -> None:
         """Put free drafts [B, N] to some rows, as far as the texts may go on."""
@@ -334,7 +336,10 @@ class Decode:
             order_N = np.argsort(on_path_N, kind="stable")
             rows_N, columns_N = rows_N[order_N], columns_N[order_N]
         tokens_N = self.tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
-        self.drafter.observe(tokens_N, scores_BCV[rows_N, columns_N])
+        candidates_NK = self.sampler.candidates(
+            scores_BCV[rows_N, columns_N], self.drafter.observes
+        )
+        self.drafter.observe(tokens_N, candidates_NK)
 
     def _write(
         self, rows_N: np.ndarray, slots_N: np.ndarray, tokens_N: np.ndarray, depth: int
@@ -356,7 +361,7 @@ class Decode:
 
     def _unsure(self, scores_BCV: torch.Tensor, verdict: Verdict) -> np.ndarray:
         """Rows [B] with a token, accepted or added, of which the level was not sure."""
-        sure_BC = confidence(scores_BCV) >= self.config.buffer_threshold
+        sure_BC = self.sampler.confidence(scores_BCV) >= self.config.buffer_threshold
         return (verdict.on_path(sure_BC.shape[1]) & ~sure_BC).sum(1) > 0
 
     def _stop(self, before_B: np.ndarray) -> None:

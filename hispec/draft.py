@@ -10,7 +10,6 @@ import heapq
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from .config import DecodeConfig
 from .proposal import Proposal
@@ -18,7 +17,7 @@ from .proposal import Proposal
 if TYPE_CHECKING:
     from .decode import Decode
 
-_CANDIDATES = 8  # kept per token by `Recycle`
+CANDIDATES = 8  # kept per token by `Recycle`
 
 
 class Drafter(Protocol):
@@ -26,8 +25,8 @@ class Drafter(Protocol):
 
     rungs: int
     """How many of the ladder's rungs, from the shallowest on, draft and do not verify."""
-    observes: bool
-    """Whether it wants to see logits."""
+    observes: int
+    """How many of the best candidates it wants to see of what the levels say; 0 for none."""
 
     def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
         """Propose for some of the rows; returns which of them were served."""
@@ -35,15 +34,15 @@ class Drafter(Protocol):
     def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
         """Hear how many of its proposals the first verifying level accepted."""
 
-    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
-        """See the logits that some level computed after each of `tokens`."""
+    def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
+        """See the best candidates of some level after each of `tokens`, best first."""
 
 
 class NoDraft:
     """Proposes nothing: every round is one token of the first verifying level."""
 
     rungs = 0
-    observes = False
+    observes = 0
 
     def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
         return np.zeros_like(rows_B)
@@ -51,7 +50,7 @@ class NoDraft:
     def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
         pass
 
-    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
+    def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         pass
 
 
@@ -151,10 +150,8 @@ class Recycle(NoDraft):
     after it; it begins with what follows each token in the prompts. The tree's shape is fixed.
     """
 
-    observes = True
-
     def __init__(self, config: DecodeConfig, vocab_size: int) -> None:
-        self.width = min(_CANDIDATES, vocab_size)
+        self.width = self.observes = min(CANDIDATES, vocab_size)
         self.template = tree_template(config.tree_tokens, self.width)
         self.table_VK = np.full((vocab_size, self.width), -1, dtype=np.int64)
         self._begun = False
@@ -184,8 +181,8 @@ class Recycle(NoDraft):
             decode.offer_tree(compact(tokens_BC[:, 1:], parent_BN), served_B)
         return served_B
 
-    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
-        self.table_VK[tokens_N] = top_candidates(logits_NV, self.width).cpu().numpy()
+    def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
+        self.table_VK[tokens_N] = candidates_NK
 
     def _read_prompts(self, decode: Decode) -> None:
         self._begun = True
@@ -194,22 +191,6 @@ class Recycle(NoDraft):
         before, after = decode.tokens_BN[:, :-1][inside_BN], decode.tokens_BN[:, 1:][inside_BN]
         new = ~known_V[before]  # what the full model said is better than what the prompt said
         self.table_VK[before[new], 0] = after[new]
-
-
-def top_candidates(logits_NV: torch.Tensor, k: int, block: int = 64) -> torch.Tensor:
-    """Ids [N, k] of the k largest logits, largest first.
-
-    In two stages, since `topk` over a whole vocabulary costs as much as a few layers on a CPU: the
-    k largest lie in the k blocks with the largest maxima.
-    """
-    rows, vocab = logits_NV.shape
-    if vocab % block or vocab // block <= k:
-        return logits_NV.topk(min(k, vocab)).indices
-    blocks_NMS = logits_NV.view(rows, -1, block)
-    best_NK = blocks_NMS.amax(-1).topk(k).indices
-    inside_NKS = blocks_NMS.gather(1, best_NK[..., None].expand(-1, -1, block))
-    at_NK = inside_NKS.reshape(rows, -1).topk(k).indices
-    return best_NK.gather(1, at_NK // block) * block + at_NK % block
 
 
 def tree_template(tokens: int, width: int) -> list[tuple[int, int]]:
@@ -265,8 +246,8 @@ class FreeFirst(NoDraft):
     def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
         self.chain.judged(accepted_B, proposed_B)
 
-    def observe(self, tokens_N: np.ndarray, logits_NV: torch.Tensor) -> None:
-        self.free.observe(tokens_N, logits_NV)
+    def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
+        self.free.observe(tokens_N, candidates_NK)
 
 
 def build_drafter(config: DecodeConfig, rows: int, vocab_size: int) -> Drafter:

@@ -11,14 +11,16 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .bases import MODEL_FILES
-from .checkpoint import CONFIG, EXITS, LocalBase
+from .checkpoint import CONFIG, LocalBase, copy_model
 from .config import check
+from .console import few
 from .families import layer_types
 from .files import new_folder, read_json, write_json, write_text
 from .model import ExitModel
 
 NOTE = "provenance.json"
+_NOT_TAKEN_OVER = ("config.json", "generation_config.json", "*.safetensors*", CONFIG, NOTE)
+"""Of a base's files; what belongs to the tokenizer and the license is, byte for byte."""
 _PER_LAYER = ("layer_types", "no_rope_layers")
 """Keys of a config that say something of every layer."""
 _LENGTH = 24
@@ -124,7 +126,7 @@ def export_draft(model: ExitModel, base: LocalBase, source: str, depth: int, fol
         draft.save_pretrained(temporary)
         for file in temporary.glob("*.safetensors"):  # written readable for the owner only
             shutil.copymode(temporary / "config.json", file)
-        _copy_tokenizer(base.folder, temporary)
+        copy_model(base.folder, temporary, without=_NOT_TAKEN_OVER)
         about = {
             "draft_of": source,
             "exit": depth,
@@ -149,7 +151,7 @@ def _read_back(folder: Path, draft: PreTrainedModel) -> None:
     wrong = sorted(stored.keys() ^ expected.keys())
     wrong += [n for n in stored.keys() & expected.keys() if not _same(stored[n], expected[n])]
     if wrong:
-        raise ValueError(f"transformers reads the draft model otherwise: {', '.join(wrong[:3])}")
+        raise ValueError(f"transformers reads the draft model otherwise: {few(wrong)}")
     tokens_1T = torch.arange(min(_LENGTH, loaded.config.vocab_size))[None]
     with torch.inference_mode():
         gap = loaded(tokens_1T).logits - draft.cpu()(tokens_1T).logits
@@ -172,14 +174,6 @@ def check_target(folder: Path) -> None:
     note = folder / NOTE
     if not (note.is_file() and "draft_of" in read_json(note)):
         raise ValueError(f"{folder} is not empty and no draft model; name another folder")
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Take over what belongs to the tokenizer and the license of a model, byte for byte."""
-    not_these = ("config.json", "generation_config.json", "*.safetensors*", CONFIG, EXITS, NOTE)
-    for file in source.iterdir():
-        if any(map(file.match, MODEL_FILES)) and not any(map(file.match, not_these)):
-            shutil.copy2(file, folder / file.name)
 
 
 def _card(name: str, base: LocalBase, source: str, depth: int) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from .console import few
 from .model import ExitModel
 
 DRAFT_TOKENS = "draft_tokens"
@@ -37,17 +37,14 @@ def load_exits(model: ExitModel, file: Path) -> None:
             )
     if model.draft_tokens is not None:
         tokens_K = stored.pop(DRAFT_TOKENS).long()
-        bounds = torch.tensor([-1]), torch.tensor([model.vocab_size])
-        if torch.cat([bounds[0], tokens_K, bounds[1]]).diff().min() < 1:
+        below, above = torch.tensor([-1]), torch.tensor([model.vocab_size])
+        if tokens_K.diff(prepend=below, append=above).min() < 1:
             raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
         model.draft_tokens.copy_(tokens_K)
     model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
 
 
 def _refuse_names(file: Path, unknown: set[str], missing: set[str]) -> None:
-    def shown(names: Sequence[str]) -> str:
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-    parts = [f"lacks {shown(sorted(missing))}"] if missing else []
-    parts += [f"has the unknown {shown(sorted(unknown))}"] if unknown else []
+    parts = [f"lacks {few(sorted(missing))}"] if missing else []
+    parts += [f"has the unknown {few(sorted(unknown))}"] if unknown else []
     raise ValueError(f"{file} {' and '.join(parts)}")

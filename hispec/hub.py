@@ -26,6 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from .bases import BASES, MODEL_FILES, fetch_names
 from .card import FIGURE, PLAN
 from .checkpoint import CARD, CONFIG, is_checkpoint, own_base, read_config
+from .console import few
 from .fetch import base_path
 from .files import clear_leftovers, new_folder, read_json, sha256, write_json
 from .hub_errors import HubError, UnreachableError, clearly
@@ -252,7 +253,7 @@ def _prepare(
     present = {file.rfilename for file in info.siblings or ()}
     if CONFIG not in present and (foreign := sorted(present - _OF_A_NEW_REPOSITORY)):
         raise ValueError(
-            f"{repo} exists and holds no EE checkpoint but {_shown(foreign)}: it is left as it is; "
+            f"{repo} exists and holds no EE checkpoint but {few(foreign)}: it is left as it is; "
             "name another repository"
         )
     say(f"{repo} exists and is {visible}")
@@ -272,7 +273,7 @@ def _listing(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str
 def _check_listing(repo: str, commit: str, listed: dict[str, str | None]) -> None:
     if CONFIG in listed:
         return
-    what = f"it holds {_shown(sorted(listed))}" if listed else "it is empty"
+    what = f"it holds {few(sorted(listed))}" if listed else "it is empty"
     if "config.json" in listed:
         what = f"it is a plain model, which is got as a base: hispec fetch {repo}"
     raise ValueError(f"{repo} at {commit} is no EE checkpoint: it has no {CONFIG}; {what}")
@@ -289,7 +290,7 @@ def _download(
     snapshot_download(repo, revision=commit, local_dir=arrived, allow_patterns=wanted)
     if missing := [name for name in wanted if not (arrived / name).is_file()]:
         # Cut off from the Hub, some versions of huggingface_hub are content with what is there.
-        raise UnreachableError(f"{repo} could not be pulled whole: {_shown(missing)}; pull again")
+        raise UnreachableError(f"{repo} could not be pulled whole: {few(missing)}; pull again")
     return config
 
 
@@ -354,7 +355,3 @@ def _say_base(folder: Path, config: dict[str, Any], say: Callable[[str], None]) 
         say(f"its base is in {own_base(folder, config).folder}")
     except ValueError as error:
         say(f"note: {error}")
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from .card import PLAN, accepted
 from .checkpoint import (
     EXITS,
     LocalBase,
@@ -22,7 +23,6 @@ from .checkpoint import (
 from .families import check_supported
 from .files import read_json
 
-PLAN = "plan.json"
 Report = dict[str, Any]
 
 
@@ -224,12 +224,9 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
         for row in rows or ()
     ]
     if check := report["figures"].get("check"):
-        accepted = ", ".join(
-            f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None
-        )
         found.append(
             f"checked: {check['prompts']} prompts, {check['new_tokens']} new tokens, accepted of "
-            f"the drafts {accepted}"
+            f"the drafts {accepted(check)}"
         )
     plan = report["plan"]
     found.append("plan: none yet" if plan is None else f"plan: {plan.get('ladder', plan)}")

@@ -74,19 +74,7 @@ class Ladder:
         slots_BT = self._slots(start_B, upto_B)
         if slots_BT is None:
             return
-        if rung == 0:
-            rows = np.arange(len(tokens_BN))[:, None]
-            tokens_BT = torch.from_numpy(tokens_BN[rows, slots_BT.cpu().numpy()])
-            hidden_BTH = self.model.embed(tokens_BT.to(self.model.device))
-            from_depth = 0
-        else:
-            hidden_BTH = self.cache.hidden(("segment", rung - 1), slots_BT)
-            from_depth = self.depths[rung - 1]
-        positions_BT = self.cache.place(slots_BT, tree, base_B)
-        hidden_BTH = self.model.run(
-            hidden_BTH, from_depth, self.depths[rung], positions_BT, self.cache
-        )
-        self.cache.store_hidden(track, slots_BT, hidden_BTH)
+        self._run_segment(rung, tokens_BN, slots_BT, tree, base_B)
         self.segment_tokens[rung] += self._advance(track, start_B, upto_B)
         if rung == len(self.depths) - 1:
             self._forget_stand_ins(start_B)
@@ -125,15 +113,39 @@ class Ladder:
             track = self._bring_head(rung, upto_B, tree, base_B)
         slots_BC = self._slots(first_B, upto_B)
         assert slots_BC is not None, "a pass that reads nothing"
-        hidden_BCH = self.cache.hidden(track, slots_BC)
+        return self._read(self.depths[rung], self.cache.hidden(track, slots_BC), drafting)
+
+    def _read(self, depth: int, hidden_BCH: torch.Tensor, drafting: bool) -> torch.Tensor:
         if drafting and self._draft_head is not None:
-            normed_BCH = self.model.normed(self.depths[rung], hidden_BCH)
-            return self.model.draft(normed_BCH, self._draft_head)
-        return self.model.read(self.depths[rung], hidden_BCH)
+            return self.model.draft(self.model.normed(depth, hidden_BCH), self._draft_head)
+        return self.model.read(depth, hidden_BCH)
 
     def truncate(self, length_B: np.ndarray) -> None:
         """Roll every rung back to at most `length` tokens per row, KV and boundary together."""
         self.cache.truncate(length_B)
+
+    def _run_segment(
+        self,
+        rung: int,
+        tokens_BN: np.ndarray,
+        slots_BT: torch.Tensor,
+        tree: Proposal | None,
+        base_B: np.ndarray | None,
+    ) -> None:
+        """Run the layers of a segment over some slots and keep what comes out, the boundary."""
+        if rung == 0:
+            rows = np.arange(len(tokens_BN))[:, None]
+            tokens_BT = torch.from_numpy(tokens_BN[rows, slots_BT.cpu().numpy()])
+            hidden_BTH = self.model.embed(tokens_BT.to(self.model.device))
+            from_depth = 0
+        else:
+            hidden_BTH = self.cache.hidden(("segment", rung - 1), slots_BT)
+            from_depth = self.depths[rung - 1]
+        positions_BT = self.cache.place(slots_BT, tree, base_B)
+        hidden_BTH = self.model.run(
+            hidden_BTH, from_depth, self.depths[rung], positions_BT, self.cache
+        )
+        self.cache.store_hidden(("segment", rung), slots_BT, hidden_BTH)
 
     def _bring_head(
         self,
@@ -146,18 +158,24 @@ class Ladder:
         start_B = self.cache.length(track)
         slots_BT = self._slots(start_B, upto_B)
         if slots_BT is not None:
-            hidden_BTH = self.cache.hidden(("segment", rung), slots_BT)
-            positions_BT = self.cache.place(slots_BT, tree, base_B)
-            hidden_BTH = self.model.run_head(
-                self.depths[rung],
-                hidden_BTH,
-                positions_BT,
-                self.cache,
-                self._previous(rung, slots_BT),
-            )
-            self.cache.store_hidden(track, slots_BT, hidden_BTH)
+            self._run_head(rung, slots_BT, tree, base_B)
             self.head_tokens[rung] += self._advance(track, start_B, upto_B)
         return track
+
+    def _run_head(
+        self,
+        rung: int,
+        slots_BT: torch.Tensor,
+        tree: Proposal | None,
+        base_B: np.ndarray | None,
+    ) -> None:
+        """Run the blocks of a rung's exit head over some slots and keep what comes out."""
+        hidden_BTH = self.cache.hidden(("segment", rung), slots_BT)
+        positions_BT = self.cache.place(slots_BT, tree, base_B)
+        previous_BTH = self._previous(rung, slots_BT)
+        depth = self.depths[rung]
+        hidden_BTH = self.model.run_head(depth, hidden_BTH, positions_BT, self.cache, previous_BTH)
+        self.cache.store_hidden(("head", rung), slots_BT, hidden_BTH)
 
     def _previous(self, rung: int, slots_BT: torch.Tensor) -> torch.Tensor | None:
         """For a head that reads it, the normed state [B, T, H] of the token before each slot.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,9 +23,16 @@ from . import checkpoint, hub
 from .config import DecodeConfig, ExitConfig, check
 from .decode import Decode
 from .model import ExitModel
+from .plan_file import Machine, Plan, Setting, read_plan, shown
 from .stats import DecodeStats
 
 PLAIN, AUTO = "plain", "auto"
+PLANNED = {
+    *("drafter", "draft_length", "max_draft_length", "draft_threshold", "draft_vocab"),
+    *("lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
+    *("buffer", "buffer_threshold"),
+}
+"""What a plan may choose, besides the ladder."""
 
 
 @dataclass
@@ -51,13 +59,15 @@ class Piece:
 class EarlyExitLM:
     """An early-exit model and its tokenizer."""
 
-    def __init__(self, model: ExitModel, tokenizer: Any) -> None:
+    def __init__(self, model: ExitModel, tokenizer: Any, plan: Plan | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.plan = plan
+        """What `hispec plan` found for the checkpoint, on this machine or another."""
 
     def ladder(self, ladder: str | Sequence[int] | None = None) -> list[int]:
         """Depths of a ladder: as given, `plain` for the full model alone, or `auto`, the same as
-        None: all trained exits."""
+        None: all trained exits. (`decode` asks the plan first.)"""
         full = self.model.num_layers
         if ladder is None or ladder == AUTO:
             return [*self.model.exits.depths, full]
@@ -65,6 +75,29 @@ class EarlyExitLM:
             return [full]
         check(not isinstance(ladder, str), "ladder", ladder, f"depths, {AUTO!r} or {PLAIN!r}")
         return [int(depth) for depth in ladder]
+
+    def planned(self) -> tuple[Setting | None, str]:
+        """(the plan's setting, if it was made on a machine like this one, what there is to say)."""
+        if self.plan is None:
+            return None, "no plan: `hispec plan` finds the fastest setting for this machine"
+        here = Machine.here(self.model.device, self.model.hf.dtype)
+        if differences := self.plan.machine.differences(here):
+            return None, f"the plan is not for this machine ({'; '.join(differences)})"
+        rate = f"{self.plan.tokens_per_second:.1f} tokens/s, {self.plan.speedup:.2f}x plain"
+        return self.plan.setting, f"planned: {shown(self.plan.setting)} ({rate})"
+
+    def _choose(
+        self, ladder: str | Sequence[int] | None, settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The settings with a ladder among them: the plan's, where nothing that a plan chooses was
+        named and its drafter can keep the law."""
+        setting, _ = self.planned()
+        if ladder not in (None, AUTO) or PLANNED & settings.keys() or setting is None:
+            return {"ladder": self.ladder(ladder), **settings}
+        rejecting = settings.get("law") == "rejection" and settings.get("temperature", 0) > 0
+        if rejecting and "recycle" in setting.get("drafter", ""):
+            return {"ladder": self.ladder(ladder), **settings}
+        return {**setting, **settings}
 
     @classmethod
     def from_transformers(
@@ -122,7 +155,9 @@ class EarlyExitLM:
         """A decode that has not run yet.
 
         Args:
-            ladder: see `ladder`.
+            ladder: depths, `plain`, or `auto`, the same as None: the plan's setting if one was
+                made on a machine like this (`planned`), and all exits where there is none or where
+                `settings` name what a plan would choose.
             chat: see `encode`.
             stop_strings: a text ends with the token that completes one of them.
             seeds: one of each prompt, in place of `seed`: equal prompts get texts of their own.
@@ -144,7 +179,7 @@ class EarlyExitLM:
         stopping = StoppingCriteriaList(stopping_criteria or [])
         if strings:
             stopping.append(StopStringCriteria(self.tokenizer, strings))
-        config = DecodeConfig(ladder=self.ladder(ladder), **{"eos": self.eos(), **settings})
+        config = DecodeConfig(**{"eos": self.eos(), **self._choose(ladder, settings)})
         return Decode(
             self.model,
             [self.encode(prompt, chat) for prompt in prompts],
@@ -229,10 +264,21 @@ def load(
         folder = hub.locate(str(path)) or folder
     if checkpoint.is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
-        return EarlyExitLM(*checkpoint.load(folder, dtype=dtype, device=device, base=base))
+        loaded = checkpoint.load(folder, dtype=dtype, device=device, base=base)
+        return EarlyExitLM(*loaded, _plan(folder))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = checkpoint.find_base(str(path)).folder
     tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
     hf = checkpoint.load_base(home, dtype).to(device)
-    return EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
+    lm = EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
+    lm.plan = _plan(home) if exits is None else None
+    return lm
+
+
+def _plan(folder: Path) -> Plan | None:
+    try:
+        return read_plan(folder)
+    except ValueError as error:  # a model decodes without one
+        warnings.warn(str(error), stacklevel=3)
+        return None

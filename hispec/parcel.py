@@ -8,8 +8,8 @@ from typing import Any
 
 from .bases import MODEL_FILES
 from .card import FIGURE, PLAN, WRITTEN, model_card
-from .checkpoint import CARD, CONFIG, base_weight_files, read_config
-from .files import read_json, sha256
+from .checkpoint import CARD, CONFIG, base_weight_files, file_fault, read_config
+from .files import read_json
 
 PULLED = "pulled.json"
 """Beside a pulled checkpoint's files: from which repository and commit they came."""
@@ -32,15 +32,10 @@ def verify(folder: Path) -> dict[str, Any]:
     named = {**config["files"], **(weights if included(config) else {})}
     wrong = []
     for name, expected in named.items():
-        file = folder / name
         if not _inside(name):
             wrong.append(f"{CONFIG} names {name!r}, which is no file of this folder")
-        elif not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif (found := sha256(file)) != expected:
-            wrong.append(
-                f"{name} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
-            )
+        elif fault := file_fault(folder, name, expected):
+            wrong.append(fault)
     if included(config):
         stray = {file.name for file in base_weight_files(folder)} - named.keys()
         wrong += [f"{CONFIG} does not name {name}" for name in sorted(stray)]

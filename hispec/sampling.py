@@ -77,6 +77,22 @@ def confidence(scores: torch.Tensor) -> np.ndarray:
     return (scores.amax(-1) - scores.logsumexp(-1)).exp().cpu().numpy()
 
 
+def top_candidates(logits_NV: torch.Tensor, k: int, block: int = 64) -> torch.Tensor:
+    """Ids [N, k] of the k largest logits, largest first.
+
+    In two stages, since `topk` over a whole vocabulary costs as much as a few layers on a CPU: the
+    k largest lie in the k blocks with the largest maxima.
+    """
+    rows, vocab = logits_NV.shape
+    if vocab % block or vocab // block <= k:
+        return logits_NV.topk(min(k, vocab)).indices
+    blocks_NMS = logits_NV.view(rows, -1, block)
+    best_NK = blocks_NMS.amax(-1).topk(k).indices
+    inside_NKS = blocks_NMS.gather(1, best_NK[..., None].expand(-1, -1, block))
+    at_NK = inside_NKS.reshape(rows, -1).topk(k).indices
+    return best_NK.gather(1, at_NK // block) * block + at_NK % block
+
+
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> torch.Tensor:
     """The Gumbel(0, 1) noise of one position, float32 [V] on the CPU.
 
@@ -120,7 +136,7 @@ class Verdict:
 
 
 class Sampler(Protocol):
-    """One rule of verification, bound to one decode."""
+    """One rule of verification, bound to one decode: all that is ever read off a level's scores."""
 
     def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
         """Token ids [B] for `positions`, drawn from the law of the scores."""
@@ -133,8 +149,16 @@ class Sampler(Protocol):
     ) -> Verdict:
         """Judge proposals by the scores after every column; `positions` are those being filled."""
 
+    def confidence(self, scores: torch.Tensor) -> np.ndarray:
+        """See the function of that name."""
+        return confidence(scores)
 
-class Match:
+    def candidates(self, scores_NV: torch.Tensor, k: int) -> np.ndarray:
+        """Ids [N, k] of the best candidates, best first."""
+        return top_candidates(scores_NV, k).cpu().numpy()
+
+
+class Match(Sampler):
     """Every level takes argmax(log law + noise), and accepts what equals its own choice.
 
     That is an exact draw from the law (the Gumbel-max trick). The noise is a function of the
@@ -212,7 +236,7 @@ def verify_match(choice_BC: np.ndarray, proposal: Proposal) -> Verdict:
     return Verdict(accepted_B, path_BD, token_B)
 
 
-class Rejection:
+class Rejection(Sampler):
     """Speculative sampling (Leviathan et al. 2211.17192; Chen et al. 2302.01318), level by level.
 
     A proposal x ~ q is accepted with probability min(1, p(x) / q(x)); the first that is not is

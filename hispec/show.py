@@ -107,7 +107,7 @@ def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> 
         (plain,) = Decode(lm.model, [prompt], alone, stopping_criteria=run.stopping).finish()
     if config.max_time is not None:
         plain = plain[: len(tokens)]
-    difference = first_difference(lm.model.hf, prompt, tokens, plain)
+    difference = first_difference(lm.model.hf, prompt, tokens, plain, config)
     if difference is None:
         out.say(f"identical to {other}: all {len(tokens)} tokens")
         return
@@ -117,5 +117,6 @@ def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> 
 
     out.say(
         f"differs from {other} at new token {difference.position}: {name(difference.ours)} here, "
-        f"{name(difference.theirs)} there; gap between the two top logits: {difference.gap:.4f}"
+        f"{name(difference.theirs)} there; gap between the two top scores: {difference.gap:.4f} "
+        f"({difference.kind})"
     )

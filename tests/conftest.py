@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,6 +34,14 @@ LAUNCH = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
     "train/ee_finetune.py",
 )
+
+FIGURES = {
+    "text": "held-out documents of stdlib",
+    "agreement": [dict(shallow=2, deep=6, top1=0.5, acceptance=0.43217, tokens=9)],
+    "training_tokens": 1000,
+    "minutes": 1.5,
+}
+RECIPE = {"data": "/home/someone/books.jsonl", "steps": 7, "head": "block", "threads": None}
 
 # Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
 torch.set_num_threads(1)
@@ -81,6 +94,15 @@ def tiny_model(
 ) -> ExitModel:
     model = ExitModel(tiny_hf(family, seed=seed, **extra), ExitConfig(list(exits), head, 2))
     return model.eval()
+
+
+def disturbed(model: ExitModel) -> ExitModel:
+    """Heads that are no longer copies of the last layers."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.heads.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
 
 
 @pytest.fixture(params=FAMILIES)
@@ -150,6 +172,18 @@ def ee(tiny_base, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def full(tiny_base, tmp_path_factory) -> Path:
+    """An EE checkpoint with disturbed block heads and its base."""
+    from hispec import checkpoint
+
+    base = checkpoint.find_base(str(tiny_base))
+    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
+    folder = tmp_path_factory.mktemp("full") / "full"
+    checkpoint.save(folder, disturbed(model), base, full=True)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
     """A JSONL file of forty short documents, real text of the standard library."""
@@ -158,6 +192,88 @@ def texts(tmp_path_factory) -> Path:
     rows = [json.dumps({"text": d.text[:3000], "source": d.name}) for d in documents]
     file.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return file
+
+
+def write_jsonl(file, texts) -> None:
+    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def hub_dataset(tmp_path, monkeypatch):
+    """A dataset that is found under a Hub id, streamed by the real library from a local folder."""
+    import datasets
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [f"x{i} = {i}\n" * 6 for i in range(120)])
+    load, asked = datasets.load_dataset, []
+
+    def load_dataset(source, **words):
+        if source != "org/set":
+            return load(source, **words)
+        asked.append(words)
+        return load(str(folder), **words)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def loopback_hub():
+    from hub_server import HubServer
+
+    found = HubServer()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def server(loopback_hub):
+    """A Hub without repositories, whose switches are off."""
+    loopback_hub.clear()
+    return loopback_hub
+
+
+@pytest.fixture(scope="module")
+def worker(loopback_hub, tmp_path_factory):
+    """A process that runs `hispec` with this Hub."""
+    from hub_server import ALICE, BOB, READER
+    from hub_worker import Worker
+
+    found = Worker(loopback_hub, tmp_path_factory.mktemp("home"))
+    yield found
+    found.process.stdin.close()
+    found.process.wait()
+    for token in (ALICE, BOB, READER):  # of everything that any test of a file made it print
+        assert token not in found.output
+
+
+@pytest.fixture(scope="module")
+def made(worker) -> tuple[Path, Path]:
+    """(light, full): a checkpoint of a base that `hispec fetch` could have fetched."""
+    from hispec import checkpoint
+
+    home = worker.folder / "checkpoints" / "base" / "org--base"
+    tiny_hf(vocab_size=320).save_pretrained(home, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(home)
+    exits = ExitConfig([2, 4], "block", 1)
+    model = disturbed(ExitModel(checkpoint.load_base(home), exits).eval())
+    provenance = {"hub_id": "org/base", "revision": "a" * 40, "license": "apache-2.0"}
+    base = checkpoint.LocalBase("org/base", home, provenance)
+    for name, full in (("light", False), ("full", True)):
+        folder = worker.folder / "mine" / name
+        about = {"recipe": RECIPE, "figures": FIGURES}
+        checkpoint.save(folder, model, base, full=full, **about)
+    assert len(list((worker.folder / "mine" / "full").glob("model-*.safetensors"))) == 5
+    return worker.folder / "mine" / "light", worker.folder / "mine" / "full"
+
+
+@pytest.fixture
+def mine(made, tmp_path) -> tuple[Path, Path]:
+    """Copies of (light, full) that a test may change."""
+    for folder in made:
+        shutil.copytree(folder, tmp_path / folder.name)
+    return tmp_path / "light", tmp_path / "full"
 
 
 def documents_of(rows: Rows) -> list[list[torch.Tensor]]:
@@ -179,6 +295,28 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=600,
     )
+
+
+def kill_when(there: Callable[[], bool], *words: str, **environment: str) -> None:
+    """Start a command, and kill it with all that it started once something is there."""
+    with TemporaryFile() as said:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 240
+        while not there():
+            if process.poll() is not None:
+                said.seek(0)
+                pytest.fail(said.read().decode())
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list[int]:

@@ -91,6 +91,13 @@ class HubServer:
         client = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         return {**client, **given, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
 
+    def clear(self) -> None:
+        """Forget the repositories, what was counted, and what was to go wrong."""
+        switches = (self.meddled, self.cut_uploads, self.cut_downloads, self.flipped)
+        counts = (self.asked, self.headers, self.received, self.served)
+        for store in (self.repos, *switches, *counts):
+            store.clear()
+
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from conftest import ROOT
-from hub_server import ALICE, HubServer
+from hub_server import ALICE, HubServer, Repo
 
+PROMPT = "def main():\n    return"
 # Runs commands one after the other in one process, because importing torch for each takes seconds.
 # The client's pauses between its retries are left out; the retries are not.
 WORKER = """
@@ -108,3 +109,19 @@ def look(worker: Worker, *names: object, **environment: str) -> list:
     done = worker.fresh("-c", LOOK, *names, **environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()[-len(names) :]]
+
+
+def pushed(worker: Worker, server: HubServer, folder: Path, name: str = "alice/ee") -> Repo:
+    code, _, errors = worker("push", folder, name)
+    assert code == 0, errors
+    return server.repos[name]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def edit(data: bytes, **changes) -> bytes:
+    return json.dumps({**json.loads(data), **changes}).encode()

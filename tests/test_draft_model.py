@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import HISPEC, run, tiny_hf, tiny_model
+from conftest import HISPEC, disturbed, run, tiny_hf, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hispec import checkpoint
@@ -15,15 +15,6 @@ from hispec.config import ExitConfig
 from hispec.draft_model import draft_model, export_draft
 from hispec.export import export_as
 from hispec.model import ExitModel
-
-
-def disturbed(model: ExitModel) -> ExitModel:
-    """Heads that are no longer copies of the last layers."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.heads.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 @torch.inference_mode()

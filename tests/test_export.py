@@ -9,9 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import HISPEC, run, tiny_hf, tiny_model, tiny_tokenizer
+from conftest import HISPEC, disturbed, run, tiny_hf, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_draft_model import disturbed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hispec import checkpoint, verify
@@ -236,15 +235,6 @@ def test_a_trained_trunk_is_sharded_too(saved, tiny_base, tmp_path, monkeypatch)
         assert torch.equal(tensor, trunk[name]), name
     loaded, _ = checkpoint.load(tmp_path / "full")
     assert torch.equal(all_logits(loaded)["6"], plain.eval()(TOKENS).logits)
-
-
-@pytest.fixture(scope="module")
-def full(tiny_base, tmp_path_factory):
-    base = checkpoint.find_base(str(tiny_base))
-    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
-    folder = tmp_path_factory.mktemp("full") / "full"
-    checkpoint.save(folder, disturbed(model), base, full=True)
-    return folder
 
 
 def test_the_full_folders_greedy_text_is_the_targets(full):

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_model, tiny_tokenizer
-from test_draft_model import disturbed
+from conftest import disturbed, tiny_hf, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,23 +16,12 @@ from transformers import (
 )
 
 from hispec import checkpoint, decode
-from hispec.config import ExitConfig
-from hispec.model import ExitModel
 
 
 @pytest.fixture(autouse=True)
 def _modules_elsewhere(tmp_path, monkeypatch):
     """transformers copies what it runs to its cache."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
-
-
-@pytest.fixture(scope="module")
-def full(tiny_base, tmp_path_factory):
-    base = checkpoint.find_base(str(tiny_base))
-    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
-    folder = tmp_path_factory.mktemp("full") / "full"
-    checkpoint.save(folder, disturbed(model), base, full=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
-from conftest import HISPEC, run, tiny_hf, tiny_tokenizer
-from test_draft_model import disturbed, exit_logits
+from conftest import HISPEC, disturbed, run, tiny_hf, tiny_tokenizer
+from test_draft_model import exit_logits
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, kill_when, run
 from test_train import settings
 
 from hispec import checkpoint
@@ -49,20 +45,8 @@ def test_two_processes_train_as_one_and_resume(alone, tiny_base, texts, tmp_path
     output = tmp_path / "ee"
     words = [*launch(config, 2), *settings(tiny_base, texts, output, batch_size=2, **SMOKE)]
     environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    log = tmp_path / "log"
-    with open(log, "wb") as out:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env={**os.environ, **environment},
-            stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
     progress = tmp_path / "ee.run" / "state" / "progress.json"
-    deadline = time.monotonic() + 240
-    while not progress.exists():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_when(progress.exists, *words, **environment)
     resumed = run(*words, **environment)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step " in resumed.stdout

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import tiny_hf, tiny_tokenizer
+from conftest import tiny_tokenizer
 
-from eval.prompts import from_file
-from hispec.lm import EarlyExitLM
-from hispec.prompts import read_prompts
+from hispec.prompts import Prompt, builtin, read_prompts, spread
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Why?"}
@@ -59,11 +58,56 @@ def test_rows_that_ask_nothing_are_refused(tmp_path, row, message):
         list(read_prompts(write(tmp_path, row)))
 
 
-def test_an_evaluation_takes_prompts_of_every_task(tmp_path):
-    lm = EarlyExitLM.from_transformers(tiny_hf(vocab_size=320), tiny_tokenizer())
-    rows = [{"question": f"{task} {i}?", "task": task} for task in "abc" for i in range(5)]
-    taken = [lm.tokenizer.decode(ids) for ids in from_file(lm, write(tmp_path, *rows), 6)]
-    assert taken == [f"user: {task} {i}?\nassistant: " for task in "abc" for i in (0, 2)]
-    assert from_file(lm, write(tmp_path, rows[0]), 1) == [lm.encode("a 0?")]
-    with pytest.raises(ValueError, match="holds no prompts"):
-        from_file(lm, write(tmp_path), 1)
+def test_with_the_template_or_without(tmp_path):
+    tokenizer = tiny_tokenizer()
+    text, question, chat = read_prompts(
+        write(tmp_path, {"prompt": "x ="}, {"question": "Why?"}, {"messages": [SYSTEM, USER]})
+    )
+    assert tokenizer.decode(text.encode(tokenizer, chat=True)) == "user: x =\nassistant: "
+    assert tokenizer.decode(question.encode(tokenizer, chat=False)) == "Why?"
+    assert question.encode(tokenizer, chat=True) == question.encode(tokenizer)
+    with pytest.raises(ValueError, match="line 3 has 2 turns, but chat=False"):
+        chat.encode(tokenizer, chat=False)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat=True is not possible: the tokenizer has no chat"):
+        text.encode(tokenizer, chat=True)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "taken"),
+    [
+        ({"a": 8, "b": 8}, 4, {"a": [0, 4], "b": [0, 4]}),
+        ({"a": 8, "b": 8}, 3, {"a": [0, 4], "b": [0]}),
+        ({"a": 1, "b": 2, "c": 9}, 7, {"a": [0], "b": [0, 1], "c": [0, 2, 4, 6]}),
+        ({"a": 2, "b": 3}, 9, {"a": [0, 1], "b": [0, 1, 2]}),
+        ({"": 5}, 1, {"": [0]}),
+        ({}, 3, {}),
+    ],
+)
+def test_a_spread_is_even_over_the_tasks_and_within_them(sizes, count, taken):
+    """What a small task lacks, the others give; nothing is taken twice."""
+    prompts = [Prompt(i, "x", (), task) for task, size in sizes.items() for i in range(size)]
+    found = [(prompt.task, prompt.line) for prompt in spread(iter(prompts), count)]
+    assert found == [(task, line) for task, lines in taken.items() for line in lines]
+
+
+def test_a_spread_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="prompts=0 is not possible: 1 or more"):
+        spread(builtin(), 0)
+
+
+def test_the_prompts_that_come_with_the_package():
+    """Eight of each task, all different, of many lengths, for bases with and without a template."""
+    prompts = builtin()
+    tasks = ("chat", "code", "math", "summarization", "translation", "retrieval")
+    assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(tasks, 8)
+    tokenizer = tiny_tokenizer()
+    asked = [tuple(prompt.encode(tokenizer)) for prompt in prompts]
+    assert len(set(asked)) == 48
+    assert min(map(len, asked)) < 60 < 600 < max(map(len, asked))
+    raw = Counter(prompt.task for prompt in prompts if prompt.raw(tokenizer))
+    assert raw == {"code": 4}
+    tokenizer.chat_template = None
+    assert all(prompt.encode(tokenizer) for prompt in prompts)
+    to_sum_up = [p.messages[0]["content"] for p in prompts if p.task == "summarization"]
+    assert all(120 <= len(text.partition("\n\n")[2].split()) <= 250 for text in to_sum_up)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict
 from functools import cache
 
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, documents_of, run, tiny_tokenizer
-from test_train import exits_of, settings
+from conftest import LAUNCH, documents_of, kill_when, run, tiny_tokenizer, write_jsonl
+from test_train import exits_of, settings, train_to
 
 from hispec import checkpoint
 from hispec.packing import windows
@@ -24,7 +20,6 @@ from hispec.text import (
     documents,
     held_out_stream,
     is_held_out,
-    stream_documents,
 )
 from train.recipe import Recipe, load_recipe
 from train.stream import Position, RowStream, streamed_sets
@@ -170,136 +165,6 @@ def test_a_stream_without_a_row_is_refused():
         stream_of([]).take(1)
 
 
-# Sources ------------------------------------------------------------------------------------------
-
-
-def write_jsonl(file, texts) -> None:
-    file.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-
-
-def test_local_sources_give_the_documents_that_are_read_at_once(tmp_path):
-    """JSONL, Parquet, a folder with both and plain text; one file of plain text; the library."""
-    from datasets import Dataset
-
-    folder = tmp_path / "set [1]"  # a pattern to those who look for one
-    folder.mkdir()
-    write_jsonl(folder / "a.jsonl", ["one", "two", "three"])
-    Dataset.from_dict({"body": ["four", "five"]}).to_parquet(str(folder / "b.parquet"))
-    (folder / "c.txt").write_text("six")
-    (tmp_path / "long.txt").write_text("line\n" * 4000)
-    for source in (folder, *folder.iterdir(), tmp_path / "long.txt", "stdlib"):
-        expected = documents(str(source), "body")
-        assert list(stream_documents(str(source), "body")) == expected
-        assert list(stream_documents(str(source), "body", skip=2)) == expected[2:]
-    assert len(documents(str(folder), "body")) == 6
-
-
-def test_local_files_are_read_lazily_and_broken_lines_named(tmp_path):
-    file = tmp_path / "a.jsonl"
-    write_jsonl(file, ["one", "two"])
-    with open(file, "a") as end:
-        end.write("{broken\n")
-    stream = stream_documents(str(file), "body")
-    assert [next(stream).text, next(stream).text] == ["one", "two"]
-    with pytest.raises(ValueError, match=r"a.jsonl, line 3 is not JSON"):
-        next(stream)
-    with pytest.raises(ValueError, match=r"text_column='text': .*line 1 .* it has: body"):
-        next(stream_documents(str(file)))
-    file.write_bytes(b'{"body": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl cannot be read: .*utf-8"):
-        next(stream_documents(str(file), "body"))
-    (tmp_path / "b.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"b.parquet cannot be read as Parquet"):
-        next(stream_documents(str(tmp_path / "b.parquet"), "body"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty' holds no text"):
-        next(stream_documents(str(tmp_path / "empty")))
-    with pytest.raises(ValueError, match="neither 'stdlib' nor a local file or folder"):
-        next(stream_documents("no-such-org/no-such-set"))
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A dataset that is found under a Hub id, streamed by the real library from a local folder."""
-    import datasets
-
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    write_jsonl(folder / "train.jsonl", [f"x{i} = {i}\n" * 6 for i in range(120)])
-    load, asked = datasets.load_dataset, []
-
-    def load_dataset(source, **words):
-        if source != "org/set":
-            return load(source, **words)
-        asked.append(words)
-        return load(str(folder), **words)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
-
-
-def test_a_hub_dataset_is_streamed(hub):
-    found = list(stream_documents("org/set", "body", "train"))
-    assert [d.text for d in found] == [f"x{i} = {i}\n" * 6 for i in range(120)]
-    assert len({d.name for d in found}) == 120
-    assert hub == [{"split": "train", "streaming": True}]
-    assert list(stream_documents("org/set", "body", "train", skip=100)) == found[100:]
-    with pytest.raises(ValueError, match="text_column='text': the dataset org/set has the columns"):
-        next(stream_documents("org/set"))
-    with pytest.raises(ValueError, match=r"data='org/set' .*Bad split: test"):
-        next(stream_documents("org/set", "body", "test"))
-
-
-def test_a_hub_dataset_that_names_no_columns_or_breaks_off_is_refused_by_name(monkeypatch):
-    import datasets
-
-    def rows():
-        yield {"body": "one"}
-        raise RuntimeError("the line went dead")
-
-    unnamed = datasets.IterableDataset.from_generator(rows)
-    assert unnamed.column_names is None
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: unnamed)
-    with pytest.raises(ValueError, match=r"text_column='text': row 0 of org/set .* it has: body"):
-        next(stream_documents("org/set"))
-    stream = stream_documents("org/set", "body")
-    assert next(stream).text == "one"
-    with pytest.raises(ValueError, match="data='org/set' cannot be read on: the line went dead"):
-        next(stream)
-
-
-def test_a_run_on_a_hub_dataset_resumes_in_mid_epoch(hub, tiny_base, tmp_path):
-    """In one process, over epoch borders: losses and weights of a run that was not interrupted."""
-    words = dict(
-        **dict(data="org/set", text_column="body", streaming="true", held_out=0.2),
-        **dict(
-            trunk="full", layer_dropout=0.3, accumulate=2, batch_size=16, eval_every=3, steps=10
-        ),
-    )
-    whole = Trainer(load_recipe(settings(tiny_base, "-", tmp_path / "whole", **words)))
-    whole.train()
-    assert whole.stream.position.epoch >= 1
-    broken = Trainer(load_recipe(settings(tiny_base, "-", tmp_path / "ee", **words)))
-    step = broken._train_step
-
-    def breaks(batches):
-        if broken.step == 7:
-            raise KeyboardInterrupt
-        return step(batches)
-
-    broken._train_step = breaks
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    resumed = Trainer(load_recipe(settings(tiny_base, "-", tmp_path / "ee", **words)))
-    resumed.train()
-    assert [e["step"] for e in resumed.history] == [0, 3, 6, 9, 10]
-    for entry, expected in zip(resumed.history, whole.history, strict=True):
-        assert entry.get("training") == pytest.approx(expected.get("training"), abs=1e-6)
-        assert entry["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    for got, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
-
-
 # Runs ---------------------------------------------------------------------------------------------
 
 STREAM = dict(streaming="true", held_out=0.2, eval_sequences=2)
@@ -348,6 +213,29 @@ def test_processes_share_the_rows_of_a_pass(tiny_base, texts, tmp_path, monkeypa
             assert torch.equal(tensor, torch.cat([first[name], second[name]]))
 
 
+def test_a_run_on_a_hub_dataset_resumes_in_mid_epoch(hub_dataset, tiny_base, tmp_path):
+    """In one process, over epoch borders: losses and weights of a run that was not interrupted."""
+    words = dict(
+        **dict(data="org/set", text_column="body", streaming="true", held_out=0.2),
+        **dict(
+            trunk="full", layer_dropout=0.3, accumulate=2, batch_size=16, eval_every=3, steps=10
+        ),
+    )
+    whole = Trainer(load_recipe(settings(tiny_base, "-", tmp_path / "whole", **words)))
+    whole.train()
+    assert whole.stream.position.epoch >= 1
+    broken = Trainer(load_recipe(settings(tiny_base, "-", tmp_path / "ee", **words)))
+    train_to(broken, 7)
+    resumed = Trainer(load_recipe(settings(tiny_base, "-", tmp_path / "ee", **words)))
+    resumed.train()
+    assert [e["step"] for e in resumed.history] == [0, 3, 6, 9, 10]
+    for entry, expected in zip(resumed.history, whole.history, strict=True):
+        assert entry.get("training") == pytest.approx(expected.get("training"), abs=1e-6)
+        assert entry["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    for got, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_base, texts, tmp_path_factory):
     """An uninterrupted run through `accelerate launch`."""
@@ -361,18 +249,8 @@ def finished(tiny_base, texts, tmp_path_factory):
 def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp_path):
     output = tmp_path / "ee"
     words = settings(tiny_base, texts, output, **STREAM)
-    process = subprocess.Popen(
-        [*LAUNCH, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
     progress = tmp_path / "ee.run" / "state" / "progress.json"
-    deadline = time.monotonic() + 120
-    while not progress.exists():
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_when(progress.exists, *LAUNCH, *words)
     saved = json.loads(progress.read_text())
     assert saved["stream"]["row"] == saved["step"] * 4
     resumed = run(*LAUNCH, *words)

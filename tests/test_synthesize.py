@@ -5,22 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, run, tiny_config, tiny_tokenizer
+from conftest import kill_when, run, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hispec import checkpoint
 from hispec.chat import render, user_turn
 from hispec.export import export_untrained
-from train.dedup import SeenTexts, seq_rep
 from train.recipe import load_recipe
-from train.sample_file import Progress, SampleFile
 from train.synthesize import main
 from train.trainer import Trainer
 
@@ -181,17 +176,7 @@ def test_shards_share_the_samples(invented, talker, tmp_path, capsys):
 def test_killed_and_resumed_equals_uninterrupted(invented, talker, tmp_path):
     file = tmp_path / "chats.jsonl"
     given = words(talker, file, batch_size=4)
-    process = subprocess.Popen(
-        [*COMMAND, *given], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (file.exists() and file.stat().st_size):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(lambda: file.exists() and file.stat().st_size > 0, *COMMAND, *given)
     with open(file, "ab") as half:
         half.write(b'{"messages": [{"role": "us')
     noted = json.loads((tmp_path / "chats.jsonl.meta.json").read_text())["progress"]["next"]
@@ -242,30 +227,6 @@ def test_in_half_precision_a_run_keeps_its_batches(talker, tmp_path, capsys):
     assert made(capsys, talker, tmp_path / "b.jsonl", **given)[0] == rows
     with pytest.raises(ValueError, match=r"other settings \(batch_size: 4 there, 2 now\)"):
         main(words(talker, tmp_path / "b.jsonl", **{**given, "batch_size": 2}))
-
-
-def test_a_file_that_was_changed_is_refused(tmp_path):
-    path = tmp_path / "a.jsonl"
-
-    def write(index):
-        file = SampleFile(path, {"key": 1})
-        file.append([{"provenance": {"index": index}}], Progress(next=index + 1))
-
-    write(0)
-    write(1)
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"provenance": {"index": 2}}\n{"prov')  # what a killed run leaves
-    assert SampleFile(path, {"key": 1}).cut == 35
-    assert path.read_bytes() == whole
-    path.write_bytes(whole + b'{"text": "mine"}\n')
-    with pytest.raises(ValueError, match="holds rows that this run did not write"):
-        SampleFile(path, {"key": 1})
-    path.write_bytes(whole[:-5])
-    with pytest.raises(ValueError, match=r"has \d+ bytes, a.jsonl.meta.json says \d+"):
-        SampleFile(path, {"key": 1})
-    path.write_bytes(whole.replace(b"\n", b" ", 1)[:-1] + b"\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        list(SampleFile(path, {"key": 1}).rows())
 
 
 def test_prompts_of_a_file_are_answered(talker, tmp_path, capsys):
@@ -420,40 +381,3 @@ def test_the_users_turn_of_a_template():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         user_turn(tokenizer)
-
-
-def test_duplicates_are_found():
-    seen = SeenTexts(0.7)
-    text = "The quick brown fox jumps over the lazy dog near the old river bank at dawn every day."
-    seen.add(text)
-    assert "  the QUICK brown fox jumps over\nthe lazy dog near the old river bank at dawn every day." in seen  # noqa: E501  # fmt: skip
-    assert text.replace("every day", "every night") in seen
-    assert "A slow green turtle walks under the lazy dog near the old bridge at noon." not in seen
-    assert "What is 3 + 4?" not in seen
-    seen.add("What is 3 + 4?")
-    assert "what is 3 + 4 ?" in seen
-    assert "What is 3 - 4?" not in seen
-
-
-def test_minhash_estimates_the_jaccard_similarity():
-    """Over random pairs of known similarity; the deviation is sqrt(j (1 - j) / 128), to 0.044."""
-    import random
-
-    chance = random.Random(3)
-    vocabulary = [f"w{i}" for i in range(5000)]
-    for _ in range(30):
-        first = chance.sample(vocabulary, 120)
-        cut = chance.randrange(10, 110)
-        second = first[:cut] + chance.sample(vocabulary, 120 - cut)
-        shingles = [{tuple(t[i : i + 3]) for i in range(118)} for t in (first, second)]
-        true = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
-        seen = SeenTexts(0.5)
-        estimate = (seen._signature(first) == seen._signature(second)).mean()
-        assert abs(estimate - true) < 0.2
-
-
-def test_repetition_is_the_share_of_repeated_ngrams():
-    assert seq_rep([1, 2, 3]) == 0
-    assert seq_rep(list(range(100))) == 0
-    assert seq_rep([1, 2, 3, 4] * 25) == pytest.approx(1 - 4 / 97)
-    assert seq_rep([*range(50), *range(50)]) == pytest.approx(47 / 97)

@@ -1,14 +1,14 @@
-"""Documents, whole-document hold-out, chats as tokens."""
+"""Documents, at once and as a stream; whole-document hold-out, chats as tokens."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from conftest import tiny_tokenizer
+from conftest import tiny_tokenizer, write_jsonl
 
 from hispec.packing import windows
-from hispec.text import Document, documents, split
+from hispec.text import Document, documents, split, stream_documents
 
 
 def test_the_standard_library_is_there_without_tests_and_tables():
@@ -135,3 +135,74 @@ def test_parquet_files_are_read_as_jsonl_files_are(tmp_path):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"broken.parquet cannot be read as Parquet"):
         documents(str(tmp_path / "broken.parquet"))
+
+
+def test_local_sources_give_the_documents_that_are_read_at_once(tmp_path):
+    """JSONL, Parquet, a folder with both and plain text; one file of plain text; the library."""
+    from datasets import Dataset
+
+    folder = tmp_path / "set [1]"  # a pattern to those who look for one
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ["one", "two", "three"])
+    Dataset.from_dict({"body": ["four", "five"]}).to_parquet(str(folder / "b.parquet"))
+    (folder / "c.txt").write_text("six")
+    (tmp_path / "long.txt").write_text("line\n" * 4000)
+    for source in (folder, *folder.iterdir(), tmp_path / "long.txt", "stdlib"):
+        expected = documents(str(source), "body")
+        assert list(stream_documents(str(source), "body")) == expected
+        assert list(stream_documents(str(source), "body", skip=2)) == expected[2:]
+    assert len(documents(str(folder), "body")) == 6
+
+
+def test_local_files_are_read_lazily_and_broken_lines_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, ["one", "two"])
+    with open(file, "a") as end:
+        end.write("{broken\n")
+    stream = stream_documents(str(file), "body")
+    assert [next(stream).text, next(stream).text] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"a.jsonl, line 3 is not JSON"):
+        next(stream)
+    with pytest.raises(ValueError, match=r"text_column='text': .*line 1 .* it has: body"):
+        next(stream_documents(str(file)))
+    file.write_bytes(b'{"body": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl cannot be read: .*utf-8"):
+        next(stream_documents(str(file), "body"))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"b.parquet cannot be read as Parquet"):
+        next(stream_documents(str(tmp_path / "b.parquet"), "body"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty' holds no text"):
+        next(stream_documents(str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match="neither 'stdlib' nor a local file or folder"):
+        next(stream_documents("no-such-org/no-such-set"))
+
+
+def test_a_hub_dataset_is_streamed(hub_dataset):
+    found = list(stream_documents("org/set", "body", "train"))
+    assert [d.text for d in found] == [f"x{i} = {i}\n" * 6 for i in range(120)]
+    assert len({d.name for d in found}) == 120
+    assert hub_dataset == [{"split": "train", "streaming": True}]
+    assert list(stream_documents("org/set", "body", "train", skip=100)) == found[100:]
+    with pytest.raises(ValueError, match="text_column='text': the dataset org/set has the columns"):
+        next(stream_documents("org/set"))
+    with pytest.raises(ValueError, match=r"data='org/set' .*Bad split: test"):
+        next(stream_documents("org/set", "body", "test"))
+
+
+def test_a_hub_dataset_that_names_no_columns_or_breaks_off_is_refused_by_name(monkeypatch):
+    import datasets
+
+    def rows():
+        yield {"body": "one"}
+        raise RuntimeError("the line went dead")
+
+    unnamed = datasets.IterableDataset.from_generator(rows)
+    assert unnamed.column_names is None
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: unnamed)
+    with pytest.raises(ValueError, match=r"text_column='text': row 0 of org/set .* it has: body"):
+        next(stream_documents("org/set"))
+    stream = stream_documents("org/set", "body")
+    assert next(stream).text == "one"
+    with pytest.raises(ValueError, match="data='org/set' cannot be read on: the line went dead"):
+        next(stream)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, run
+from conftest import LAUNCH, kill_when, run
 
 from hispec import checkpoint
 from train.recipe import Recipe, load_recipe
@@ -41,6 +38,20 @@ def exits_of(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "exits.safetensors")
+
+
+def train_to(trainer: Trainer, step: int) -> None:
+    """Train up to a step, and interrupt it there."""
+    train_step = trainer._train_step
+
+    def interrupted(batches):
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        return train_step(batches)
+
+    trainer._train_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +116,8 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp
     """SIGKILL in mid-epoch; the next run says where it goes on and ends with the same weights."""
     output = tmp_path / "ee"
     words = settings(tiny_base, texts, output)
-    process = subprocess.Popen(
-        [*LAUNCH, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
     progress = output.parent / "ee.run" / "state" / "progress.json"
-    deadline = time.monotonic() + 120
-    while not progress.exists():
-        assert process.poll() is None, process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_when(progress.exists, *LAUNCH, *words)
     step = json.loads(progress.read_text())["step"]
     assert not output.exists() or step == 12
     resumed = run(*LAUNCH, *words)

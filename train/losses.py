@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hispec.draft import top_candidates
+from hispec.sampling import top_candidates
 
 from .picked import picked_law
 

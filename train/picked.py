@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from hispec.draft import top_candidates
+from hispec.sampling import top_candidates
 
 _TINY = 1e-9  # probability below which the rest of a law counts as none
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from omegaconf import MISSING
 
 from hispec.config import HEAD_KINDS, ExitConfig, check, resolve
@@ -255,6 +256,11 @@ class Recipe:
             self.distill_weight,
             "it and ce_weight cannot both be 0: there would be no loss",
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a frozen trunk, and of what is computed with it."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def exit_config(self) -> ExitConfig:
         return ExitConfig(

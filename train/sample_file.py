@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hispec.config import differences
 from hispec.files import read_json, write_json
 from hispec.text import local_rows
 
@@ -67,14 +68,9 @@ class SampleFile:
         if meta.get("format") != FORMAT:
             raise ValueError(f"{self.meta}: format={meta.get('format')!r}, it must be {FORMAT}")
         there = meta["made_by"]
-        differing = [
-            f"{key}: {there.get(key)!r} there, {self.made_by.get(key)!r} now"
-            for key in sorted({*there, *self.made_by})
-            if there.get(key) != self.made_by.get(key)
-        ]
-        if differing:
+        if changed := differences(there, self.made_by, sorted({*there, *self.made_by})):
             raise ValueError(
-                f"{self.path} was begun with other settings ({'; '.join(differing)}); {_ADVICE}"
+                f"{self.path} was begun with other settings ({'; '.join(changed)}); {_ADVICE}"
             )
         self.progress = Progress(**meta["progress"])
         self._cut_off()

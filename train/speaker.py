@@ -268,9 +268,7 @@ class Speaker:
         ended = bool(tokens) and tokens[-1] in eos
         ids = tokens[:-1] if ended else tokens
         text = decode(ids)
-        if (
-            self.raw
-        ):  # some tokenizers leave out the space before the first word of what they decode
+        if self.raw:  # some tokenizers leave out the space before the first word that they decode
             given = decode(context, skip_special_tokens=True)
             text = decode([*context, *ids], skip_special_tokens=True)[len(given) :]
         if stop and stop in text:

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hispec.config import differences
 from hispec.files import read_json, swap_in, write_json
 
 from .recipe import Recipe
@@ -48,15 +49,9 @@ def load_state(accelerator: Accelerator, folder: Path, recipe: Recipe) -> dict[s
     if not (folder / PROGRESS).is_file():
         return None
     progress = read_json(folder / PROGRESS)
-    now, then = asdict(recipe), progress["recipe"]
-    changed = [
-        f"{key}: {then.get(key)!r} there, {now[key]!r} now"
-        for key in now
-        if key not in _FREE_KEYS and now[key] != then.get(key)
-    ]
-    if (processes := accelerator.num_processes) != progress["processes"]:
-        changed.append(f"processes: {progress['processes']} there, {processes} now")
-    if changed:
+    then = {**progress["recipe"], "processes": progress["processes"]}
+    now = {**asdict(recipe), "processes": accelerator.num_processes}
+    if changed := differences(then, now, (key for key in now if key not in _FREE_KEYS)):
         raise ValueError(
             f"{folder} belongs to a run with other settings ({'; '.join(changed)}); "
             f"remove {folder.parent} or choose another output="

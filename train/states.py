@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
         top_k=min(recipe.states_top_k, vocab_size),
         hidden=hidden,
         final=recipe.head_previous,
-        dtype=torch.bfloat16 if recipe.precision == "bf16" else torch.float32,
+        dtype=recipe.dtype,
     )
 
 
@@ -158,7 +158,7 @@ class StateStore(Dataset[dict[str, Any]]):
             **asdict(sizes),
             "dtype": str(sizes.dtype),
         }
-        self._open = lru_cache(maxsize=None)(self._open_file)
+        self._open = cache(self._open_file)
 
     def __len__(self) -> int:
         return len(self.rows)

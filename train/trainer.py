@@ -53,15 +53,15 @@ class Trainer:
         set_seed(recipe.seed)
         quiet_transformers()
         self.base = checkpoint.find_base(recipe.base)
-        half = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        dtype = torch.float32 if recipe.trunk == "full" else half  # master weights, or as it is
+        # A trunk that is trained whole needs master weights; any other is used as it is.
+        dtype = torch.float32 if recipe.trunk == "full" else recipe.dtype
         hf = checkpoint.load_base(self.base.folder, dtype)
         self.model = ExitModel(hf, recipe.exit_config(), gather).to(self.accelerator.device)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
         self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
         untouched = None
         if recipe.base_kl and recipe.trunk == "full":
-            untouched = ExitModel(checkpoint.load_base(self.base.folder, half))
+            untouched = ExitModel(checkpoint.load_base(self.base.folder, recipe.dtype))
             untouched.to(self.accelerator.device).requires_grad_(False)
         self.training_step = TrainingStep(
             recipe,
@@ -98,7 +98,8 @@ class Trainer:
         self.wrapped, self.optimizer, *loaders = self.accelerator.prepare(
             wrapped, optimizer, *loaders
         )
-        for self.loader in loaders:
+        if loaders:
+            (self.loader,) = loaders
             if len(self.loader) < recipe.accumulate:
                 raise ValueError(
                     f"batch_size={recipe.batch_size} times {processes} process(es), "

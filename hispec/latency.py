@@ -1,0 +1,180 @@
+"""What the parts of a decode cost on this machine: seconds of each, by tokens and context length.
+
+Measured in the ladder that decodes, one part after the other over and over, so that no part finds
+more in the processor's caches than it would while decoding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from .draft import CANDIDATES, compact, tree_template
+from .ladder import Ladder
+from .model import ExitModel
+from .sampling import confidence, top_candidates
+
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Tokens of a pass for which it is measured; in between is interpolated."""
+
+
+@dataclass
+class Latency:
+    """Seconds of every part, measured for some numbers of tokens in texts of some lengths."""
+
+    lengths: list[int]
+    """Tokens that the cache held, increasing."""
+    tokens: list[int] = field(default_factory=lambda: list(TOKENS))
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    """For each part, for each length, the seconds for each number of tokens."""
+
+    def of(self, part: str, tokens: int, length: int) -> float:
+        """Seconds of a part for so many tokens in a text of so many, interpolated."""
+        by_length = [np.interp(tokens, self.tokens, row) for row in self.seconds[part]]
+        return float(np.interp(length, self.lengths, by_length))
+
+
+def segment(from_depth: int, to_depth: int, tree: bool = False) -> str:
+    """Name of the part that runs some layers."""
+    return f"layers {from_depth} to {to_depth}" + ", tree" * tree
+
+
+def head(depth: int, tree: bool = False) -> str:
+    """Name of the part that runs the blocks of an exit's head."""
+    return f"head {depth}" + ", tree" * tree
+
+
+def reading(depth: int, drafting: bool) -> str:
+    """Name of the part that turns the states of a depth into logits, and finds the largest."""
+    return f"{'draft ' if drafting else ''}logits {depth}"
+
+
+CONFIDENCE, RANKING, KEEPING = "top probability", "candidates", "keeping a branch"
+
+
+@torch.inference_mode()
+def measure_latency(
+    model: ExitModel,
+    depths: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    repeats: int = 5,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Latency:
+    """Measure all parts of the ladders that can be made of `depths`.
+
+    Args:
+        depths: increasing depths, the last one that of the full model.
+        lengths: tokens that the cache holds while it is measured, increasing.
+        repeats: of which the median counts.
+        track: sees the rounds go by, for a progress bar.
+    """
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    rounds = [(length, repeat) for length in lengths for repeat in range(repeats)]
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    bench: _Bench | None = None
+    for length, repeat in track(rounds):
+        if bench is None or bench.length != length:
+            bench = _Bench(model, depths, length)
+            for _, call in bench.parts(1):  # warm-up
+                call()
+        for tokens in TOKENS:
+            for part, call in bench.parts(tokens):
+                began = _now(model.device)
+                call()
+                taken[part, tokens].append(_now(model.device) - began)
+        if repeat == repeats - 1:
+            for part in dict.fromkeys(part for part, _ in taken):
+                found[part].append([statistics.median(taken[part, tokens]) for tokens in TOKENS])
+            taken.clear()
+    return Latency(list(lengths), seconds=dict(found))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Bench:
+    """A ladder of all depths that holds a text, for passes that are rolled back again."""
+
+    def __init__(self, model: ExitModel, depths: Sequence[int], length: int) -> None:
+        self.model = model
+        self.length = length
+        generator = torch.Generator().manual_seed(length)
+        size = (1, length + max(TOKENS))
+        self.tokens_BN = torch.randint(model.vocab_size, size, generator=generator).numpy()
+        self.held_B = np.array([length])
+        self.ladders = {
+            pair: self._ladder(pair) for pair in [(0, d) for d in depths] + _pairs(depths)
+        }
+        self.full = self.ladders[0, depths[-1]]
+
+    def _ladder(self, pair: tuple[int, int]) -> Ladder:
+        """A ladder that holds the text; its last segment is the one between the two depths."""
+        rungs = [depth for depth in pair if depth]
+        ladder = Ladder(self.model, rungs, 1, self.length + 2 * max(TOKENS))
+        ladder.prefill(self.tokens_BN, self.held_B)
+        return ladder
+
+    def parts(self, tokens: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Every part by its name, ready to be timed for so many tokens."""
+        upto_B = self.held_B + tokens
+        template = tree_template(tokens - 1, min(CANDIDATES, self.model.vocab_size))
+        parents = np.array([[parent for parent, _ in template]], dtype=np.int64)
+        tree = compact(parents.reshape(1, -1), parents.reshape(1, -1))  # which tokens: no matter
+        base_B = self.held_B + 1
+        for (low, high), ladder in self.ladders.items():
+            rung = len(ladder.depths) - 1
+            for in_tree in (False, True):  # a tree of no proposals is a chain
+                shape: Any = (upto_B, tree if in_tree and tokens > 1 else None, base_B)
+                ladder.truncate(self.held_B)
+                if rung:
+                    ladder.bring(0, self.tokens_BN, *shape)
+                yield (
+                    segment(low, high, in_tree),
+                    lambda: ladder.bring(rung, self.tokens_BN, *shape),  # noqa: B023
+                )
+                if not low and ladder.head_layers(0):
+                    yield (
+                        head(high, in_tree),
+                        lambda: ladder._bring_head(0, *shape),  # noqa: B023
+                    )
+            ladder.truncate(self.held_B)
+            if not low:
+                yield from self._readings(high, ladder, tokens)
+        width = max(1, tokens - 1)
+        path_BD = np.arange(1, width + 1)[None]
+        yield KEEPING, lambda: self.full.cache.keep(base_B, path_BD)
+
+    def _readings(
+        self, depth: int, ladder: Ladder, tokens: int
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        track = ("head" if ladder.head_layers(0) else "segment", 0)
+        slots_1T = torch.arange(self.length - 1, self.length - 1 + tokens)[None]
+        slots_1T = slots_1T.to(self.model.device)
+
+        def read(drafting: bool) -> torch.Tensor:
+            logits_1TV = ladder._read(depth, ladder.cache.hidden(track, slots_1T), drafting)
+            logits_1TV.argmax(-1).cpu()
+            return logits_1TV
+
+        for drafting in (False, True):
+            yield reading(depth, drafting), lambda: read(drafting)  # noqa: B023
+        if depth == self.model.num_layers:
+            logits_NV = read(False)[0]
+            yield CONFIDENCE, lambda: confidence(logits_NV)
+            yield RANKING, lambda: top_candidates(logits_NV, CANDIDATES).cpu()
+
+
+def _pairs(depths: Sequence[int]) -> list[tuple[int, int]]:
+    return list(combinations(depths, 2))

@@ -1,0 +1,287 @@
+"""The planner: the fastest setting of the decoder for this model, this machine and this text.
+
+Parts of a decode are timed once. Every setting is then replayed on the same prompts, which gives
+its counts and its seconds. The best few are really decoded, beside plain decoding, and the fastest
+of these is the plan; plain decoding is an answer too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from .config import DecodeConfig, check, check_depths
+from .contexts import Contexts
+from .decode import Decode
+from .ladder import Ladder
+from .latency import Latency, measure_latency
+from .lm import EarlyExitLM
+from .model import ExitModel
+from .plan_file import Machine, Plan, Setting, Tried
+from .replay import Replay
+from .stats import DecodeStats
+
+WORTH_IT = 1.02
+"""Against plain decoding; what gains less is within the noise of the measurement."""
+_LONGEST_DRAFT = 8
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def settings(exits: Sequence[int], full: int) -> list[Setting]:
+    """All settings that are tried; plain decoding is the first.
+
+    Args:
+        exits: increasing depths below the full model's.
+    """
+    found: list[Setting] = [{"ladder": [full]}]
+
+    def add(ladder: Sequence[int], drafter: str, **lists: Sequence[Any]) -> None:
+        deep = len(ladder) - ("exit" in drafter) > 1  # a second rung verifies, so there is a buffer
+        lists = {**lists, **({"buffer": (2, 4, 8)} if deep else {})}
+        tried: list[Setting] = [{"ladder": list(ladder), "drafter": drafter}]
+        for key, values in lists.items():
+            tried = [{**setting, key: value} for setting in tried for value in values]
+        found.extend(tried)
+
+    for ladder in [(full,), *((v, full) for v in exits)]:
+        add(ladder, "lookup", lookup_length=(4, 8, 12) if len(ladder) == 1 else (4, 8))
+        add(ladder, "recycle", tree_tokens=(7, 15, 25) if len(ladder) == 1 else (7, 15))
+    for draft in exits:
+        ladder = (draft, full)
+        add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
+        add(ladder, "exit", draft_length=(4, _LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
+        add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))
+        add(ladder, "recycle+exit", tree_tokens=(7, 15), draft_length=(1, 2))
+    for pair in combinations(exits, 2):
+        ladder = (*pair, full)
+        add(ladder, "exit", draft_length=(1, 2, 3, 4))
+        add(ladder, "exit", draft_length=(6,), draft_threshold=(0.5,))
+        add(ladder, "lookup+exit", lookup_length=(8,), draft_length=(1, 2))
+        add(ladder, "recycle+exit", tree_tokens=(15,), draft_length=(2,))
+    return found
+
+
+@dataclass
+class _Totals:
+    """A setting over all prompts."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    target_passes: int = 0
+
+    def add(self, seconds: float, stats: DecodeStats) -> None:
+        self.seconds += seconds
+        self.tokens += stats.new_tokens
+        self.target_passes += stats.rungs[-1].passes
+
+
+@dataclass
+class _Measured:
+    """A setting as it was really decoded."""
+
+    rates: list[float] = field(default_factory=list)
+    """Tokens per second of every repeat over all prompts."""
+    same_text: int = 0
+
+
+class Planner:
+    """Plans one model for some prompts.
+
+    Args:
+        prompts: token ids of each.
+        exits: depths to try; default: the model's own exits.
+        new_tokens: decoded of each prompt.
+
+    Raises:
+        ValueError: no prompts, or depths that the model does not have.
+    """
+
+    def __init__(
+        self,
+        lm: EarlyExitLM,
+        prompts: Sequence[Sequence[int]],
+        *,
+        exits: Sequence[int] | None = None,
+        new_tokens: int = 48,
+    ) -> None:
+        check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
+        check(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
+        self.model: ExitModel = lm.model
+        self.exits = list(lm.model.exits.depths if exits is None else exits)
+        check_depths("exits", self.exits, self.model.num_layers, at_least=0)
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.new_tokens = new_tokens
+        self.eos = lm.eos()
+        self.settings = settings(self.exits, self.model.num_layers)
+        self.replayed = all(self.model.head(depth).mix is None for depth in self.exits)
+        """Whether what the heads say depends on the text alone. What cannot be replayed is really
+        decoded instead, with fewer settings."""
+        if not self.replayed:
+            self.settings = _one_of_each(self.settings)
+
+    def run(
+        self,
+        text: dict[str, Any],
+        *,
+        confirm: int = 4,
+        repeats: int = 2,
+        track: Track = lambda things, _: things,
+    ) -> Plan:
+        """Measure, replay, confirm, choose.
+
+        Args:
+            text: says what the prompts are, for the plan.
+            confirm: settings to decode really, besides plain decoding.
+            repeats: of which the median counts.
+            track: sees the rounds of each stage go by, for a progress bar.
+        """
+        check(confirm >= 1, "confirm", confirm, "1 or more")
+        check(repeats >= 1, "repeats", repeats, "1 or more")
+        began = time.perf_counter()
+        lengths = sorted(map(len, self.prompts))
+        latency = measure_latency(
+            self.model,
+            [*self.exits, self.model.num_layers],
+            sorted({lengths[0], lengths[-1] + self.new_tokens}),
+            track=lambda rounds: track(rounds, "timing the parts"),
+        )
+        totals = [_Totals() for _ in self.settings]
+        for prompt in track(self.prompts, f"trying {len(self.settings)} settings"):
+            for total, (seconds, stats) in zip(totals, self._try(prompt, latency), strict=True):
+                total.add(seconds, stats)
+        tried = [
+            Tried(setting, total.tokens / total.seconds, total.tokens / total.target_passes)
+            for setting, total in zip(self.settings, totals, strict=True)
+        ]
+        chosen = [tried[0], *_to_confirm(tried[1:], confirm)]
+        for entry, found in zip(chosen, self._decode(chosen, repeats, track), strict=True):
+            entry.measured = statistics.median(found.rates)
+            entry.spread = min(found.rates), max(found.rates)
+            entry.same_text = found.same_text
+        plain = tried[0]
+        assert plain.measured is not None
+        # A machine is not as fast in every minute. Predictions are of what a setting gains, so
+        # they are stated in the minutes in which the plain decoding beside them was measured.
+        now = plain.measured / plain.predicted
+        for entry in tried:
+            entry.predicted *= now
+        best = max(chosen, key=lambda entry: entry.measured or 0.0)
+        if (best.measured or 0.0) < WORTH_IT * plain.measured:
+            best = plain
+        return Plan(
+            setting=best.setting,
+            tokens_per_second=best.measured or 0.0,
+            plain_tokens_per_second=plain.measured,
+            machine=Machine.here(self.model.device, self.model.hf.dtype),
+            text={
+                **text,
+                "prompts": len(self.prompts),
+                "prompt_tokens": [lengths[0], lengths[-1]],
+                "new_tokens": self.new_tokens,
+            },
+            exits=self.exits,
+            num_layers=self.model.num_layers,
+            confirmed=sorted(chosen, key=lambda entry: -(entry.measured or 0.0)),
+            settings=sorted(tried, key=lambda entry: -entry.predicted),
+            latency={**asdict(latency), "scale": now},
+            seconds=time.perf_counter() - began,
+        )
+
+    def config(self, setting: Setting) -> DecodeConfig:
+        """A decode of one prompt with some setting."""
+        return DecodeConfig(**setting, max_new_tokens=self.new_tokens, eos=self.eos)
+
+    def _try(self, prompt: list[int], latency: Latency) -> list[tuple[float, DecodeStats]]:
+        """(predicted seconds, counts) of every setting on one prompt."""
+        configs = [self.config(setting) for setting in self.settings]
+        text = Decode(self.model, [prompt], configs[0]).finish()[0]
+        prefill = self._prefill(prompt)
+        depths = [*self.exits, self.model.num_layers]
+        contexts = Contexts(self.model, prompt, depths if self.replayed else depths[-1:])
+        nodes = contexts.follow(text)
+        for depth in contexts.tracks.depths:
+            contexts.answers((depth, False), nodes)
+            if depth < self.model.num_layers:
+                contexts.draft(depth, nodes, _LONGEST_DRAFT)
+        found = []
+        for config in configs:
+            if set(config.ladder) <= set(contexts.tracks.depths):
+                reading = sum(prefill[depth] for depth in config.ladder)
+                replay = Replay(contexts, config, latency, reading)
+                replay.finish()
+                found.append((replay.seconds, replay.stats))
+            else:
+                run = Decode(self.model, [prompt], config)
+                run.finish()
+                found.append((run.stats.seconds, run.stats))
+        return found
+
+    @torch.inference_mode()
+    def _prefill(self, prompt: list[int]) -> dict[int, float]:
+        """Seconds that reading the prompt takes: of all layers, by the full model's depth, and of
+        each exit's head."""
+        full = self.model.num_layers
+        tokens_BN, length_B = np.array([prompt]), np.array([len(prompt)])
+
+        def seconds(depths: Sequence[int]) -> float:
+            taken = []
+            for _ in range(2):
+                ladder = Ladder(self.model, depths, 1, len(prompt))
+                began = time.perf_counter()
+                ladder.prefill(tokens_BN, length_B)
+                if self.model.device.type == "cuda":
+                    torch.cuda.synchronize(self.model.device)
+                taken.append(time.perf_counter() - began)
+            return min(taken)
+
+        found = {full: seconds([full])}
+        blocks = {depth: len(self.model.head(depth).blocks) for depth in self.exits}
+        heads = max(0.0, seconds([*self.exits, full]) - found[full]) if self.exits else 0.0
+        every = sum(blocks.values())
+        return found | {depth: heads * n / every if every else 0.0 for depth, n in blocks.items()}
+
+    def _decode(self, chosen: Sequence[Tried], repeats: int, track: Track) -> list[_Measured]:
+        """Really decode some settings, prompt by prompt side by side; plain decoding is first."""
+        found = [_Measured() for _ in chosen]
+        spent: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0])
+        rounds = [(r, prompt) for r in range(repeats) for prompt in self.prompts]
+        for repeat, prompt in track(rounds, f"decoding the best {len(chosen) - 1}"):
+            plain: list[int] = []
+            for i, entry in enumerate(chosen):
+                run = Decode(self.model, [prompt], self.config(entry.setting))
+                (tokens,) = run.finish()
+                plain = tokens if i == 0 else plain
+                spent[i, repeat][0] += run.stats.seconds
+                spent[i, repeat][1] += len(tokens)
+                found[i].same_text += repeat == 0 and tokens == plain
+        for (i, _), (seconds, tokens_done) in spent.items():
+            found[i].rates.append(tokens_done / seconds)
+        return found
+
+
+def _one_of_each(tried: Sequence[Setting]) -> list[Setting]:
+    """The first two settings of every ladder and drafter."""
+    seen: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
+    for setting in tried:
+        seen[*setting["ladder"], setting.get("drafter")].append(setting)
+    return [setting for group in seen.values() for setting in group[:2]]
+
+
+def _to_confirm(tried: Sequence[Tried], count: int) -> list[Tried]:
+    """The most promising settings: first the best of each ladder and drafter, as the prediction
+    errs for all settings of such a group alike, then the others."""
+    ranked = sorted(tried, key=lambda entry: -entry.predicted)
+    firsts: dict[tuple[Any, ...], Tried] = {}
+    for entry in ranked:
+        firsts.setdefault((*entry.setting["ladder"], entry.setting["drafter"]), entry)
+    best = list(firsts.values())
+    return (best + [entry for entry in ranked if entry not in best])[:count]

@@ -1,0 +1,71 @@
+"""The planner's heat map: what the best setting of every pair of exits is predicted to gain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from .plan_file import Plan, is_plain, shown
+
+NOTHING, FREE = "nothing", "free drafts"
+
+
+def best_by_exits(plan: Plan) -> dict[tuple[str, str], float]:
+    """For what drafts and what verifies first, the highest predicted tokens/s.
+
+    Both are shown as the axes have them: `nothing`, `free drafts`, `depth 6`.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for tried in plan.settings:
+        ladder, drafter = list(tried.setting["ladder"]), tried.setting.get("drafter", "exit")
+        if is_plain(tried.setting):
+            draft = NOTHING
+        elif "exit" in drafter:
+            draft = f"depth {ladder.pop(0)}"
+        else:
+            draft = FREE
+        pair = draft, f"depth {ladder[0]}"
+        found[pair] = max(found.get(pair, 0.0), tried.predicted)
+    return found
+
+
+def draw(plan: Plan, path: Path, title: str) -> None:
+    """Write the heat map, predicted tokens/s against plain decoding, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import TwoSlopeNorm
+
+    best = best_by_exits(plan)
+    depths = [*plan.exits, plan.num_layers]
+    rows = [NOTHING, FREE, *(f"depth {depth}" for depth in plan.exits)]
+    columns = [f"depth {depth}" for depth in depths]
+    gain = np.full((len(rows), len(columns)), np.nan)
+    for (draft, verify), rate in best.items():
+        gain[rows.index(draft), columns.index(verify)] = rate / plan.plain_tokens_per_second
+    reach = max(0.05, float(np.nanmax(np.abs(gain - 1))))
+    size = (2.8 + 1.1 * len(columns), 1.9 + 0.55 * len(rows))
+    figure, axes = plt.subplots(figsize=(max(size[0], 6.4), size[1]), layout="constrained")
+    image = axes.imshow(
+        gain, cmap="RdBu", norm=TwoSlopeNorm(1.0, 1.0 - reach, 1.0 + reach), aspect="auto"
+    )
+    for (row, column), value in np.ndenumerate(gain):
+        if not np.isnan(value):
+            dark = abs(value - 1) > 0.6 * reach
+            colour = "white" if dark else "black"
+            axes.text(column, row, f"{value:.2f}x", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), [*columns[:-1], f"{columns[-1]}\n(full model)"])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(
+        xlabel="verifies first",
+        ylabel="drafts",
+        title=f"{title}\nplan: {shown(plan.setting)}, {plan.speedup:.2f}x measured",
+    )
+    axes.title.set_fontsize(10)
+    figure.colorbar(image, ax=axes, label="predicted tokens/s, plain = 1")
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.rename(path)
+    plt.close(figure)

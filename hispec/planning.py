@@ -1,0 +1,107 @@
+"""The `hispec plan` command: prompts in; a table, `plan.json` and its picture out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+from rich.table import Table
+
+from .config import check
+from .console import Output
+from .lm import EarlyExitLM
+from .plan import WORTH_IT, Planner
+from .plan_file import PICTURE, Plan, is_plain, shown
+from .plan_picture import draw
+from .prompts import builtin, read_prompts, spread
+
+
+def plan_checkpoint(
+    out: Output,
+    lm: EarlyExitLM,
+    folder: Path,
+    *,
+    data: Path | None,
+    count: int,
+    exits: list[int] | None,
+    new_tokens: int,
+    confirm: int,
+    repeats: int,
+) -> Plan:
+    """Plan, write the plan and its picture to `folder`, and say what was found.
+
+    Raises:
+        ValueError: no such folder, no prompts, or numbers that are not possible.
+    """
+    check(folder.is_dir(), "output", str(folder), "an existing folder")
+    source = builtin() if data is None else list(read_prompts(data))
+    chosen = spread(source, count)
+    prompts = [prompt.encode(lm.tokenizer) for prompt in chosen]
+    planner = Planner(lm, prompts, exits=exits, new_tokens=new_tokens)
+    text = {
+        "source": "hispec's own prompts" if data is None else data.name,
+        "tasks": sorted({prompt.task for prompt in chosen}),
+    }
+    shown_on = Output(stderr=True)
+
+    def bar(things: Iterable[Any], words: str) -> Iterable[Any]:
+        return track(list(things), words, console=shown_on, transient=True)
+
+    plan = planner.run(text, confirm=confirm, repeats=repeats, track=bar)
+    path = plan.save(folder)
+    draw(plan, folder / PICTURE, f"{folder.name}: {plan.machine}")
+    _report(out, plan)
+    if not planner.replayed:
+        out.say(
+            "the heads read the token before, so ladders with exits were decoded, not replayed: "
+            f"{len(planner.settings)} settings in all"
+        )
+    out.say(f"plan: {path}, picture: {folder / PICTURE}")
+    return plan
+
+
+def json_line(plan: Plan) -> str:
+    """What was chosen and confirmed, without the long tables."""
+    found = asdict(plan)
+    del found["settings"], found["latency"]
+    return json.dumps({**found, "tried": len(plan.settings), "speedup": plan.speedup})
+
+
+def _report(out: Output, plan: Plan) -> None:
+    text = plan.text
+    table = Table(title=f"{text['prompts']} prompts, {text['new_tokens']} new tokens of each")
+    for title in (
+        *("setting", "predicted", "measured tokens/s", "against plain"),
+        *("tokens per target pass", "text of plain"),
+    ):
+        table.add_column(title, justify="left" if title == "setting" else "right")
+    for tried in plan.confirmed:
+        assert tried.measured is not None
+        assert tried.spread is not None
+        same = tried.same_text == text["prompts"]
+        table.add_row(
+            shown(tried.setting),
+            f"{tried.predicted:.1f}",
+            f"{tried.measured:.1f} ({tried.spread[0]:.1f} to {tried.spread[1]:.1f})",
+            f"{tried.measured / plan.plain_tokens_per_second:.2f}x",
+            f"{tried.tokens_per_target_pass:.2f}",
+            "same" if same else f"{tried.same_text} of {text['prompts']} same",
+        )
+    out.print(table)
+    out.say(
+        f"{len(plan.settings)} settings tried, {len(plan.confirmed)} decoded, "
+        f"{plan.seconds:.0f} s; {plan.machine}"
+    )
+    if plan.plain:
+        rates = [t.measured or 0.0 for t in plan.confirmed if not is_plain(t.setting)]
+        best = max(rates) / plan.plain_tokens_per_second
+        out.say(
+            f"warning: nothing was {WORTH_IT} times as fast as plain decoding (the best reached "
+            f"{best:.2f}x), so do not speculate here: `generate` will decode plainly"
+        )
+    else:
+        out.say(f"fastest: {shown(plan.setting)}, {plan.speedup:.2f}x plain decoding")
