@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -105,9 +105,8 @@ def longest_text(model: ExitModel) -> int:
 class Writing:
     """How text is generated."""
 
-    ladder: list[int]
+    decoding: DecodeConfig
     """Of the full model; an exit alone decodes plainly."""
-    drafter: str = "exit"
     rows: int = 4
     """Prompts decoded together."""
     max_new_tokens: int = 256
@@ -227,14 +226,8 @@ class HarnessModel(TemplateLM):
         check(not asked, "generation_kwargs", asked, f"the decoder knows {', '.join(known)}")
         room = self.scores.longest - size
         check(room >= 1, _TOKENS[0], size, f"the model's texts have {self.scores.longest} tokens")
-        model, ladder = self._model()
-        config = DecodeConfig(
-            ladder,
-            drafter=self.writing.drafter if model is self.lm.model else "exit",
-            max_new_tokens=size,
-            eos=self.lm.eos(),
-            **law,
-        )
+        model, decoding = self._model()
+        config = replace(decoding, max_new_tokens=size, eos=self.lm.eos(), **law)
         stopping = [StopStringCriteria(self.tokenizer, until)] if until else []
         rows = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
         decode = Decode(model, rows, config, stopping_criteria=StoppingCriteriaList(stopping))
@@ -243,10 +236,10 @@ class HarnessModel(TemplateLM):
             texts = [text.split(string)[0] for text in texts]
         return texts
 
-    def _model(self) -> tuple[ExitModel, list[int]]:
-        """(the model that writes, its ladder)."""
+    def _model(self) -> tuple[ExitModel, DecodeConfig]:
+        """(the model that writes, how it decodes)."""
         if self.depth == self.lm.model.num_layers:
-            return self.lm.model, self.writing.ladder
+            return self.lm.model, self.writing.decoding
         if self._alone is None:
             self._alone = ExitModel(draft_model(self.lm.model, self.depth)).eval()
-        return self._alone, [self._alone.num_layers]
+        return self._alone, DecodeConfig([self._alone.num_layers])

@@ -56,8 +56,10 @@ class Settings(TextSource):
     chat: bool = False
     """Wrap what tasks ask in the chat template."""
     ladder: str = AUTO
-    """How the full model generates text: depths such as 6,12,30, `plain`, or all exits."""
-    drafter: str = "exit"
+    """How the full model generates text: depths such as 6,12,30, `plain`, or as planned, else all
+    exits. The text is the same."""
+    drafter: str | None = None
+    """Default: the plan's, or `exit`."""
     max_new_tokens: int = 256
     """Where a task does not say."""
     batch_size: int = 16
@@ -104,7 +106,7 @@ def main(words: Sequence[str]) -> None:
     lm, base, same, verdict = _models(settings, folder)
     full = lm.model.num_layers
     exits = _exits(settings, lm)
-    decoding = DecodeConfig(_ladder(settings, lm), drafter=settings.drafter)
+    decoding = _decoding(settings, lm)
     decoding.validate(full)
     name, rows = _held_out(settings, str(folder), lm)
 
@@ -205,10 +207,14 @@ def _exits(settings: Settings, lm: EarlyExitLM) -> list[int]:
     return exits
 
 
-def _ladder(settings: Settings, lm: EarlyExitLM) -> list[int]:
-    if settings.ladder in (AUTO, PLAIN):
-        return lm.ladder(settings.ladder)
-    return lm.ladder(parse_depths("ladder", settings.ladder))
+def _decoding(settings: Settings, lm: EarlyExitLM) -> DecodeConfig:
+    """How the full model is to generate text."""
+    planned, _ = lm.planned()
+    if settings.ladder == AUTO and settings.drafter is None and planned is not None:
+        return DecodeConfig(**planned)
+    named = settings.ladder in (AUTO, PLAIN)
+    ladder = lm.ladder(settings.ladder if named else parse_depths("ladder", settings.ladder))
+    return DecodeConfig(ladder, drafter=settings.drafter or "exit")
 
 
 def _held_out(settings: Settings, folder: str, lm: EarlyExitLM) -> tuple[str, Rows]:
@@ -236,12 +242,9 @@ def _run(
         depths = [c.depth for c in columns if c.lm is lm]
         if id(lm) not in shared:
             shared[id(lm)] = Scores(lm.model, depths, settings.batch_size, longest_text(lm.model))
-        plain = column.name == "base"
+        of_base = column.name == "base"
         writing = Writing(
-            [full] if plain else decoding.ladder,
-            "exit" if plain else decoding.drafter,
-            settings.rows,
-            settings.max_new_tokens,
+            DecodeConfig([full]) if of_base else decoding, settings.rows, settings.max_new_tokens
         )
         asked = list(tasks)
         if column.depth < full:

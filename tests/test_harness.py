@@ -9,7 +9,7 @@ from lm_eval.api.instance import Instance
 
 from eval.harness import HarnessModel, Scores, Writing, longest_text
 from hispec.compare import hf_generate
-from hispec.config import ExitConfig
+from hispec.config import DecodeConfig, ExitConfig
 from hispec.draft_model import draft_model
 from hispec.lm import EarlyExitLM
 from hispec.model import ExitModel
@@ -23,7 +23,9 @@ def request(kind: str, *arguments) -> Instance:
 
 def harness_model(lm, depth: int, longest: int = 512, **writing) -> HarnessModel:
     scores = Scores(lm.model, [*lm.model.exits.depths, lm.model.num_layers], 3, longest)
-    return HarnessModel(lm, depth, scores, Writing([2, 4, 6], **{"max_new_tokens": 24, **writing}))
+    return HarnessModel(
+        lm, depth, scores, Writing(DecodeConfig([2, 4, 6]), **{"max_new_tokens": 24, **writing})
+    )
 
 
 @torch.inference_mode()

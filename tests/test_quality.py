@@ -17,7 +17,7 @@ import eval.quality
 from eval.benchmarks import Figure, difference, load_tasks, run_tasks
 from eval.harness import HarnessModel, Scores, Writing
 from hispec import checkpoint
-from hispec.config import ExitConfig
+from hispec.config import DecodeConfig, ExitConfig
 from hispec.measure import Reference, final_states, fit
 from hispec.model import ExitModel
 from hispec.packing import Rows
@@ -111,6 +111,20 @@ def test_tasks_without_the_harness(ee, tmp_path, monkeypatch, capsys):
     assert line_of(capsys, f"checkpoint={ee}", f"output={tmp_path}", "tasks=[]")["same_as_base"]
 
 
+def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
+    plan = {"ladder": [6], "drafter": "lookup", "lookup_length": 5}
+    for planned, said, expected in (
+        (None, {}, DecodeConfig([2, 4, 6])),
+        (plan, {}, DecodeConfig(**plan)),
+        (plan, {"ladder": "4,6"}, DecodeConfig([4, 6])),
+        (plan, {"drafter": "recycle"}, DecodeConfig([2, 4, 6], drafter="recycle")),
+        (plan, {"ladder": "plain"}, DecodeConfig([6])),
+    ):
+        monkeypatch.setattr(type(lm), "planned", lambda self, planned=planned: (planned, ""))
+        settings = eval.quality.Settings(checkpoint="x", **said)
+        assert eval.quality._decoding(settings, lm) == expected
+
+
 def test_a_plain_model_is_read_at_any_depth(tiny_base, tmp_path, capsys):
     words = f"checkpoint={tiny_base}", f"output={tmp_path}", "depths=[1,5]", "tasks=[]"
     found = line_of(capsys, *words)
@@ -169,7 +183,7 @@ class Knowing(HarnessModel):
     """Answers from the answers: what is scored right must be right."""
 
     def __init__(self, lm, answers):
-        super().__init__(lm, 6, Scores(lm.model, [6], 4, 512), Writing([6]))
+        super().__init__(lm, 6, Scores(lm.model, [6], 4, 512), Writing(DecodeConfig([6])))
         self.answers = answers
         self.prompts: list[str] = []
 
@@ -273,7 +287,7 @@ def test_a_task_file_of_the_user(lm, tmp_path, monkeypatch):
     )
     few = TaskManager(include_defaults=False)
     monkeypatch.setattr(eval.benchmarks, "TaskManager", lambda **_: few)
-    model = HarnessModel(lm, 6, Scores(lm.model, [6], 4, 512), Writing([6]))
+    model = HarnessModel(lm, 6, Scores(lm.model, [6], 4, 512), Writing(DecodeConfig([6])))
     found = run_tasks(model, load_tasks([str(mine)]))
     assert {(f.task, f.documents) for f in found} == {("mine", 3)}
 
