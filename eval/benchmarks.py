@@ -143,6 +143,10 @@ def run_tasks(
         apply_chat_template=chat,
         bootstrap_iters=1000,
     )
+    asked = {name: count["effective"] for name, count in results["n-samples"].items()}
+    for named in (task for task in tasks if isinstance(task, Group)):
+        for group in (named, *named.get_all_groups()):
+            asked[group.name] = sum(asked[task.task_name] for task in group.get_all_tasks())
     found = []
     for name, metrics in results["results"].items():
         samples = results["samples"].get(name, [])
@@ -161,7 +165,7 @@ def run_tasks(
                     metric if chain == "none" else f"{metric}, {chain}",
                     float(value),
                     float(stderr) if isinstance(stderr, int | float) else None,
-                    results["n-samples"].get(name, {}).get("effective", len(each)),
+                    asked.get(name, 0),
                     better.get(metric) is not False,
                     list(map(float, each)),
                 )

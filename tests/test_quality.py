@@ -292,6 +292,29 @@ def test_a_task_file_of_the_user(lm, tmp_path, monkeypatch):
     assert {(f.task, f.documents) for f in found} == {("mine", 3)}
 
 
+def test_a_group_of_the_harness(lm, tmp_path, monkeypatch):
+    """All of its tasks, and what the group makes of them."""
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"q": "a b", "c": [" c", " d"], "a": 0}\n' * 3)
+    for name in ("one", "two"):
+        (tasks / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: train\noutput_type: multiple_choice\n"
+            f"dataset_kwargs:\n  data_files: {tmp_path / 'rows.jsonl'}\n"
+            "doc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\ndoc_to_choice: '{{c}}'\n"
+        )
+    (tasks / "both.yaml").write_text(
+        "group: both\ntask: [one, two]\naggregate_metric_list: [{metric: acc}]\n"
+    )
+    few = TaskManager(include_defaults=False, include_path=tasks)
+    monkeypatch.setattr(eval.benchmarks, "TaskManager", lambda **_: few)
+    (group,) = found = load_tasks(["both"])
+    assert not eval.benchmarks.writes(group)
+    model = HarnessModel(lm, 6, Scores(lm.model, [6], 4, 512), Writing(DecodeConfig([6])))
+    counts = {f.task: f.documents for f in run_tasks(model, found) if f.metric == "acc"}
+    assert counts == {"one": 3, "two": 3, "both": 6}
+
+
 @pytest.mark.slow
 def test_the_command_is_clean_without_network(ee, tmp_path):
     words = (sys.executable, "eval/quality.py", f"checkpoint={ee}", f"output={tmp_path}", *QUICK)
