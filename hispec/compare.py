@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,17 @@ def hf_generate(
     max_new_tokens: int,
     eos: Sequence[int] = (),
     stopping_criteria: StoppingCriteriaList | None = None,
+    assisted: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[int]:
     """New token ids of transformers' own greedy `generate`.
 
     A model's generation config may name penalties and samplers that `generate` would add unasked;
     they are set aside for the call, and `settings` take their place.
+
+    Args:
+        assisted: arguments of the call itself, such as `assistant_model`. In the config, where the
+            assistant looks too, it would be assisted itself.
     """
     tokens_1T = torch.tensor([list(prompt)], device=hf.device)
     own = hf.generation_config
@@ -65,6 +70,7 @@ def hf_generate(
                 tokens_1T,
                 attention_mask=torch.ones_like(tokens_1T),
                 stopping_criteria=stopping_criteria,
+                **(assisted or {}),
             )
     finally:
         hf.generation_config = own
