@@ -69,7 +69,7 @@ def planned(monkeypatch):
 
 
 def test_useless_exits_are_not_used(planned):
-    lm = planned(tiny_model("llama", exits=(2, 4), vocab_size=320))
+    lm = planned(tiny_model("llama", exits=(2, 4), head="shared", vocab_size=320))
     assert len(lm.plan.settings) == len(settings((2, 4), 6))
     assert lm.plan.plain or "exit" not in lm.plan.setting["drafter"]
     run = lm.decode([PROMPT], max_new_tokens=4)
