@@ -264,7 +264,7 @@ def _table(columns: Sequence[Column], judge: str) -> Table:
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")
-    table.add_row("perplexity", *(f"{column.text.perplexity:.3f}" for column in columns))
+    table.add_row("perplexity", *(f"{column.text.perplexity:.4g}" for column in columns))
     table.add_row(f"KL to the {judge}, nats", *(f"{column.text.kl:.4f}" for column in columns))
     for figure in columns[0].figures:
         cells = []
