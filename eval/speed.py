@@ -99,7 +99,10 @@ def main(words: Sequence[str]) -> None:
     )
     for line in left_out:
         out.say(line)
-    contestants = [by_generate(lm, limits), *presets(lm, common), *given, *others]
+    planned, words = lm.planned()
+    out.say(words)
+    plan = [] if planned is None else [preset(lm, "the plan:", {**common, **planned})]
+    contestants = [by_generate(lm, limits), *presets(lm, common), *plan, *given, *others]
     prompts = load_prompts(lm, settings, settings.checkpoint)
 
     def progress(rounds: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:

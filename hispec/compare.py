@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from .config import DecodeConfig
 from .sampling import gumbel_noise, processors, to_log_law
@@ -75,6 +75,15 @@ def hf_generate(
     finally:
         hf.generation_config = own
     return out_1T[0, len(prompt) :].tolist()
+
+
+def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    """Whether two models have the same weights, bit for bit, under the same names."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
+        for name, tensor in ours.items()
+    )
 
 
 @torch.inference_mode()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import matplotlib.image
 import pytest
-from conftest import tiny_hf, tiny_tokenizer
+from conftest import plan_of, tiny_hf, tiny_tokenizer
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 import eval.speed
@@ -226,6 +227,17 @@ def test_speed_reports_all_of_it(ee, tmp_path, capsys):
     assert set(hispec["acceptance"]) <= {"2", "4"}
     assert sum(rung["share_of_time"] for rung in hispec["rungs"].values()) < 1
     assert hispec["rungs"]["6"]["ms_per_token"] > 0
+
+
+def test_the_plan_is_one_of_the_rows(ee, tmp_path, capsys):
+    folder = shutil.copytree(ee, tmp_path / "planned")
+    plan_of({"ladder": [4, 6], "drafter": "lookup", "buffer": 2}).save(folder)
+    words = ["rivals=[]", "repeats=1", "prompts_from=builtin", "prompts=1", "max_new_tokens=4"]
+    eval.speed.main([f"checkpoint={folder}", f"output={tmp_path}", *words])
+    said = capsys.readouterr().out
+    assert "planned: (4, 6) lookup: buffer 2" in said
+    names = [row["setting"] for row in json.loads(said.splitlines()[-1])["results"]]
+    assert "the plan: (4, 6)" in names
 
 
 def test_a_wrong_text_is_counted_and_classed(ee, capsys):
