@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # What of a model is downloaded, or goes into a full checkpoint: no pickles, nothing that is run.
@@ -111,6 +114,13 @@ BASES: dict[str, Base] = {
         ),
     ),
 }
+
+
+def copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
+    """Copy the files that make a model, but for those whose names match one of `without`."""
+    for file in source.iterdir():
+        if any(map(file.match, MODEL_FILES)) and not any(map(file.match, without)):
+            shutil.copy2(file, folder / file.name)
 
 
 def fetch_names(base: dict[str, Any]) -> list[str]:

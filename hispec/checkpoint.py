@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .bases import MODEL_FILES, fetch_names
+from .bases import copy_model, fetch_names
 from .card import model_card
 from .config import ExitConfig
 from .exits_file import DRAFT_TOKENS, load_exits
-from .fetch import base_path
+from .fetch import base_path, cached_base
 from .files import new_folder, read_json, sha256, write_json, write_text
 from .model import ExitModel
 
@@ -98,13 +98,17 @@ def find_base(name: str, near: Path | None = None) -> LocalBase:
         places.append(base_path(name, near.resolve().parent / "base"))
     for folder in places:
         if (folder / "config.json").is_file():
-            provenance = folder / "provenance.json"
-            found = read_json(provenance) if provenance.is_file() else {}
-            return LocalBase(name, folder, found)
+            return LocalBase(name, folder, provenance(folder))
     raise ValueError(
         f"{name!r} is no local folder, and no base model of that name is at "
         f"{' or '.join(map(str, places))}; to get it: hispec fetch {name}"
     )
+
+
+def provenance(folder: Path) -> dict[str, Any]:
+    """What `hispec fetch` noted of a base model; nothing for a folder made by hand."""
+    note = folder / "provenance.json"
+    return read_json(note) if note.is_file() else {}
 
 
 def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -232,13 +236,6 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return {name: sha256(file) for name, file in names.items() if name not in named_elsewhere}
 
 
-def copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
-    """Copy the files that make a model, but for those whose names match one of `without`."""
-    for file in source.iterdir():
-        if any(map(file.match, MODEL_FILES)) and not any(map(file.match, without)):
-            shutil.copy2(file, folder / file.name)
-
-
 def check_target(folder: Path) -> None:
     """Raise ValueError unless a checkpoint may be written to `folder`, replacing what is there.
 
@@ -352,6 +349,8 @@ def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
 def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
     """The base that the checkpoint in `folder` names: by its id, or by what it is on the Hub.
 
+    What `hispec fetch` brought comes first, then huggingface_hub's cache.
+
     Raises:
         ValueError: it is not on this machine; the message says how to get it.
     """
@@ -360,6 +359,8 @@ def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
     for name in (*names[:1], named["id"], *names[1:]):
         with suppress(ValueError):
             return find_base(name, near=folder)
+    if cached := cached_base(named["hub_id"], named["weights"]):
+        return LocalBase(named["id"], cached, {})
     if not names:
         return find_base(named["id"], near=folder)
     raise ValueError(

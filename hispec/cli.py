@@ -262,6 +262,9 @@ def push(
         bool | None,
         typer.Option("--private/--public", help="of a new repository; private by default"),
     ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="branch, made if it is new; default: main")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list the files, print the card, contact nobody")
     ] = False,
@@ -269,7 +272,9 @@ def push(
     """Put an EE checkpoint on the Hugging Face Hub, checked, in one commit."""
     from .hub import push as push_checkpoint
 
-    push_checkpoint(checkpoint, repo, private=private, dry_run=dry_run, say=out.say)
+    push_checkpoint(
+        checkpoint, repo, private=private, revision=revision, dry_run=dry_run, say=out.say
+    )
 
 
 @app.command()

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .checkpoint import CONFIG, LocalBase, copy_model
+from .bases import copy_model
+from .checkpoint import CONFIG, LocalBase
 from .config import check
 from .console import few
 from .families import layer_types

@@ -14,6 +14,7 @@ from .checkpoint import (
     is_checkpoint,
     load,
     load_base,
+    provenance,
     read_config,
     save,
 )
@@ -87,9 +88,10 @@ def _found(folder: Path) -> Figures:
 
 def base_of(source: Path, config: dict[str, Any], base: str | None) -> LocalBase:
     """What the exits of a checkpoint belong to. Raises ValueError if it is not here."""
+    about, home = config["base"], base_folder(source, config, base)
     kept = ("hub_id", "revision", "license", "trained")
-    provenance = {key: config["base"].get(key) for key in kept}
-    return LocalBase(config["base"]["id"], base_folder(source, config, base), provenance)
+    known = {key: about[key] for key in kept if about.get(key) is not None}
+    return LocalBase(about["id"], home, {**provenance(home), **known})
 
 
 def open_model(source: str, base: str | None = None) -> tuple[ExitModel, LocalBase]:
@@ -120,7 +122,12 @@ def export_as(
             not be replaced.
     """
     check(form in FORMS, "as", form, f"one of {', '.join(FORMS)}")
-    check(form != "draft-model" or depth is not None, "exit", depth, "a draft model needs a depth")
+    check(
+        form != "draft-model" or depth is not None,
+        "exit",
+        depth,
+        "a draft model is made of one exit, name its depth: --exit DEPTH",
+    )
     from . import draft_model, gguf_file
 
     (gguf_file if form == "gguf" else draft_model).check_target(target)

@@ -79,6 +79,28 @@ def base_path(name: str, root: Path = DEFAULT_ROOT) -> Path:
     return _folder(name, root)
 
 
+def cached_base(hub_id: str | None, weights: dict[str, str]) -> Path | None:
+    """A model's folder in huggingface_hub's cache, if it is there with just these weights.
+
+    A large file of that cache is a link to one whose name is its SHA-256, so nothing is read.
+
+    Args:
+        weights: SHA-256 of every weight file, by name.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    if hub_id is None:
+        return None
+    repo = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
+    for folder in sorted(repo.glob("snapshots/*")):
+        found = {file.name: file.resolve().name for file in folder.glob("*.safetensors")}
+        needed = ("config.json", "tokenizer_config.json")
+        if found == weights and all((folder / name).is_file() for name in needed):
+            return folder
+    return None
+
+
 def _folder(name: str, root: Path) -> Path:
     if name in BASES or _HUB_ID.fullmatch(name):
         return root / name.replace("/", "--")

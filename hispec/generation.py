@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers.generation.streamers import BaseStreamer
 from .checkpoint import EXITS, attach, is_checkpoint
 from .config import DecodeConfig, check
 from .decode import Decode
+from .hub import locate
 from .model import ExitModel
 
 _PREPARED = {
@@ -72,14 +74,15 @@ def generate(
 
     Args:
         model: any plain model of the base that the exits belong to.
-        exits_from: the EE checkpoint; by default the folder named as `custom_generate`, or the one
-            that `model` was loaded from.
+        exits_from: the EE checkpoint, a folder or `ORG/NAME` on the Hub; by default what is named
+            as `custom_generate`, or what `model` was loaded from.
         streamer: for one row.
         stop_strings: as in `generate`; they need `tokenizer`.
         arguments: those of `generate`, and the settings of `DecodeConfig` that have no counterpart
             there, `ladder`, `drafter`, `draft_length`, `buffer`, `seed` and so on.
 
     Raises:
+        HubError: a checkpoint on the Hub that cannot be had.
         ValueError: no checkpoint there or exits of another model, a generation mode other than
             greedy and sampling, or a setting that this model cannot decode with.
     """
@@ -223,14 +226,22 @@ def _with_exits(model: PreTrainedModel, folder: Path) -> ExitModel:
 def _folder(model: PreTrainedModel, given: str | None) -> Path:
     """The EE checkpoint that is meant. Raises ValueError if there is none."""
     named = [given] if given else [_custom_generate(), model.config._name_or_path]
-    for name in named:
-        if name and is_checkpoint(Path(name)):
+    names = [name for name in named if name]
+    for name in names:
+        if is_checkpoint(Path(name)):
             return Path(name)
-    shown = ", ".join(repr(name) for name in named if name)
+    if names and (found := _on_the_hub(names[0])):
+        return found
     raise ValueError(
-        f"no EE checkpoint in a local folder at {shown or 'any place named'}; a model of the Hub "
-        "has to be on this machine: name its folder as exits_from=FOLDER"
+        f"no EE checkpoint at {' or '.join(map(repr, names)) or 'any place named'}; name its "
+        "folder, or ORG/NAME on the Hub, as exits_from=..."
     )
+
+
+@cache
+def _on_the_hub(name: str) -> Path | None:
+    """See `hub.locate`; the Hub is asked once, not in every call."""
+    return locate(name)
 
 
 def _custom_generate() -> str | None:

@@ -17,6 +17,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelInfo,
     errors,
     get_token,
     snapshot_download,
@@ -58,6 +59,7 @@ def push(
     repo: str,
     *,
     private: bool | None = None,
+    revision: str | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> str | None:
@@ -68,6 +70,7 @@ def push(
     card is written for the Hub if it is ours (`card.WRITTEN`), else it goes there as it is.
 
     Args:
+        revision: a branch, made if there is none of that name; default `main`.
         dry_run: say what would be sent and print the card, contact nobody.
 
     Raises:
@@ -99,11 +102,12 @@ def push(
         return None
     adds = [CommitOperationAdd(name, str(file)) for name, file in files.items() if name != CARD]
     with clearly(f"{repo} could not be pushed"):
-        parent, stale = _prepare(HfApi(), repo, private, sizes.keys(), say)
+        parent, stale = _prepare(HfApi(), repo, private, revision, sizes.keys(), say)
         commit = HfApi().create_commit(
             repo,
             [CommitOperationAdd(CARD, text), *adds, *map(CommitOperationDelete, stale)],
             commit_message=f"EE checkpoint, exits {config['exits']['depths']}",
+            revision=revision,
             parent_commit=parent,
         )
     say(f"pushed: {commit.commit_url}")
@@ -229,10 +233,11 @@ def _prepare(
     api: HfApi,
     repo: str,
     private: bool | None,
+    revision: str | None,
     names: Collection[str],
     say: Callable[[str], None],
 ) -> tuple[str | None, list[str]]:
-    """(commit to build on, files of an older push that are to go); makes the repository."""
+    """(commit to build on, files of an older push that are to go); makes repository and branch."""
     if get_token() is None:
         raise HubError(
             f"{repo} could not be pushed: there is no token; set HF_TOKEN or run `hf auth login`, "
@@ -244,6 +249,8 @@ def _prepare(
         hidden = private is not False
         api.create_repo(repo, private=hidden)
         say(f"made the {'private' if hidden else 'public'} repository {repo}")
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
         return None, []
     visible = "private" if info.private else "public"
     if private is not None and private != info.private:
@@ -251,17 +258,27 @@ def _prepare(
             f"{repo} exists and is {visible}: pushing changes nothing about that; its settings "
             f"page does, {api.endpoint}/{repo}/settings"
         )
+    present = _ours(repo, info)
+    say(f"{repo} exists and is {visible}")
+    if revision is not None:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+        info = api.model_info(repo, revision=revision)
+        present = _ours(f"{repo}@{revision}", info)
+    stale = sorted(name for name in present - {*names} if matches(name, _REPLACED))
+    if stale:
+        say(f"of an older push, goes with this one: {', '.join(stale)}")
+    return info.sha, stale
+
+
+def _ours(repo: str, info: ModelInfo) -> set[str]:
+    """The files there. Raises ValueError if they are neither an EE checkpoint nor none."""
     present = {file.rfilename for file in info.siblings or ()}
     if CONFIG not in present and (foreign := sorted(present - _OF_A_NEW_REPOSITORY)):
         raise ValueError(
             f"{repo} exists and holds no EE checkpoint but {few(foreign)}: it is left as it is; "
             "name another repository"
         )
-    say(f"{repo} exists and is {visible}")
-    stale = sorted(name for name in present - {*names} if matches(name, _REPLACED))
-    if stale:
-        say(f"of an older push, goes with this one: {', '.join(stale)}")
-    return info.sha, stale
+    return present
 
 
 def _listing(api: HfApi, repo: str, revision: str | None) -> tuple[str, dict[str, str | None]]:

@@ -39,8 +39,8 @@ def clearly(failed: str) -> Iterator[None]:
         else:
             why = (
                 f"{HfApi().endpoint} cannot be reached or the connection broke off "
-                f"({type(cause).__name__}: {_safe(cause)}); run the same command again: what has "
-                "arrived is not sent again"
+                f"({type(cause).__name__}: {_safe(cause)}); run the same command again: files that "
+                "have arrived whole are not sent again"
             )
         raise UnreachableError(f"{failed}: {why}") from error
 

@@ -36,22 +36,24 @@ class Repo:
     private: bool
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)  # stored by SHA-256, committed or not
+    branches: dict[str, str] = field(default_factory=dict)
 
     @property
     def head(self) -> str:
-        return list(self.commits)[-1]
+        return self.branches["main"]
 
     @property
     def files(self) -> dict[str, bytes]:
         return self.commits[self.head]
 
-    def commit(self, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         sha = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
         self.commits[sha] = files
+        self.branches[branch] = sha
         return sha
 
     def at(self, revision: str) -> str:
-        sha = self.head if revision == "main" else revision
+        sha = self.branches.get(revision, revision)
         if sha not in self.commits:
             raise Refused(404, "Invalid rev id", "RevisionNotFound")
         return sha
@@ -156,13 +158,21 @@ class _Handler(BaseHTTPRequestHandler):
                 repo = self.hub.repo(f"{org}/{name}", user)
                 files = repo.commits[repo.at(revision)].items()
                 self._send([{"type": "file", **_entry(path, d, "path")} for path, d in files])
-            case "POST", ["api", "models", org, name, "preupload", _]:
+            case "POST", ["api", "models", org, name, "branch", branch]:
+                repo = self._writable(f"{org}/{name}", user, may_write)
+                if branch in repo.branches:
+                    raise Refused(409, "Reference already exists")
+                repo.branches[branch] = repo.head
+                self._send({})
+            case "POST", ["api", "models", org, name, "preupload", branch]:
                 repo = self._writable(f"{org}/{name}", user, may_write)
                 if f"{org}/{name}" in self.hub.meddled:
                     repo.commit({**repo.files, "theirs": b""})
-                self._send({"files": [_mode(f["path"], repo) for f in self._json()["files"]]})
-            case "POST", ["api", "models", org, name, "commit", _]:
-                self._commit(f"{org}/{name}", self._writable(f"{org}/{name}", user, may_write))
+                present = repo.commits[repo.at(branch)]
+                self._send({"files": [_mode(f["path"], present) for f in self._json()["files"]]})
+            case "POST", ["api", "models", org, name, "commit", branch]:
+                repo = self._writable(f"{org}/{name}", user, may_write)
+                self._commit(f"{org}/{name}", repo, branch)
             case "POST", [org, git, "info", "lfs", "objects", "batch"]:
                 name = f"{org}/{git.removesuffix('.git')}"
                 self._batch(name, self._writable(name, user, may_write))
@@ -250,11 +260,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[name].large[oid] = data
         self._begin(200, {}, 0)
 
-    def _commit(self, name: str, repo: Repo) -> None:
-        files = dict(repo.files)
+    def _commit(self, name: str, repo: Repo, branch: str) -> None:
+        head = repo.at(branch)
+        files = dict(repo.commits[head])
         for line in self._body().splitlines():
             key, value = (item := json.loads(line))["key"], item["value"]
-            if key == "header" and value.get("parentCommit", repo.head) != repo.head:
+            if key == "header" and value.get("parentCommit", head) != head:
                 raise Refused(412, "A commit has happened since")
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
@@ -264,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = repo.large[value["oid"]]
             elif key == "deletedFile":
                 del files[value["path"]]
-        sha = repo.commit(files)
+        sha = repo.commit(files, branch)
         self._send({"commitUrl": f"{self.hub.address}/{name}/commit/{sha}", "commitOid": sha})
 
     def _resolve(self, repo: Repo, revision: str, path: str) -> None:
@@ -296,8 +307,8 @@ def _entry(path: str, data: bytes, key: str) -> dict[str, object]:
     return entry
 
 
-def _mode(path: str, repo: Repo) -> dict[str, object]:
-    large, data = path.endswith(LARGE), repo.files.get(path)
+def _mode(path: str, present: dict[str, bytes]) -> dict[str, object]:
+    large, data = path.endswith(LARGE), present.get(path)
     known = {} if data is None else {"oid": sha256(data) if large else git_hash(data)}
     mode = "lfs" if large else "regular"
     return {"path": path, "uploadMode": mode, "shouldIgnore": False, **known}

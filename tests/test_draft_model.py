@@ -157,7 +157,10 @@ def test_the_command(trained, tmp_path):
     assert f"draft-model: {out}; the draft vocabulary of 50 tokens is not" in done.stdout
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
     for words, message in (
-        (("--as", "draft-model"), "exit=None is not possible: a draft model needs a depth"),
+        (
+            ("--as", "draft-model"),
+            "exit=None is not possible: a draft model is made of one exit, name its",
+        ),
         (("--as", "onnx"), "as='onnx' is not possible: one of draft-model, gguf"),
         (("--exit", "2"), "exit=2 is not possible: only with --as"),
         (("--as", "gguf", "--full"), "full=True is not possible"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hispec import checkpoint, verify
 from hispec.config import ExitConfig
-from hispec.export import export, export_untrained
+from hispec.export import base_of, export, export_untrained
 from hispec.model import ExitModel
 
 TOKENS = torch.arange(3, 24)[None]
@@ -176,6 +176,18 @@ def test_a_layerskip_model_is_checked_on_lines_of_text(tiny_base, tmp_path):
     assert (check["text"], check["prompts"]) == ("eight short texts", 8)
     with pytest.raises(ValueError, match="is not empty and no EE checkpoint"):
         export_untrained(str(tiny_base), [3], tiny_base, full=False)
+
+
+def test_what_the_checkpoint_does_not_say_of_its_base_its_folder_does(saved, tiny_base, tmp_path):
+    """Of a checkpoint without a Hub id; what a checkpoint says itself stays."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    note = {"hub_id": "org/base", "license": "mit", "trained": True}
+    (tmp_path / "base" / "provenance.json").write_text(json.dumps(note))
+    config = checkpoint.read_config(saved)
+    assert config["base"]["hub_id"] is None
+    config["base"]["license"] = "apache-2.0"
+    base = base_of(saved, config, str(tmp_path / "base"))
+    assert (base.hub_id, base.license, base.trained) == ("org/base", "apache-2.0", False)
 
 
 def test_every_file_has_its_hash(saved, tiny_base, tmp_path):

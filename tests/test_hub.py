@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import plan_of
 from fetching import hidden
-from hub_server import sha256
+from hub_server import Repo, sha256
 from hub_worker import flip, look, pushed
 
 from hispec import parcel
@@ -80,7 +80,7 @@ def test_a_broken_upload_goes_on_and_shows_nothing_before(worker, server, made):
     message = worker.fails("push", full, "alice/big")
     assert "alice/big could not be pushed: " in message
     assert "the connection broke off" in message
-    assert "what has arrived is not sent again" in message
+    assert "files that have arrived whole are not sent again" in message
     repo = server.repos["alice/big"]
     assert list(repo.files) == [".gitattributes"]
     assert "is no EE checkpoint: it has no exit_config.json" in worker.fails("pull", "alice/big")
@@ -155,6 +155,79 @@ def test_a_repository_is_private_unless_asked_and_keeps_what_it_is(worker, serve
     assert "is public" in worker("push", made[0], "alice/open")[1]
     assert "is public: pushing" in worker.fails("push", made[0], "alice/open", "--private")
     assert not server.repos["alice/open"].private
+
+
+def test_a_branch_is_pushed_and_pulled(worker, server, made):
+    light, full = made
+    repo = pushed(worker, server, light)
+    main = repo.head
+    for source in (full, light):  # the second time it is there
+        code, out, errors = worker("push", source, "alice/ee", "--revision", "v2")
+        assert code == 0, errors
+        assert repo.head == main
+        assert repo.commits[repo.at("v2")]["exits.safetensors"] == repo.files["exits.safetensors"]
+        weights = any(name.startswith("model-") for name in repo.commits[repo.at("v2")])
+        assert weights == (source == full)
+    assert "goes with this one: config.json" in out
+    folder = worker.folder / "branch"
+    assert worker("pull", "alice/ee@v2", folder)[0] == 0
+    assert read_json(folder / "pulled.json")["revision"] == repo.at("v2")
+    assert worker("push", light, "alice/new", "--revision", "v2")[0] == 0
+    new = server.repos["alice/new"]
+    assert "exit_config.json" in new.commits[new.at("v2")]
+    assert list(new.files) == [".gitattributes"]
+
+
+CUSTOM = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+name = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(name).eval()
+inputs = AutoTokenizer.from_pretrained(name)("def main():", return_tensors="pt")
+words = dict(**inputs, max_new_tokens=12, do_sample=False)
+plain = model.generate(**words)
+ours = model.generate(**words, custom_generate=name, trust_remote_code=True)
+assert vars(model)["_hispec_exits"][1].exits.depths == [2, 4]
+assert torch.equal(plain, ours), (plain, ours)
+"""
+
+
+@pytest.mark.slow
+def test_custom_generate_by_the_name_on_the_hub(worker, server, made):
+    """Plain transformers takes model, code and exits from there."""
+    pushed(worker, server, made[1])
+    done = worker.fresh("-c", CUSTOM, "alice/ee")
+    assert done.returncode == 0, done.stderr
+    assert "/alice/ee/resolve/main/custom_generate/generate.py" in " ".join(server.asked)
+    assert server.served["exits.safetensors"] > 0
+
+
+CACHE = "import sys; from huggingface_hub import snapshot_download as get; get(sys.argv[1])"
+
+
+@pytest.mark.slow
+def test_a_base_in_the_cache_of_huggingface_hub_is_found(worker, server, made):
+    """With just the weights that the checkpoint names, or it is none."""
+    home = worker.folder / "checkpoints" / "base" / "org--base"
+    files = {file.name: file.read_bytes() for file in home.iterdir()}
+    shard = "model-00003-of-00005.safetensors"
+    changed = {**files, shard: files[shard][:-1] + bytes([files[shard][-1] ^ 1])}
+    repo = server.repos["org/base"] = Repo("org", private=False)
+    away = worker.folder / "away"
+    home.rename(away)
+    try:
+        words = ("generate", made[0], "def main():", "--raw")
+        repo.commit(changed)
+        assert worker.fresh("-c", CACHE, "org/base").returncode == 0
+        assert f"to get it: hispec fetch org/base@{'a' * 40}" in worker.fails(*words)
+        repo.commit(files)
+        assert worker.fresh("-c", CACHE, "org/base").returncode == 0
+        code, out, errors = worker(*words)
+        assert code == 0, errors
+        assert out.strip()
+        assert "/snapshots/" in worker("inspect", made[0])[1]
+    finally:
+        away.rename(home)
 
 
 def test_what_somebody_else_pushes_meanwhile_is_not_overwritten(worker, server, made):
