@@ -57,6 +57,7 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
     for verify in exits:
         add((verify, full), "lookup", lookup_length=(4, 8))
         add((verify, full), "recycle", tree_tokens=(7, 15))
+    ladder: tuple[int, ...]
     for draft in exits:
         ladder = (draft, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
