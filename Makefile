@@ -4,8 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # The demo's training budget: with it the whole demo stays under ten minutes on two cores. To train
 # anew with another one: rm -r checkpoints/demo checkpoints/demo.run
-DEMO_STEPS ?= 180
-DEMO_MINUTES ?= 5
+DEMO_STEPS ?= 150
+DEMO_MINUTES ?= 4
 DEMO := checkpoints/demo
 DEMO_PROMPT := def read_config(path):
 # The checkpoint that `make bench` times.
@@ -19,14 +19,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# make prints every command before it runs it: the demo is these six lines.
+# make prints every command before it runs it: the demo is these seven lines.
 demo: $(READY)
 	$(BIN)/hispec fetch smollm2-135m
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml train/ee_finetune.py recipe=smollm2-135m output=$(DEMO) steps=$(DEMO_STEPS) max_minutes=$(DEMO_MINUTES)
 	$(BIN)/python eval/agreement.py checkpoint=$(DEMO)
+	$(BIN)/hispec plan $(DEMO) --prompts 6 --max-new-tokens 32 --confirm 3 --repeats 1
 	$(BIN)/hispec generate $(DEMO) "$(DEMO_PROMPT)" --raw --max-new-tokens 64 --show-rungs --stats --compare
-	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts=4 max_new_tokens=48 repeats=1 'rivals=[hf-lookup]'
-	@echo "pictures: $(DEMO)/agreement.png, $(DEMO)/speed.png"
+	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts_from=builtin prompts=6 max_new_tokens=32 repeats=1 'rivals=[hf-lookup]'
+	$(BIN)/hispec report $(DEMO)
+	@echo "pictures: $(DEMO)/agreement.png, plan.png, speed.png; all in one page: $(DEMO)/report.html"
 
 bench: $(READY)
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)
