@@ -25,8 +25,8 @@ demo: $(READY)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml train/ee_finetune.py recipe=smollm2-135m output=$(DEMO) steps=$(DEMO_STEPS) max_minutes=$(DEMO_MINUTES)
 	$(BIN)/python eval/agreement.py checkpoint=$(DEMO)
 	$(BIN)/hispec generate $(DEMO) "$(DEMO_PROMPT)" --raw --max-new-tokens 64 --show-rungs --stats --compare
-	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts=4 max_new_tokens=48 repeats=1
-	@echo "picture: $(DEMO)/agreement.png"
+	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts=4 max_new_tokens=48 repeats=1 'rivals=[hf-lookup]'
+	@echo "pictures: $(DEMO)/agreement.png, $(DEMO)/speed.png"
 
 bench: $(READY)
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)

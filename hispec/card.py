@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .bases import fetch_names
+from .plan_file import PICTURE, Plan, shown
 
-FIGURE, PLAN = "agreement.png", "plan.json"
+FIGURE = "agreement.png"
 # A card that bears this line is ours to write anew; one without it is somebody's own text.
 WRITTEN = "<!-- Written by hispec, which writes it anew while this line stands. -->"
 _KINDS = {
@@ -31,14 +32,15 @@ def model_card(
     config: dict[str, Any],
     *,
     files: Collection[str] = (),
-    plan: dict[str, Any] | None = None,
+    plan: Plan | None = None,
 ) -> str:
     """Markdown with a YAML head, from the content of `exit_config.json`.
 
     Args:
         name: of the checkpoint: a folder's, or on the Hub `ORG/NAME`.
-        files: what lies beside the card; the figure of the agreement is shown if it is there.
-        plan: content of `plan.json`, if there is one.
+        files: what lies beside the card; pictures of the agreement and the plan are shown if they
+            are there.
+        plan: what `hispec plan` found, if it has been asked.
     """
     base, exits = config["base"], config["exits"]
     metadata = ModelCardData(
@@ -72,7 +74,7 @@ def model_card(
         *_usage(name, config),
         *_figures(config["figures"], FIGURE in files),
         *_training(config["recipe"]),
-        *_plan(plan or {}),
+        *(_plan(plan, PICTURE in files) if plan else []),
     ]
     lines += _checked(config["figures"])
     included = "included in this folder" if base["included"] else "not included"
@@ -154,17 +156,29 @@ def _training(recipe: dict[str, Any]) -> list[str]:
     return ["## Training", "", "| setting | value |", "|---|---|", *rows, ""] if rows else []
 
 
-def _plan(plan: dict[str, Any]) -> list[str]:
-    """The plan's settings; its tables stay in the file."""
-    rows = [
-        f"| `{key}` | {_cell(value)} |"
-        for key, value in plan.items()
-        if not isinstance(value, dict)
-        and not (isinstance(value, list) and any(isinstance(v, dict | list) for v in value))
+def _plan(plan: Plan, pictured: bool) -> list[str]:
+    """What was chosen, and what was really decoded beside it; the other settings stay in the
+    file."""
+    text, plain = plan.text, plan.plain_tokens_per_second
+    lines = [
+        "## Plan",
+        "",
+        f"The fastest setting on {plan.machine}, over {text['prompts']} prompts with "
+        f"{text['new_tokens']} new tokens of each: **{shown(plan.setting)}**, "
+        f"{plan.tokens_per_second:.1f} tokens/s, {plan.speedup:.2f}x plain decoding. There it is "
+        "what `auto` means; `hispec plan` finds the one for another machine.",
+        "",
+        "| setting | tokens/s | against plain | tokens per target pass |",
+        "|---|---|---|---|",
     ]
-    if not rows:
-        return []
-    return ["## Plan", "", f"From `{PLAN}`:", "", "| setting | value |", "|---|---|", *rows, ""]
+    lines += [
+        f"| {shown(t.setting)} | {t.measured:.1f} | {t.measured / plain:.2f}x "
+        f"| {t.tokens_per_target_pass:.2f} |"
+        for t in plan.confirmed
+        if t.measured is not None
+    ]
+    picture = [f"![Predicted gain over what drafts and what verifies]({PICTURE})", ""]
+    return [*lines, "", *(picture if pictured else [])]
 
 
 def public(value: Any) -> str:

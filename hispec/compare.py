@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from .config import DecodeConfig
 from .sampling import gumbel_noise, processors, to_log_law
@@ -47,12 +47,17 @@ def hf_generate(
     max_new_tokens: int,
     eos: Sequence[int] = (),
     stopping_criteria: StoppingCriteriaList | None = None,
+    assisted: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[int]:
     """New token ids of transformers' own greedy `generate`.
 
     A model's generation config may name penalties and samplers that `generate` would add unasked;
     they are set aside for the call, and `settings` take their place.
+
+    Args:
+        assisted: arguments of the call itself, such as `assistant_model`. In the config, where the
+            assistant looks too, it would be assisted itself.
     """
     tokens_1T = torch.tensor([list(prompt)], device=hf.device)
     own = hf.generation_config
@@ -65,10 +70,20 @@ def hf_generate(
                 tokens_1T,
                 attention_mask=torch.ones_like(tokens_1T),
                 stopping_criteria=stopping_criteria,
+                **(assisted or {}),
             )
     finally:
         hf.generation_config = own
     return out_1T[0, len(prompt) :].tolist()
+
+
+def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    """Whether two models have the same weights, bit for bit, under the same names."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
+        for name, tensor in ours.items()
+    )
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from .sampling import confidence, top_candidates
 
 _PASS = 128  # nodes of one pass
 Kind = tuple[int, bool]
-"""A depth, and whether it drafts, from the reduced vocabulary if there is one."""
+"""A depth, and whether it is read as it drafts from a reduced vocabulary."""
 
 
 class Contexts:
@@ -92,10 +92,28 @@ class Contexts:
             known.update(zip(part, self._compute(kind, part), strict=True))
         return np.stack([known[node] for node in nodes])
 
+    def judge(self, depth: int, nodes: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+        """Answers [N, 2 + K] of a depth at the nodes of a chain, as far as they count: up to the
+        first one that is not for the token that comes next. It stands for those after it too.
+
+        Args:
+            tokens: after each node the token that the chain goes on with; none after the last one.
+        """
+        known = self._answers.setdefault((depth, False), {})
+        found: list[np.ndarray] = []
+        for i, node in enumerate(nodes):
+            if node not in known:
+                return np.stack([*found, *self.answers((depth, False), nodes[i:])])
+            found.append(known[node])
+            if i < len(tokens) and known[node][0] != tokens[i]:
+                break
+        return np.stack(found + [found[-1]] * (len(nodes) - len(found)))
+
     def draft(self, depth: int, nodes: Sequence[int], length: int) -> None:
         """Make known what a depth drafts from some nodes on, greedily, up to `length` tokens."""
+        kind = depth, self.model.draft_tokens is not None
         for _ in range(length):
-            choices = self.answers((depth, True), nodes)[:, 0].astype(int).tolist()
+            choices = self.answers(kind, nodes)[:, 0].astype(int).tolist()
             nodes = [self.child(*pair) for pair in zip(nodes, choices, strict=True)]
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import validate_repo_id
 
 from .bases import BASES, MODEL_FILES, fetch_names
-from .card import FIGURE, PLAN
+from .card import FIGURE
 from .checkpoint import CARD, CONFIG, is_checkpoint, own_base, read_config
 from .console import few
 from .fetch import base_path
@@ -41,12 +41,13 @@ from .parcel import (
     matches,
     verify,
 )
+from .plan_file import PICTURE, PLAN
 
 ROOT = Path("checkpoints")
 # What of an older push does not outlive a newer one: beside other exits it would be wrong.
 _REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json"),
-    *(FIGURE, "agreement.json", PLAN, "custom_generate/*.py"),
+    *(FIGURE, "agreement.json", PLAN, PICTURE, "custom_generate/*.py"),
 )
 # What the Hub itself puts into a new repository; anything else belongs to somebody.
 _OF_A_NEW_REPOSITORY = {".gitattributes", CARD}

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from .card import PLAN, accepted
+from .card import accepted
 from .checkpoint import (
     EXITS,
     LocalBase,
@@ -22,6 +22,7 @@ from .checkpoint import (
 )
 from .families import check_supported
 from .files import read_json
+from .plan_file import PLAN, parse, shown
 
 Report = dict[str, Any]
 
@@ -222,7 +223,7 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
             f"the drafts {accepted(check)}"
         )
     plan = report["plan"]
-    found.append("plan: none yet" if plan is None else f"plan: {plan.get('ladder', plan)}")
+    found.append("plan: none yet" if plan is None else _plan(plan))
     return found
 
 
@@ -236,6 +237,14 @@ def heads_in_words(exits: dict[str, Any]) -> str:
     if exits.get("draft_vocab"):
         kind += f", drafting from {exits['draft_vocab']:,} tokens"
     return kind
+
+
+def _plan(content: dict[str, Any]) -> str:
+    try:
+        plan = parse(content, PLAN)
+    except ValueError as error:
+        return f"plan: {error}"
+    return f"plan: {shown(plan.setting)}, {plan.speedup:.2f}x plain decoding on {plan.machine}"
 
 
 def _megabytes(size: int) -> str:

@@ -94,8 +94,7 @@ class EarlyExitLM:
         setting, _ = self.planned()
         if ladder not in (None, AUTO) or PLANNED & settings.keys() or setting is None:
             return {"ladder": self.ladder(ladder), **settings}
-        rejecting = settings.get("law") == "rejection" and settings.get("temperature", 0) > 0
-        if rejecting and "recycle" in setting.get("drafter", ""):
+        if settings.get("law") == "rejection" and "recycle" in setting.get("drafter", ""):
             return {"ladder": self.ladder(ladder), **settings}
         return {**setting, **settings}
 

@@ -1,16 +1,18 @@
-"""How well two depths of a model agree on given text, at temperature 1."""
+"""How well two depths of a model agree on given text, and how well a depth predicts it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .model import ExitModel, of_token_before
-from .packing import Rows
+from .packing import Rows, next_tokens
 
 _CHUNK = 128  # tokens whose laws are in memory at one time, for two depths
 LONGEST_RUN = 8
@@ -48,20 +50,20 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
         for _ in range(2)
     )
     for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
-        states = _normed_states(model, tokens_1T, positions_1T, depths)
+        states = normed_states(model, tokens_1T, positions_1T, depths)
         for start in range(0, tokens_1T.shape[1], _CHUNK):
             part = slice(start, start + _CHUNK)
             for deep, shallows in judged_by.items():
-                p_NV = model.project(states[deep].first_TH[part]).float().softmax(-1)
+                p_NV = model.project(states[deep].first_BTH[0, part]).float().softmax(-1)
                 top_N = p_NV.max(-1).indices  # three times as fast as argmax on a CPU
                 for pair in ((shallow, deep) for shallow in shallows):
                     read = states[pair[0]]
-                    q_NV = model.draft(read.first_TH[part]).float().softmax(-1)
+                    q_NV = model.draft(read.first_BTH[0, part]).float().softmax(-1)
                     first_RT[pair][r, part] = (q_NV.max(-1).indices == top_N).cpu()
                     acceptance[pair] += torch.minimum(p_NV, q_NV).sum().item()
                     later_RT[pair][r, part] = first_RT[pair][r, part]
-                    if read.later_TH is not None:
-                        again_NV = model.draft(read.later_TH[part])
+                    if read.later_BTH is not None:
+                        again_NV = model.draft(read.later_BTH[0, part])
                         later_RT[pair][r, part] = (again_NV.max(-1).indices == top_N).cpu()
     count = rows.tokens_RT.numel()
     return [
@@ -131,38 +133,38 @@ def _size(module: nn.Module) -> int:
 
 
 @dataclass
-class _Read:
-    """States [T, H] of one depth as the LM head reads them."""
+class Read:
+    """States [B, T, H] of one depth as the LM head reads them."""
 
-    first_TH: torch.Tensor
-    later_TH: torch.Tensor | None = None
+    first_BTH: torch.Tensor
+    later_BTH: torch.Tensor | None = None
     """For a head that reads the token before: with its own state in place of the full model's, as
     from the second token of a draft on."""
 
 
-def _normed_states(
+def normed_states(
     model: ExitModel,
-    tokens_1T: torch.Tensor,
-    positions_1T: torch.Tensor | None,
+    tokens_BT: torch.Tensor,
+    positions_BT: torch.Tensor | None,
     depths: Sequence[int],
-) -> dict[int, _Read]:
-    """What is read at some depths of one row."""
-    states = model.states(tokens_1T, {*depths, model.num_layers}, positions_1T)
-    final_1TH = model.normed(model.num_layers, states[model.num_layers])
-    found = {model.num_layers: _Read(final_1TH[0])}
+) -> dict[int, Read]:
+    """What is read at some depths, and at the full one, of whole sequences or packed documents."""
+    states = model.states(tokens_BT, {*depths, model.num_layers}, positions_BT)
+    final_BTH = model.normed(model.num_layers, states[model.num_layers])
+    found = {model.num_layers: Read(final_BTH)}
 
-    def read(depth: int, normed_1TH: torch.Tensor) -> torch.Tensor:
+    def read(depth: int, normed_BTH: torch.Tensor) -> torch.Tensor:
         """What the head makes of it if these are the states that it reads of the token before."""
-        before_1TH = of_token_before(normed_1TH, positions_1T)
-        head_1TH = model.run_head(depth, states[depth], positions_1T, previous_BTH=before_1TH)
-        return model.normed(depth, head_1TH)
+        before_BTH = of_token_before(normed_BTH, positions_BT)
+        head_BTH = model.run_head(depth, states[depth], positions_BT, previous_BTH=before_BTH)
+        return model.normed(depth, head_BTH)
 
     for depth in depths:
         if depth < model.num_layers:
-            first_1TH = read(depth, final_1TH)
-            found[depth] = _Read(first_1TH[0])
+            first_BTH = read(depth, final_BTH)
+            found[depth] = Read(first_BTH)
             if model.head(depth).mix is not None:
-                found[depth].later_TH = read(depth, first_1TH)[0]
+                found[depth].later_BTH = read(depth, first_BTH)
     return found
 
 
@@ -170,3 +172,74 @@ def ladder_pairs(depths: Sequence[int], num_layers: int) -> list[tuple[int, int]
     """Pairs worth measuring for exits at `depths`: each with the final rung, then neighbours."""
     final = [(depth, num_layers) for depth in depths]
     return final + list(pairwise(depths))
+
+
+@dataclass
+class Reference:
+    """What a model says of rows of text, kept for a comparison with one that was trained."""
+
+    normed: list[torch.Tensor]
+    """Normed states [1, T, H] at full depth, row by row."""
+    head_VH: torch.Tensor
+    """Weights of its LM head."""
+
+
+@torch.no_grad()
+def final_states(model: ExitModel, rows: Rows) -> list[torch.Tensor]:
+    """Normed states [1, T, H] of each row at full depth."""
+    return [model.final(*row) for row in rows.one_by_one(model.device)]
+
+
+@dataclass
+class Fit:
+    """How well a depth predicts given text, and how far its law is from another model's."""
+
+    depth: int
+    loss: float
+    """Cross-entropy of the next token within its document, nats."""
+    kl: float | None
+    """KL(other model || this depth), nats per token, if there is another model."""
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.inference_mode()
+def fit(
+    model: ExitModel, rows: Rows, depths: Sequence[int], reference: Reference | None = None
+) -> list[Fit]:
+    """Measure depths on rows of documents; an exit is read with the whole LM head.
+
+    Args:
+        reference: of the same rows, by a model with the same vocabulary.
+    """
+    loss, kl = dict.fromkeys(depths, 0.0), dict.fromkeys(depths, 0.0)
+    labels_RT = next_tokens(rows.tokens_RT, positions_RT=rows.positions_RT).to(model.device)
+    for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
+        states = normed_states(model, tokens_1T, positions_1T, depths)
+        for start in range(0, tokens_1T.shape[1], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            if reference is not None:
+                logits_NV = model.project(reference.normed[r][0, part], reference.head_VH)
+                log_p_NV = logits_NV.float().log_softmax(-1)
+            for depth in depths:
+                logits_NV = model.project(states[depth].first_BTH[0, part])
+                log_q_NV = logits_NV.float().log_softmax(-1)
+                labels_N = labels_RT[r, part]
+                loss[depth] += F.nll_loss(
+                    log_q_NV, labels_N, ignore_index=-100, reduction="sum"
+                ).item()
+                if reference is not None:
+                    kl[depth] += (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum().item()
+    count, labels = rows.tokens_RT.numel(), int((labels_RT >= 0).sum())
+    return [
+        Fit(
+            depth,
+            loss=loss[depth] / labels,
+            kl=None if reference is None else kl[depth] / count,
+            tokens=count,
+        )
+        for depth in depths
+    ]

@@ -148,3 +148,19 @@ def packed(parts: Sequence[Tokens], seq_len: int, rows: int) -> Rows:
 def evenly_spaced(rows: Rows, count: int) -> Rows:
     """`count` of the rows (or all, if there are fewer), spread over the whole of them."""
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+
+
+def next_tokens(
+    rows_RT: torch.Tensor,
+    taught_RT: torch.Tensor | None = None,
+    positions_RT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The token after each; -100 where it is not to be learned, or not known: at the end of the row
+    and of each document in it."""
+    labels_RT = torch.full_like(rows_RT, -100)
+    labels_RT[:, :-1] = rows_RT[:, 1:]
+    if taught_RT is not None:
+        labels_RT[:, :-1][~taught_RT[:, 1:]] = -100
+    if positions_RT is not None:
+        labels_RT[:, :-1][positions_RT[:, 1:] == 0] = -100
+    return labels_RT

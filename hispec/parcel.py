@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .bases import MODEL_FILES
-from .card import FIGURE, PLAN, WRITTEN, model_card
+from .card import FIGURE, WRITTEN, model_card
 from .checkpoint import CARD, CONFIG, base_weight_files, file_fault, read_config
-from .files import read_json
+from .plan_file import PICTURE, PLAN, read_plan
 
 PULLED = "pulled.json"
 """Beside a pulled checkpoint's files: from which repository and commit they came."""
-BESIDE = (CARD, FIGURE, "agreement.json", PLAN, "LICENSE*", "custom_generate/*.py")
+BESIDE = (CARD, FIGURE, "agreement.json", PLAN, PICTURE, "LICENSE*", "custom_generate/*.py")
 """What may lie beside weights and config; of a base that is included, `MODEL_FILES` too."""
 
 
@@ -89,13 +89,13 @@ def card(folder: Path, repo: str, config: dict[str, Any], files: dict[str, Path]
     """The card that goes to the Hub: written for it, or the folder's own where that is not ours.
 
     Raises:
-        ValueError: a `plan.json` that is no JSON object, or a card that is no text.
+        ValueError: a `plan.json` that is no plan, or a card that is no text.
     """
     if CARD in files and (
         CARD in config["files"] or WRITTEN not in files[CARD].read_text(encoding="utf-8")
     ):
         return files[CARD].read_bytes()
-    plan = read_json(files[PLAN]) if PLAN in files else None
+    plan = read_plan(files[PLAN].parent) if PLAN in files else None
     return model_card(repo, config, files=files, plan=plan).encode()
 
 

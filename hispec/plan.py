@@ -52,11 +52,13 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
             tried = [{**setting, key: value} for setting in tried for value in values]
         found.extend(tried)
 
-    for ladder in [(full,), *((v, full) for v in exits)]:
-        add(ladder, "lookup", lookup_length=(4, 8, 12) if len(ladder) == 1 else (4, 8))
-        add(ladder, "recycle", tree_tokens=(7, 15, 25) if len(ladder) == 1 else (7, 15))
+    add((full,), "lookup", lookup_length=(4, 8, 12), lookup_shortest=(1, 2))
+    add((full,), "recycle", tree_tokens=(7, 15, 25))
+    for verify in exits:
+        add((verify, full), "lookup", lookup_length=(4, 8))
+        add((verify, full), "recycle", tree_tokens=(7, 15))
     for draft in exits:
-        ladder = (draft, full)
+        ladder: tuple[int, ...] = (draft, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
         add(ladder, "exit", draft_length=(4, _LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
         add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))

@@ -116,19 +116,21 @@ def is_plain(setting: Setting) -> bool:
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of a checkpoint; None if it has none.
+    """The plan of a checkpoint; None if it has none. Raises ValueError as `parse`."""
+    path = folder / PLAN
+    return parse(read_json(path), str(path)) if path.is_file() else None
+
+
+def parse(found: dict[str, Any], name: str) -> Plan:
+    """A plan from what `plan.json` holds.
 
     Raises:
-        ValueError: it cannot be read, or another version of HiSpec wrote it.
+        ValueError: it is no plan, or another version of HiSpec wrote it.
     """
-    path = folder / PLAN
-    if not path.is_file():
-        return None
-    found = read_json(path)
     again = "`hispec plan` writes it anew"
     if found.get("format_version") != FORMAT:
         raise ValueError(
-            f"{path}: format_version={found.get('format_version')!r} is not possible: this version "
+            f"{name}: format_version={found.get('format_version')!r} is not possible: this version "
             f"reads {FORMAT}; {again}"
         )
     try:
@@ -138,7 +140,7 @@ def read_plan(folder: Path) -> Plan | None:
         plan.settings = [Tried(**tried) for tried in found["settings"]]
         DecodeConfig(**plan.setting).validate(plan.num_layers)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no plan ({error}); {again}") from error
+        raise ValueError(f"{name} is no plan ({error}); {again}") from error
     return plan
 
 

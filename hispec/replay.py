@@ -66,7 +66,13 @@ class Replay(Decode):
             raise ValueError("only greedy decodes without processors can be replayed")
         super().__init__(contexts.model, [contexts.prompt], config)
         self.clock = Clock(latency, prefill)
-        self.ladder = _KnownLadder(contexts, config, self.ladder.cache.capacity, self.clock)
+        self.ladder = _KnownLadder(
+            contexts,
+            config,
+            self.ladder.cache.capacity,
+            self.clock,
+            observed=self.drafter.observes > 0,
+        )
         self.sampler = _Known(config, self.clock)
 
     @property
@@ -76,15 +82,27 @@ class Replay(Decode):
 
 
 class _KnownLadder(Ladder):
-    """A ladder that keeps the lengths of its rungs as any, and looks up what they say."""
+    """A ladder that keeps the lengths of its rungs as any, and looks up what they say.
+
+    Args:
+        observed: whether the drafter looks at all that is said, so that the tokens after the first
+            wrong one of a draft count too.
+    """
 
     def __init__(
-        self, contexts: Contexts, config: DecodeConfig, capacity: int, clock: Clock
+        self,
+        contexts: Contexts,
+        config: DecodeConfig,
+        capacity: int,
+        clock: Clock,
+        *,
+        observed: bool,
     ) -> None:
         super().__init__(contexts.model, config.ladder, 1, 0, draft_vocab=False)
         self.cache = _NoCache(1, capacity, contexts.model.device)
         self.cache.clock = self.clock = clock
         self.contexts = contexts
+        self.observed = observed
         self.draft_vocab = config.draft_vocab and contexts.model.draft_tokens is not None
         self._nodes = np.zeros(self.cache.capacity, dtype=np.int64)
         """For each slot of the text, its context."""
@@ -123,10 +141,13 @@ class _KnownLadder(Ladder):
         self.bring(rung, tokens_BN, upto_B, tree, first_B + 1)
         if self.head_layers(rung):
             self._bring_head(rung, upto_B, tree, first_B + 1)
-        depth = self.depths[rung]
-        self.clock.add(reading(depth, drafting and self.draft_vocab), upto - first)
+        depth, reduced = self.depths[rung], drafting and self.draft_vocab
+        self.clock.add(reading(depth, reduced), upto - first)
         nodes = self._contexts_of(tokens_BN[0], first, upto, tree)
-        known_CK = self.contexts.answers((depth, drafting and self.draft_vocab), nodes)
+        if drafting or tree is not None or self.observed:
+            known_CK = self.contexts.answers((depth, reduced), nodes)
+        else:
+            known_CK = self.contexts.judge(depth, nodes, tokens_BN[0, first + 1 : upto].tolist())
         self.clock.spent += time.perf_counter() - began
         return torch.from_numpy(known_CK)[None]
 

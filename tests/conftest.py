@@ -118,6 +118,22 @@ def prompts() -> list[list[int]]:
     ]
 
 
+def plan_of(setting, *, here=None, speedup=2.0, **keys):
+    """A plan for this machine that chose some setting of a model with exits 2 and 4 of 6."""
+    from hispec.plan_file import Machine, Plan
+
+    return Plan(
+        setting=setting,
+        tokens_per_second=10 * speedup,
+        plain_tokens_per_second=10.0,
+        machine=here or Machine.here(torch.device("cpu"), torch.float32),
+        text={"prompts": 1, "new_tokens": 4},
+        exits=[2, 4],
+        num_layers=6,
+        **keys,
+    )
+
+
 def tiny_tokenizer():
     """A byte-level BPE trained on a little text; ids 0 to 2 are pad, BOS and EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -239,10 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"transfer": "basic", "objects": objects})
 
     def _store(self, name: str, oid: str) -> None:
-        size, data = int(self.headers["Content-Length"]), b""
-        cut = size // 2 if oid in self.hub.cut_uploads else size
-        while len(data) < cut and (block := self.rfile.read(min(4096, cut - len(data)))):
-            data += block
+        size = int(self.headers["Content-Length"])
+        data = self.rfile.read(size // 2 if oid in self.hub.cut_uploads else size)
         self.hub.received[oid] = self.hub.received.get(oid, 0) + len(data)
         if len(data) < size:
             self.close_connection = True

@@ -134,29 +134,6 @@ def test_agreement_by_hand(lm):
 
 
 @pytest.mark.slow
-def test_speed_times_all_settings_in_one_run(ee):
-    done = run(
-        *(sys.executable, "eval/speed.py", f"checkpoint={ee}", "prompts=2", "prompt_tokens=8"),
-        *("max_new_tokens=12", "repeats=2"),
-    )
-    assert done.returncode == 0, done.stderr
-    line = json.loads(done.stdout.splitlines()[-1])
-    names = [row["setting"] for row in line["results"]]
-    assert names == [
-        "HF generate",
-        "plain (6)",
-        "LayerSkip (2, 6)",
-        "LayerSkip (4, 6)",
-        "HiSpec (2, 4, 6)",
-        "prompt lookup (6)",
-        "token recycling (6)",
-        "ECHO (4, 6)",
-    ]
-    assert all(row["same_as_generate"] == row["same_as_plain"] == 2 for row in line["results"])
-    assert line["results"][1]["tokens_per_target_pass"] == 1
-
-
-@pytest.mark.slow
 def test_lossless_passes_and_names_differences(ee, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"turns": ["hello"], "task": "a"}, {"prompt": "x = "}, {"question": "why?"}]

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from conftest import plan_of
 from fetching import hidden
 from hub_server import sha256
 from hub_worker import flip, look, pushed
@@ -13,6 +14,7 @@ from hub_worker import flip, look, pushed
 from hispec import parcel
 from hispec.card import WRITTEN, model_card
 from hispec.files import read_json
+from hispec.plan_file import Tried
 
 PROMPT = "def main():\n    return"
 
@@ -192,8 +194,9 @@ def test_a_card_of_the_users_own_is_kept(worker, server, mine):
 
 def test_the_card_holds_what_the_hub_shows(made):
     config = read_json(made[0] / "exit_config.json")
-    plan = {"ladder": [2, 6], "drafter": "exit", "table": [{"rung": 2}]}
-    card = model_card("alice/ee", config, files={"agreement.png"}, plan=plan)
+    confirmed = [Tried({"ladder": [2, 6], "drafter": "exit"}, 19.0, 1.5, 20.0, (19.0, 21.0), 1)]
+    plan = plan_of(confirmed[0].setting, confirmed=confirmed)
+    card = model_card("alice/ee", config, files={"agreement.png", "plan.png"}, plan=plan)
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "org/base"
     assert head["license"] == "apache-2.0"
@@ -211,7 +214,9 @@ def test_the_card_holds_what_the_hub_shows(made):
     for line in (
         WRITTEN,
         "![Agreement with the full model over depth](agreement.png)",
-        "| `ladder` | [2, 6] |",
+        "**(2, 6) exit**, 20.0 tokens/s, 2.00x plain decoding",
+        "| (2, 6) exit | 20.0 | 2.00x | 1.50 |",
+        "![Predicted gain over what drafts and what verifies](plan.png)",
         "| `steps` | 7 |",
         "| `data` | books.jsonl |",
         f"hispec fetch org/base@{'a' * 40}",
@@ -219,6 +224,5 @@ def test_the_card_holds_what_the_hub_shows(made):
         'lm = hispec.load("alice/ee")',
     ):
         assert line in card
-    assert "table" not in card.split("## Plan")[1].split("##")[0]
     assert "/home/someone" not in card
     assert "agreement.png" not in model_card("alice/ee", config)

@@ -12,11 +12,11 @@ from conftest import ROOT
 # Each module may import those in lines before its own.
 LAYERS = [
     {"config", "files", "stats", "bases", "console", "proposal", "families", "attention", "chat"},
-    {"sampling", "cache", "text", "convert", "gguf_tokenizer"},
+    {"sampling", "cache", "plan_file", "text", "convert", "gguf_tokenizer"},
     {"fetch", "prompts", "packing", "hub_errors"},
     {"heads", "card"},
     {"model"},
-    {"ladder", "draft", "measure", "compare", "exits_file", "plan_file"},
+    {"ladder", "draft", "measure", "compare", "exits_file"},
     {"decode", "checkpoint", "contexts", "latency", "plan_picture"},
     {"replay"},
     {"parcel"},

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from conftest import HISPEC, run, tiny_hf
+from conftest import HISPEC, plan_of, run, tiny_hf
 
 from hispec import checkpoint
 from hispec.export import export_as
@@ -63,13 +63,17 @@ def test_figures_and_plan_are_shown(tiny_base, tmp_path):
     }
     base = checkpoint.find_base(str(tiny_base))
     checkpoint.save(tmp_path / "full", model, base, figures=figures, full=True)
-    (tmp_path / "full" / "plan.json").write_text('{"ladder": [4, 6]}')
+    plan_of({"ladder": [4, 6], "drafter": "exit"}).save(tmp_path / "full")
     report = inspect(str(tmp_path / "full"))
     text = "\n".join(lines(report))
     assert "depth 2 judged by 6: same top token 0.500, acceptance 0.400" in text
-    assert "plan: [4, 6]" in text
+    assert "plan: (4, 6) exit, 2.00x plain decoding on " in text
     assert f"base: {tiny_base}, included" in text
-    assert report["plan"] == {"ladder": [4, 6]}
+    assert report["plan"]["setting"] == {"ladder": [4, 6], "drafter": "exit"}
+    (tmp_path / "full" / "plan.json").write_text("{}")
+    assert "plan: plan.json: format_version=None is not possible" in "\n".join(
+        lines(inspect(str(tmp_path / "full")))
+    )
 
 
 def _saved(tiny_base, tmp_path):

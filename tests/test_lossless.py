@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_hf, tiny_tokenizer
+from conftest import VOCAB, tiny_hf, tiny_tokenizer
 from transformers import LogitsProcessorList
 
 import eval.lossless
@@ -102,6 +102,15 @@ def test_sampled_texts_are_compared_by_what_they_are_drawn_by(lm):
     assert (found.position, found.kind) == (4, "bug")
     assert found.gap == pytest.approx((best.values[0] - best.values[1]).item(), abs=1e-4)
     assert found.behind == pytest.approx(found.gap)
+
+
+def test_differences_are_classed_in_every_family(family, prompts):
+    """Rounding is told by a pass over a cache of transformers' own, sliding windows included."""
+    hf = tiny_hf(family)
+    text = hf_generate(hf, prompts[2], 4)
+    found = first_difference(hf, prompts[2], [*text[:3], (text[3] + 1) % VOCAB], text)
+    assert (found.position, found.kind) == (3, "bug")
+    assert 0 < found.rounding < 1e-3 < found.behind
 
 
 def test_rounding_is_of_the_dtype(lm):

@@ -14,9 +14,16 @@ from test_train import settings
 from hispec import checkpoint
 from hispec.families import SLIDING
 from hispec.measure import LONGEST_RUN, run_shares
-from hispec.packing import Rows, evenly_spaced, packed, positions_if_packed, windows
+from hispec.packing import (
+    Rows,
+    evenly_spaced,
+    next_tokens,
+    packed,
+    positions_if_packed,
+    windows,
+)
 from hispec.text import Document
-from train.data import TrainingRows, next_tokens
+from train.data import TrainingRows
 from train.forward import Batch, TrainingStep
 from train.judge import Judge
 from train.recipe import Recipe, load_recipe

@@ -116,7 +116,7 @@ sys.path[:0] = ["tests", "."]
 from conftest import VOCAB, tiny_hf
 from hispec.config import ExitConfig
 from hispec.model import ExitModel
-from train.data import next_tokens
+from hispec.packing import next_tokens
 from train.forward import Batch, TrainingStep, Wrapped
 from train.recipe import Recipe
 from train.trunk import Trunk

@@ -111,7 +111,7 @@ def test_a_base_of_unknown_size_is_refused():
 
 def test_the_smoke_step_fits_the_plan(tiny_base):
     """Bytes that autograd keeps for a real pass, against the planned activations."""
-    from train.data import next_tokens
+    from hispec.packing import next_tokens
     from train.forward import Batch, TrainingStep
 
     recipe = Recipe(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from hispec.packing import Rows, evenly_spaced, windows
+from hispec.packing import Rows, evenly_spaced, next_tokens, windows
 from hispec.text import documents, split
 
 from .recipe import Recipe
@@ -44,22 +44,6 @@ def training_sets(recipe: Recipe, tokenizer: Any, processes: int = 1) -> tuple[T
     held_out_rows = windows(held_out, tokenizer, recipe.seq_len)
     rows = windows(training, tokenizer, recipe.seq_len, needed)
     return TrainingRows(rows), evenly_spaced(held_out_rows, recipe.eval_sequences)
-
-
-def next_tokens(
-    rows_RT: torch.Tensor,
-    taught_RT: torch.Tensor | None = None,
-    positions_RT: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The token after each; -100 where it is not to be learned, or not known: at the end of the row
-    and of each document in it."""
-    labels_RT = torch.full_like(rows_RT, -100)
-    labels_RT[:, :-1] = rows_RT[:, 1:]
-    if taught_RT is not None:
-        labels_RT[:, :-1][~taught_RT[:, 1:]] = -100
-    if positions_RT is not None:
-        labels_RT[:, :-1][positions_RT[:, 1:] == 0] = -100
-    return labels_RT
 
 
 def frequent_tokens(labels_RT: torch.Tensor, count: int, vocab_size: int) -> torch.Tensor:

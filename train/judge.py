@@ -7,13 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from hispec.measure import agreement, expected_speed, ladder_pairs
+from hispec.measure import Reference, agreement, expected_speed, final_states, fit, ladder_pairs
 from hispec.model import ExitModel
 from hispec.packing import Rows
 
-from .data import next_tokens
 from .processes import gather
 from .trunk import Trunk
 
@@ -28,16 +26,15 @@ class Judge:
     def __init__(self, rows: Rows, trunk: Trunk) -> None:
         self.rows = rows
         self.trunk = trunk
-        self._base_normed: list[torch.Tensor] = []
-        self._base_head: torch.Tensor | None = None
+        self._base: Reference | None = None
 
     @torch.no_grad()
     def remember_base(self, model: ExitModel) -> None:
         """Note what the untouched base says, before the first step changes it."""
         if self.trunk.trained:
-            self._base_normed = [model.final(*row) for row in self.rows.one_by_one(model.device)]
+            normed = final_states(model, self.rows)
             with gather(model.hf.lm_head):
-                self._base_head = model.hf.lm_head.weight.detach().clone()
+                self._base = Reference(normed, model.hf.lm_head.weight.detach().clone())
 
     def __call__(self, model: ExitModel) -> dict[str, Any]:
         """Figures by name, for the history and the checkpoint."""
@@ -46,25 +43,9 @@ class Judge:
         speed = expected_speed(model, measured)
         found = {"agreement": [asdict(m) for m in measured], "expected": asdict(speed)}
         if self.trunk.trained:
-            found["drift"], found["loss"] = self._final_rung(model)
+            (final,) = fit(model, self.rows, [model.num_layers], self._base)
+            found["drift"], found["loss"] = final.kl, final.loss
         return found
-
-    @torch.no_grad()
-    def _final_rung(self, model: ExitModel) -> tuple[float, float]:
-        """(KL of the final rung's law to the base's, its cross-entropy), nats per token."""
-        kl = loss = 0.0
-        tokens = labels = 0
-        labels_RT = next_tokens(self.rows.tokens_RT, positions_RT=self.rows.positions_RT)
-        labels_RT = labels_RT.to(model.device)
-        rows = zip(self.rows.one_by_one(model.device), labels_RT, self._base_normed, strict=True)
-        for (row_1T, positions_1T), labels_T, base_1TH in rows:
-            normed_1TH = model.final(row_1T, positions_1T)
-            log_q_TV = model.project(normed_1TH)[0].float().log_softmax(-1)
-            log_p_TV = model.project(base_1TH, self._base_head)[0].float().log_softmax(-1)
-            kl += (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum().item()
-            loss += F.nll_loss(log_q_TV, labels_T, ignore_index=-100, reduction="sum").item()
-            tokens, labels = tokens + len(labels_T), labels + int((labels_T >= 0).sum())
-        return kl / tokens, loss / labels
 
 
 def shown(found: dict[str, Any]) -> str:

@@ -1,0 +1,63 @@
+"""The ways to decode that are settings of our own loop, under the names of the papers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from eval.timing import Contestant, Outcome
+from hispec.config import DecodeConfig, check
+from hispec.decode import Decode
+from hispec.lm import EarlyExitLM
+
+
+def shown(ladder: Sequence[int]) -> str:
+    return f"({', '.join(map(str, ladder))})"
+
+
+def preset(lm: EarlyExitLM, name: str, setting: Mapping[str, Any]) -> Contestant:
+    """A way to decode from keys of `DecodeConfig`, `ladder` among them; it is shown behind `name`.
+
+    Raises:
+        ValueError: an unknown key, or a setting that this model cannot decode with.
+    """
+    known = {f.name for f in fields(DecodeConfig)}
+    for key in setting:
+        check(key in known, key, setting[key], f"known settings: {', '.join(sorted(known))}")
+    check("ladder" in setting, "ladder", None, "a setting names the depths")
+    config = DecodeConfig(**setting)
+    config.validate(lm.model.num_layers)
+
+    def decode(prompt: list[int]) -> Outcome:
+        run = Decode(lm.model, [prompt], config)
+        return Outcome.of(run.finish()[0], run.stats)
+
+    return Contestant(f"{name} {shown(config.ladder)}", decode)
+
+
+def presets(lm: EarlyExitLM, common: Mapping[str, Any]) -> list[Contestant]:
+    """Plain decoding and what the checkpoint's exits allow of LayerSkip, HiSpec, prompt lookup,
+    token recycling and ECHO.
+
+    Args:
+        common: keys of `DecodeConfig` that all of them share.
+    """
+    full, exits = lm.model.num_layers, lm.model.exits.depths
+    found = [preset(lm, "plain", {**common, "ladder": [full]})]
+
+    def add(name: str, ladder: list[int], drafter: str = "exit", **keys: Any) -> None:
+        found.append(preset(lm, name, {**common, "ladder": ladder, "drafter": drafter, **keys}))
+
+    for depth in exits:
+        add("LayerSkip", [depth, full])
+    if lm.model.draft_tokens is not None:
+        for depth in exits:
+            add("LayerSkip, whole vocabulary", [depth, full], draft_vocab=False)
+    if len(exits) > 1:
+        add("HiSpec", [*exits, full])
+    add("prompt lookup", [full], "lookup")
+    add("token recycling", [full], "recycle")
+    for depth in exits[-1:]:
+        add("ECHO", [depth, full], "recycle")
+    return found
