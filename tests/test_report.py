@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -436,3 +437,23 @@ def test_the_command_writes_one_file(mine, tmp_path):
     taken = run(*HISPEC, "report", mine, "--no-decode", "--output", tmp_path)
     assert taken.returncode == 2
     assert "a file to write" in taken.stderr
+
+
+@pytest.mark.slow
+def test_what_the_evaluations_write_is_shown(mine):
+    """By the real commands, whose files have no version number."""
+    small = ("seq_len=32", "sequences=2")
+    assert run(sys.executable, "eval/agreement.py", f"checkpoint={mine}", *small).returncode == 0
+    data = prompts_file(mine, {"question": "why?", "task": "chat"}, {"prompt": "x =", "task": "b"})
+    words = ("prompts=2", "max_new_tokens=8", "repeats=2", "rivals=[]", f"prompts_from={data}")
+    done = run(sys.executable, "eval/speed.py", f"checkpoint={mine}", *words)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout.splitlines()[-1])["results"]
+    page = page_of(mine)
+    for row in measured:
+        rate = row["tokens_per_second"]
+        shown = f"{rate['median']:.1f} {rate['lowest']:.1f} to {rate['highest']:.1f}"
+        assert page.row(row["setting"], shown)[-2:] == ["same", "same"]
+    curve = json.loads((mine / "agreement.json").read_text())["untrained"]
+    drawn = {float(a["y2"].rstrip("%")) for tag, a in page.elements if tag == "line"}
+    assert {round(100 - 100 * row["top1"], 2) for row in curve[1:]} <= drawn
