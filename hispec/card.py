@@ -67,7 +67,7 @@ def model_card(
         f"# {name}",
         "",
         f"Early exits at depth {depths} of {config['model']['num_hidden_layers']} for "
-        f"`{_shown(base['id'])}`, read through {_KINDS[exits['head']]} and the shared LM head. "
+        f"`{_cell(base['id'])}`, read through {_KINDS[exits['head']]} and the shared LM head. "
         "Decoded with HiSpec, a shallow exit drafts, a deeper one verifies and the full model "
         f"validates; the text is the full model's own.{trained}",
         "",
@@ -78,7 +78,7 @@ def model_card(
     ]
     lines += _checked(config["figures"])
     included = "included in this folder" if base["included"] else "not included"
-    lines += ["## Base", "", f"`{_shown(base['id'])}`, {included}. SHA-256 of its weights:", ""]
+    lines += ["## Base", "", f"`{_cell(base['id'])}`, {included}. SHA-256 of its weights:", ""]
     lines += [f"- `{file}` `{digest}`" for file, digest in base["weights"].items()]
     return "\n".join(lines) + "\n"
 
@@ -90,7 +90,7 @@ def _eval_results(config: dict[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="early-exit drafting",
-            dataset_type=_shown(data),
+            dataset_type=_cell(data),
             dataset_name=figures["text"],
             metric_type=kind,
             metric_name=f"{title}, depth {row['shallow']} judged by depth {row['deep']}",
@@ -146,8 +146,13 @@ def _figures(figures: dict[str, Any], pictured: bool) -> list[str]:
     return lines
 
 
+def training_settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, value) of the settings that tell how the exits came to be."""
+    return [(key, public(recipe[key])) for key in _SETTINGS if key in recipe]
+
+
 def _training(recipe: dict[str, Any]) -> list[str]:
-    rows = [f"| `{key}` | {_shown(recipe[key])} |" for key in _SETTINGS if key in recipe]
+    rows = [f"| `{key}` | {_cell(value)} |" for key, value in training_settings(recipe)]
     return ["## Training", "", "| setting | value |", "|---|---|", *rows, ""] if rows else []
 
 
@@ -176,11 +181,16 @@ def _plan(plan: Plan, pictured: bool) -> list[str]:
     return [*lines, "", *(picture if pictured else [])]
 
 
-def _shown(value: Any) -> str:
-    """A setting in a table; of a path on the author's machine only the last part."""
+def public(value: Any) -> str:
+    """A setting for readers elsewhere: of a path on the author's machine only the last part."""
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return str(value)
+
+
+def _cell(value: Any) -> str:
+    """A setting in a table of Markdown."""
+    return public(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _checked(figures: dict[str, Any]) -> list[str]:

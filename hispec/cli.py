@@ -186,6 +186,36 @@ def plan(
 
 
 @app.command()
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of an EE checkpoint")],
+    output: Annotated[
+        Path | None, typer.Option(help="the HTML file; default: CHECKPOINT/report.html")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="how many are decoded, evenly over their tasks")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="decoded of each prompt")] = 64,
+    decode: Annotated[bool, typer.Option(help="decode prompts; otherwise nothing is loaded")] = (
+        True
+    ),
+    base: Annotated[str | None, typer.Option(help="where the checkpoint's base is")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+) -> None:
+    """Put what is known of a checkpoint, with pictures, into one HTML file."""
+    from . import report as page
+    from .lm import load
+
+    quiet_transformers()
+    found = page.gather(checkpoint)
+    if decode:
+        lm = load(checkpoint, dtype=parse_dtype(dtype), device=parse_device(device), base=base)
+        page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
+    page.write(out, found, output or checkpoint / page.REPORT)
+
+
+@app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
     target: Annotated[Path, typer.Argument(help="folder to write, or FILE.gguf for --as gguf")],

@@ -199,19 +199,12 @@ _KINDS = {"base": "a plain model", "draft-model": "a draft model for speculative
 
 def _checkpoint_lines(report: Report, shape: str) -> list[str]:
     exits, base = report["exits"], report["base"]
-    kind = exits["head"]
-    if kind == "block":
-        kind += f", {exits['blocks']} block(s) each"
-    if exits.get("previous"):
-        kind += ", reading the token before"
-    if exits.get("draft_vocab"):
-        kind += f", drafting from {exits['draft_vocab']:,} tokens"
     where = "included" if base["included"] else f"at {base['folder'] or 'no place known here'}"
     trained = ", its layers trained too" if base["trained"] else ""
     found = [
         f"{report['folder']}: an EE checkpoint, format {report['format_version']}",
         f"model: {shape}",
-        f"exits: {', '.join(map(str, exits['depths']))} ({kind}), "
+        f"exits: {', '.join(map(str, exits['depths']))} ({heads_in_words(exits)}), "
         f"{_megabytes(report['bytes']['exits'])}; all files {_megabytes(report['bytes']['all'])}",
         f"base: {base['id']}, {where}{trained}; license: {base['license'] or 'unknown'}",
         "files: all there, and the base is the right one, by hash"
@@ -232,6 +225,18 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
     plan = report["plan"]
     found.append("plan: none yet" if plan is None else _plan(plan))
     return found
+
+
+def heads_in_words(exits: dict[str, Any]) -> str:
+    """Section `exits` of `exit_config.json`, but for the depths."""
+    kind: str = exits["head"]
+    if kind == "block":
+        kind += f", {exits['blocks']} block(s) each"
+    if exits.get("previous"):
+        kind += ", reading the token before"
+    if exits.get("draft_vocab"):
+        kind += f", drafting from {exits['draft_vocab']:,} tokens"
+    return kind
 
 
 def _plan(content: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
         add((verify, full), "recycle", tree_tokens=(7, 15))
     ladder: tuple[int, ...]
     for draft in exits:
-        ladder = (draft, full)
+        ladder: tuple[int, ...] = (draft, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
         add(ladder, "exit", draft_length=(4, _LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
         add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))

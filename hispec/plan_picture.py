@@ -6,26 +6,34 @@ from pathlib import Path
 
 import numpy as np
 
-from .plan_file import Plan, is_plain, shown
+from .plan_file import Plan, Setting, is_plain, shown
 
 NOTHING, FREE = "nothing", "free drafts"
 
 
-def best_by_exits(plan: Plan) -> dict[tuple[str, str], float]:
-    """For what drafts and what verifies first, the highest predicted tokens/s.
+def axes_of(plan: Plan) -> tuple[list[str], list[str]]:
+    """(rows: what may draft, columns: what may verify first) of the map."""
+    drafts = [NOTHING, FREE, *(f"depth {depth}" for depth in plan.exits)]
+    return drafts, [f"depth {depth}" for depth in [*plan.exits, plan.num_layers]]
 
-    Both are shown as the axes have them: `nothing`, `free drafts`, `depth 6`.
-    """
+
+def place(setting: Setting) -> tuple[str, str]:
+    """(row, column) of a setting in the map, named as the axes have them."""
+    ladder, drafter = list(setting["ladder"]), setting.get("drafter", "exit")
+    if is_plain(setting):
+        draft = NOTHING
+    elif "exit" in drafter:
+        draft = f"depth {ladder.pop(0)}"
+    else:
+        draft = FREE
+    return draft, f"depth {ladder[0]}"
+
+
+def best_by_exits(plan: Plan) -> dict[tuple[str, str], float]:
+    """For what drafts and what verifies first, the highest predicted tokens/s."""
     found: dict[tuple[str, str], float] = {}
     for tried in plan.settings:
-        ladder, drafter = list(tried.setting["ladder"]), tried.setting.get("drafter", "exit")
-        if is_plain(tried.setting):
-            draft = NOTHING
-        elif "exit" in drafter:
-            draft = f"depth {ladder.pop(0)}"
-        else:
-            draft = FREE
-        pair = draft, f"depth {ladder[0]}"
+        pair = place(tried.setting)
         found[pair] = max(found.get(pair, 0.0), tried.predicted)
     return found
 
@@ -39,9 +47,7 @@ def draw(plan: Plan, path: Path, title: str) -> None:
     from matplotlib.colors import TwoSlopeNorm
 
     best = best_by_exits(plan)
-    depths = [*plan.exits, plan.num_layers]
-    rows = [NOTHING, FREE, *(f"depth {depth}" for depth in plan.exits)]
-    columns = [f"depth {depth}" for depth in depths]
+    rows, columns = axes_of(plan)
     gain = np.full((len(rows), len(columns)), np.nan)
     for (draft, verify), rate in best.items():
         gain[rows.index(draft), columns.index(verify)] = rate / plan.plain_tokens_per_second

@@ -22,8 +22,8 @@ LAYERS = [
     {"parcel"},
     {"hub", "draft_model", "gguf_file"},
     {"lm", "inspection", "generation"},
-    {"verify", "plan"},
-    {"export", "planning"},
+    {"verify", "plan", "report_figures", "report_texts"},
+    {"export", "planning", "report"},
     {"show"},
     {"cli"},
 ]
