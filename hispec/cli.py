@@ -150,7 +150,7 @@ def plan(
         Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
     ] = None,
     prompts: Annotated[int, typer.Option(help="how many of them, evenly over their tasks")] = 6,
-    max_new_tokens: Annotated[int, typer.Option(help="decoded of each prompt")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="decoded of each prompt")] = 32,
     exits: Annotated[
         str | None, typer.Option(help="depths to try, e.g. 4,8,12; default: the trained exits")
     ] = None,

@@ -22,7 +22,7 @@ from .ladder import Ladder
 from .model import ExitModel
 from .sampling import confidence, top_candidates
 
-TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Tokens of a pass for which it is measured; in between is interpolated."""
 
 
@@ -66,7 +66,7 @@ def measure_latency(
     depths: Sequence[int],
     lengths: Sequence[int],
     *,
-    repeats: int = 5,
+    repeats: int = 3,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Latency:
     """Measure all parts of the ladders that can be made of `depths`.
@@ -168,7 +168,7 @@ class _Bench:
             logits_1TV.argmax(-1).cpu()
             return logits_1TV
 
-        for drafting in (False, True):
+        for drafting in (False, True) if self.model.draft_tokens is not None else (False,):
             yield reading(depth, drafting), lambda: read(drafting)  # noqa: B023
         if depth == self.model.num_layers:
             logits_NV = read(False)[0]

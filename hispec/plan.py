@@ -32,6 +32,8 @@ from .stats import DecodeStats
 WORTH_IT = 1.02
 """Against plain decoding; what gains less is within the noise of the measurement."""
 _LONGEST_DRAFT = 8
+_SCREENED = 2  # prompts that all settings are tried on
+_KEPT = 24  # settings that are tried on the other prompts too
 
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -59,7 +61,7 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
         add((verify, full), "recycle", tree_tokens=(7, 15))
     ladder: tuple[int, ...]
     for draft in exits:
-        ladder: tuple[int, ...] = (draft, full)
+        ladder = (draft, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
         add(ladder, "exit", draft_length=(4, _LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
         add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))
@@ -73,18 +75,25 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
     return found
 
 
-@dataclass
+@dataclass(eq=False)
 class _Totals:
     """A setting over all prompts."""
 
     seconds: float = 0.0
     tokens: int = 0
     target_passes: int = 0
+    prompts: int = 0
 
     def add(self, seconds: float, stats: DecodeStats) -> None:
         self.seconds += seconds
         self.tokens += stats.new_tokens
         self.target_passes += stats.rungs[-1].passes
+        self.prompts += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 @dataclass
@@ -114,7 +123,7 @@ class Planner:
         prompts: Sequence[Sequence[int]],
         *,
         exits: Sequence[int] | None = None,
-        new_tokens: int = 48,
+        new_tokens: int = 32,
     ) -> None:
         check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
         check(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
@@ -157,24 +166,17 @@ class Planner:
             sorted({lengths[0], lengths[-1] + self.new_tokens}),
             track=lambda rounds: track(rounds, "timing the parts"),
         )
-        totals = [_Totals() for _ in self.settings]
-        for prompt in track(self.prompts, f"trying {len(self.settings)} settings"):
-            for total, (seconds, stats) in zip(totals, self._try(prompt, latency), strict=True):
-                total.add(seconds, stats)
-        tried = [
-            Tried(setting, total.tokens / total.seconds, total.tokens / total.target_passes)
-            for setting, total in zip(self.settings, totals, strict=True)
-        ]
-        chosen = [tried[0], *_to_confirm(tried[1:], confirm)]
+        tried = self._predict(latency, track)
+        plain = tried[0]
+        chosen = [plain, *_to_confirm(tried[1:], confirm)]
         for entry, found in zip(chosen, self._decode(chosen, repeats, track), strict=True):
             entry.measured = statistics.median(found.rates)
             entry.spread = min(found.rates), max(found.rates)
             entry.same_text = found.same_text
-        plain = tried[0]
         assert plain.measured is not None
-        # A machine is not as fast in every minute. Predictions are of what a setting gains, so
-        # they are stated in the minutes in which the plain decoding beside them was measured.
-        now = plain.measured / plain.predicted
+        # A machine is not as fast in every minute: predictions are stated in the minutes of the
+        # confirmation, by one factor for all of them.
+        now = statistics.median((entry.measured or 0.0) / entry.predicted for entry in chosen)
         for entry in tried:
             entry.predicted *= now
         best = max(chosen, key=lambda entry: entry.measured or 0.0)
@@ -199,14 +201,40 @@ class Planner:
             seconds=time.perf_counter() - began,
         )
 
+    def _predict(self, latency: Latency, track: Track) -> list[Tried]:
+        """Tokens per second of every setting: all are tried on a few prompts, those that do well
+        there on the others too."""
+        totals = [_Totals() for _ in self.settings]
+        apart = max(1, len(self.prompts) // _SCREENED)
+        first = range(0, len(self.prompts), apart)[:_SCREENED]
+        words = f"trying {len(self.settings)} settings"
+        for number in track(first, words):
+            self._try(self.prompts[number], latency, totals)
+        screened = totals[0].rate
+        best = sorted(totals[1:], key=lambda total: -total.rate)[:_KEPT]
+        kept = [total if total in (totals[0], *best) else None for total in totals]
+        rest = [number for number in range(len(self.prompts)) if number not in first]
+        for number in track(rest, f"trying the best {_KEPT} further"):
+            self._try(self.prompts[number], latency, kept)
+        return [
+            Tried(
+                setting,
+                # where plain decoding was slower or faster on the other prompts, so would this be
+                total.rate * (1 if total in kept else totals[0].rate / screened),
+                total.tokens / total.target_passes,
+                prompts=total.prompts,
+            )
+            for setting, total in zip(self.settings, totals, strict=True)
+        ]
+
     def config(self, setting: Setting) -> DecodeConfig:
         """A decode of one prompt with some setting."""
         return DecodeConfig(**setting, max_new_tokens=self.new_tokens, eos=self.eos)
 
-    def _try(self, prompt: list[int], latency: Latency) -> list[tuple[float, DecodeStats]]:
-        """(predicted seconds, counts) of every setting on one prompt."""
-        configs = [self.config(setting) for setting in self.settings]
-        text = Decode(self.model, [prompt], configs[0]).finish()[0]
+    def _try(self, prompt: list[int], latency: Latency, totals: Sequence[_Totals | None]) -> None:
+        """Add the predicted seconds and the counts of one prompt to those of every setting that
+        has totals."""
+        text = Decode(self.model, [prompt], self.config(self.settings[0])).finish()[0]
         prefill = self._prefill(prompt)
         depths = [*self.exits, self.model.num_layers]
         contexts = Contexts(self.model, prompt, depths if self.replayed else depths[-1:])
@@ -215,18 +243,19 @@ class Planner:
             contexts.answers((depth, False), nodes)
             if depth < self.model.num_layers:
                 contexts.draft(depth, nodes, _LONGEST_DRAFT)
-        found = []
-        for config in configs:
+        for setting, total in zip(self.settings, totals, strict=True):
+            if total is None:
+                continue
+            config = self.config(setting)
             if set(config.ladder) <= set(contexts.tracks.depths):
                 reading = sum(prefill[depth] for depth in config.ladder)
                 replay = Replay(contexts, config, latency, reading)
                 replay.finish()
-                found.append((replay.seconds, replay.stats))
+                total.add(replay.seconds, replay.stats)
             else:
                 run = Decode(self.model, [prompt], config)
                 run.finish()
-                found.append((run.stats.seconds, run.stats))
-        return found
+                total.add(run.stats.seconds, run.stats)
 
     @torch.inference_mode()
     def _prefill(self, prompt: list[int]) -> dict[int, float]:

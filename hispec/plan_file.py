@@ -63,6 +63,8 @@ class Tried:
     predicted: float
     """Tokens per second."""
     tokens_per_target_pass: float
+    prompts: int = 0
+    """That it was tried on."""
     measured: float | None = None
     """Tokens per second, the median over the repeats."""
     spread: tuple[float, float] | None = None

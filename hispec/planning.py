@@ -78,7 +78,8 @@ def _report(out: Output, plan: Plan) -> None:
         *("setting", "predicted", "measured tokens/s", "against plain"),
         *("tokens per target pass", "text of plain"),
     ):
-        table.add_column(title, justify="left" if title == "setting" else "right")
+        first = title == "setting"
+        table.add_column(title, justify="left" if first else "right", no_wrap=first)
     for tried in plan.confirmed:
         assert tried.measured is not None
         assert tried.spread is not None

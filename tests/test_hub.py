@@ -267,7 +267,7 @@ def test_a_card_of_the_users_own_is_kept(worker, server, mine):
 
 def test_the_card_holds_what_the_hub_shows(made):
     config = read_json(made[0] / "exit_config.json")
-    confirmed = [Tried({"ladder": [2, 6], "drafter": "exit"}, 19.0, 1.5, 20.0, (19.0, 21.0), 1)]
+    confirmed = [Tried({"ladder": [2, 6], "drafter": "exit"}, 19.0, 1.5, 6, 20.0, (19.0, 21.0), 1)]
     plan = plan_of(confirmed[0].setting, confirmed=confirmed)
     card = model_card("alice/ee", config, files={"agreement.png", "plan.png"}, plan=plan)
     head = yaml.safe_load(card.split("---\n")[1])

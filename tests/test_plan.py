@@ -154,7 +154,7 @@ def test_a_plan_for_another_machine_is_not_followed(lm, change):
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
-    tried = Tried({"ladder": [6]}, 10.0, 1.0, 10.0, (9.0, 11.0), 1)
+    tried = Tried({"ladder": [6]}, 10.0, 1.0, 2, 10.0, (9.0, 11.0), 1)
     plan = plan_of({"ladder": [2, 6], "drafter": "exit"}, confirmed=[tried], settings=[tried])
     plan.save(tmp_path)
     again = read_plan(tmp_path)

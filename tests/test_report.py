@@ -88,8 +88,8 @@ def machine(threads: int = 1) -> Machine:
 
 def write_plan(folder: Path, **changed) -> Plan:
     confirmed = [
-        Tried(BEST, 61.0, 1.75, 64.24, (60.16, 66.31), 5),
-        Tried(PLAIN, 40.0, 1.0, 40.15, (39.0, 41.0), 6),
+        Tried(BEST, 61.0, 1.75, 6, 64.24, (60.16, 66.31), 5),
+        Tried(PLAIN, 40.0, 1.0, 6, 40.15, (39.0, 41.0), 6),
     ]
     plan = Plan(
         **{
