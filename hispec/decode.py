@@ -25,7 +25,7 @@ from .ladder import Ladder
 from .model import ExitModel
 from .proposal import Proposal, chain_parents
 from .sampling import Match, Rejection, Sampler, Verdict, processors
-from .stats import DecodeStats, RungStats
+from .stats import DecodeStats
 
 
 @dataclass
@@ -120,18 +120,7 @@ class Decode:
         self.processors.extend(logits_processor or [])
         self.stopping = stopping_criteria or StoppingCriteriaList()
         self.eos = np.array(config.eos, dtype=np.int64)
-        self.stats = DecodeStats(
-            rungs=[
-                RungStats(
-                    depth=depth,
-                    layers=self.ladder.segment_layers(r),
-                    head_layers=self.ladder.head_layers(r),
-                )
-                for r, depth in enumerate(config.ladder)
-            ],
-            rows=rows,
-            prompt_tokens=int(lengths_B.sum()),
-        )
+        self.stats = DecodeStats.of(self.ladder, rows, int(lengths_B.sum()))
 
     @torch.inference_mode()
     def run(self) -> Iterator[list[Committed]]:
@@ -406,11 +395,8 @@ class Decode:
             self.stats.rungs[rung - 1].add(proposed_B, accepted_B)
 
     def _account(self, seconds: float) -> None:
-        self.stats.seconds = seconds
-        self.stats.new_tokens = int((self.agreed[-1] - self.prompt_B).sum())
-        for rung, stats in enumerate(self.stats.rungs):
-            stats.tokens_run = self.ladder.segment_tokens[rung]
-            stats.head_tokens_run = self.ladder.head_tokens[rung]
+        new_tokens = int((self.agreed[-1] - self.prompt_B).sum())
+        self.stats.account(self.ladder, seconds, new_tokens)
 
 
 def _asked(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

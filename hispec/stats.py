@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .ladder import Ladder
 
 
 @dataclass
@@ -58,6 +61,27 @@ class DecodeStats:
     new_tokens: int = 0
     seconds: float = 0.0
     """Wall time, prefill included."""
+
+    @classmethod
+    def of(cls, ladder: Ladder, rows: int, prompt_tokens: int) -> DecodeStats:
+        """Counts of a decode on a ladder that has not begun."""
+        rungs = [
+            RungStats(
+                depth=depth,
+                layers=ladder.segment_layers(rung),
+                head_layers=ladder.head_layers(rung),
+            )
+            for rung, depth in enumerate(ladder.depths)
+        ]
+        return cls(rungs=rungs, rows=rows, prompt_tokens=prompt_tokens)
+
+    def account(self, ladder: Ladder, seconds: float, new_tokens: int) -> None:
+        """Note how far the decode is, and what its ladder has run for that."""
+        self.seconds = seconds
+        self.new_tokens = new_tokens
+        for rung, stats in enumerate(self.rungs):
+            stats.tokens_run = ladder.segment_tokens[rung]
+            stats.head_tokens_run = ladder.head_tokens[rung]
 
     @property
     def tokens_per_second(self) -> float:
