@@ -16,10 +16,11 @@ from typing import Any
 from omegaconf import MISSING
 from rich.table import Table
 
-from eval.prompts import TextSource, held_out_documents
+from eval.prompts import TextSource, held_out_rows
 from hispec.cli import parse_device, parse_dtype, run_cleanly
 from hispec.config import check, resolve
 from hispec.console import Output, quiet_transformers
+from hispec.files import new_file, write_json
 
 
 @dataclass
@@ -36,11 +37,9 @@ class Settings(TextSource):
 
 
 def main(words: Sequence[str]) -> None:
-    from hispec.files import write_json
     from hispec.lm import load
     from hispec.measure import Agreement, agreement, ladder_pairs
     from hispec.model import ExitModel
-    from hispec.packing import evenly_spaced, windows
 
     settings = resolve(Settings, overrides=words)
     check(settings.sequences >= 1, "sequences", settings.sequences, "1 or more")
@@ -49,11 +48,9 @@ def main(words: Sequence[str]) -> None:
     folder = Path(settings.checkpoint)
     lm = load(folder, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device))
     check(bool(lm.model.exits.depths), "checkpoint", settings.checkpoint, "it has no exits")
-    name, held_out = held_out_documents(settings, settings.checkpoint)
-    # A stream gives its first rows, as in training; of a text read at once they are spread out.
-    most = None if isinstance(held_out, list) else settings.sequences
-    found = windows(held_out, lm.tokenizer, settings.seq_len, most, f"held-out text ({name})")
-    rows = evenly_spaced(found, settings.sequences)
+    name, rows = held_out_rows(
+        settings, settings.checkpoint, lm, settings.seq_len, settings.sequences
+    )
 
     layers = lm.model.num_layers
     trained = agreement(lm.model, rows, ladder_pairs(lm.model.exits.depths, layers))
@@ -138,7 +135,8 @@ def draw(path: Path, trained: Sequence[Any], untrained: Sequence[Any], title: st
     )
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hispec.files import new_file
+
 _COLOURS = {"reference": "0.45", "ours": "tab:blue", "outside": "tab:orange"}
 _NAMES = {
     "reference": "HF generate",
@@ -53,8 +55,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     figure.suptitle(f"{title}\n{meaning}", fontsize=11)
     handles = [Patch(color=_COLOURS[kind], label=_NAMES[kind]) for kind in dict.fromkeys(kinds)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from eval.harness import HarnessModel
 from hispec.config import check
-from hispec.text import local_rows
+from hispec.text import local_rows, reason
 
 LOCAL = Path(__file__).with_name("tasks_local")
 OURS = {
@@ -111,11 +111,10 @@ def _harness_tasks(manager: TaskManager, name: str) -> list[Any]:
     try:
         loaded = manager.load([name])
     except Exception as error:  # data sets and task files raise a dozen unrelated types here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         own = f"; {GSM8K} reads gsm8k_file=FILE" if name == GSM8K else ""
         raise ValueError(
-            f"tasks: the data of {name!r} cannot be had: {reason}; without network there are "
-            f"{', '.join(OURS)}{own}"
+            f"tasks: the data of {name!r} cannot be had: {reason(error)}; without network there "
+            f"are {', '.join(OURS)}{own}"
         ) from error
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 

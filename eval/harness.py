@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.progress import track
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from hispec.config import DecodeConfig, check
-from hispec.console import Output
+from hispec.console import bar
 from hispec.decode import Decode
 from hispec.draft_model import draft_model
 from hispec.lm import EarlyExitLM
@@ -28,7 +27,6 @@ _LAW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What tasks call the most tokens to generate; the first one given counts."""
 
-T = TypeVar("T")
 Scored = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether it is what greedy decoding gives."""
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -58,7 +56,7 @@ class Scores:
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
         new.sort(key=lambda pair: -len(pair[0]) - len(pair[1]))
         groups = [new[i : i + self.rows] for i in range(0, len(new), self.rows)]
-        for group in _tracked(groups, "log-likelihoods"):
+        for group in bar(groups, "log-likelihoods"):
             for pair, scored in zip(group, self._score(group), strict=True):
                 self._known[pair] = scored
         return [self._known[pair][depth] for pair in pairs]
@@ -86,13 +84,6 @@ class Scores:
                     greedy = greedy and bool((law_NV.argmax(-1) == part_N).all())
                 found[row][depth] = total, greedy
         return found
-
-
-def _tracked(groups: Sequence[T], what: str) -> Iterable[T]:
-    """The groups, with a bar on a terminal."""
-    console = Output(stderr=True)
-    hidden = not groups or not console.is_terminal
-    return track(groups, what, transient=True, console=console, disable=hidden)
 
 
 def longest_text(model: ExitModel) -> int:
@@ -205,7 +196,7 @@ class HarnessModel(TemplateLM):
             rows = self.writing.rows
             groups += [alike[i : i + rows] for i in range(0, len(alike), rows)]
         texts = [""] * len(requests)
-        for group in _tracked(groups, f"text of depth {self.depth}"):
+        for group in bar(groups, f"text of depth {self.depth}"):
             prompts = [requests[i].args[0] for i in group]
             texts_of = self._write(prompts, requests[group[0]].args[1])
             for i, text in zip(group, texts_of, strict=True):

@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
-from rich.progress import track
 
 from eval.prompts import PromptSource, load_prompts
 from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
 from hispec.config import check, resolve
-from hispec.console import Output, quiet_transformers
+from hispec.console import Output, bar, quiet_transformers
 
 
 @dataclass
@@ -107,7 +106,7 @@ def main(words: Sequence[str]) -> int:
     by_length = sorted(enumerate(prompts), key=lambda n: len(n[1].tokens))  # little padding
     groups = [by_length[i : i + settings.rows] for i in range(0, len(prompts), settings.rows)]
     most = settings.max_new_tokens
-    for group in track(groups, "comparing", transient=True, console=Output(stderr=True)):
+    for group in bar(groups, "comparing"):
         rows = [asked.tokens for _, asked in group]
         if by_generate:
             wanted = [hf_generate(lm.model.hf, row, most, lm.eos(), **penalties) for row in rows]

@@ -10,6 +10,7 @@ from eval.tasks import task_prompts
 from hispec.checkpoint import is_checkpoint, read_config
 from hispec.config import check
 from hispec.lm import EarlyExitLM
+from hispec.packing import Rows, evenly_spaced, windows
 from hispec.prompts import spread
 from hispec.text import STDLIB, Document, documents, held_out_stream, split
 
@@ -54,6 +55,17 @@ def held_out_documents(
     if keys["streaming"]:
         return keys["data"], held_out_stream(*text, keys["held_out"])
     return keys["data"], split(documents(*text), keys["held_out"])[1]
+
+
+def held_out_rows(
+    source: TextSource, checkpoint: str, lm: EarlyExitLM, seq_len: int, sequences: int
+) -> tuple[str, Rows]:
+    """(name of the source, rows of `seq_len` tokens of its held-out documents)."""
+    name, held_out = held_out_documents(source, checkpoint)
+    # A stream gives its first rows, as in training; of a text read at once they are spread out.
+    most = None if isinstance(held_out, list) else sequences
+    found = windows(held_out, lm.tokenizer, seq_len, most, f"held-out text ({name})")
+    return name, evenly_spaced(found, sequences)
 
 
 def beginnings(

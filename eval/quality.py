@@ -19,7 +19,7 @@ from typing import Any
 from omegaconf import MISSING
 from rich.table import Table
 
-from eval.prompts import TextSource, held_out_documents
+from eval.prompts import TextSource, held_out_rows
 from hispec import hub
 from hispec.checkpoint import is_checkpoint, own_base, read_config
 from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
@@ -30,7 +30,6 @@ from hispec.draft_model import check_expressible
 from hispec.files import write_json
 from hispec.lm import AUTO, PLAIN, EarlyExitLM, load
 from hispec.measure import Fit, Reference, final_states, fit
-from hispec.packing import Rows, evenly_spaced, windows
 
 
 @dataclass
@@ -108,7 +107,7 @@ def main(words: Sequence[str]) -> None:
     exits = _exits(settings, lm)
     decoding = _decoding(settings, lm)
     decoding.validate(full)
-    name, rows = _held_out(settings, str(folder), lm)
+    name, rows = held_out_rows(settings, str(folder), lm, settings.seq_len, settings.sequences)
 
     out = Output()
     out.say(verdict)
@@ -209,20 +208,10 @@ def _exits(settings: Settings, lm: EarlyExitLM) -> list[int]:
 
 def _decoding(settings: Settings, lm: EarlyExitLM) -> DecodeConfig:
     """How the full model is to generate text."""
-    planned, _ = lm.planned()
-    if settings.ladder == AUTO and settings.drafter is None and planned is not None:
-        return DecodeConfig(**planned)
     named = settings.ladder in (AUTO, PLAIN)
-    ladder = lm.ladder(settings.ladder if named else parse_depths("ladder", settings.ladder))
-    return DecodeConfig(ladder, drafter=settings.drafter or "exit")
-
-
-def _held_out(settings: Settings, folder: str, lm: EarlyExitLM) -> tuple[str, Rows]:
-    name, documents = held_out_documents(settings, folder)
-    # A stream gives its first rows, as in training; of a text read at once they are spread out.
-    most = None if isinstance(documents, list) else settings.sequences
-    found = windows(documents, lm.tokenizer, settings.seq_len, most, f"held-out text ({name})")
-    return name, evenly_spaced(found, settings.sequences)
+    ladder = settings.ladder if named else parse_depths("ladder", settings.ladder)
+    drafter = {} if settings.drafter is None else {"drafter": settings.drafter}
+    return DecodeConfig(**lm.choose(ladder, drafter))
 
 
 def _run(

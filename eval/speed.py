@@ -12,19 +12,18 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from rich.progress import track
 from rich.table import Table
 
 from eval.prompts import Asked, PromptSource, load_prompts
 from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
 from hispec.config import DRAFTERS, check, resolve
-from hispec.console import Output, quiet_transformers
+from hispec.console import Output, bar, quiet_transformers
 
 ALL = "all"
 """Name of all tasks together."""
@@ -105,10 +104,7 @@ def main(words: Sequence[str]) -> None:
     contestants = [by_generate(lm, limits), *presets(lm, common), *plan, *given, *others]
     prompts = load_prompts(lm, settings, settings.checkpoint)
 
-    def progress(rounds: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-        return track(rounds, "timing", transient=True, console=Output(stderr=True))
-
-    measured = measure(contestants, prompts, settings.repeats, progress)
+    measured = measure(contestants, prompts, settings.repeats, bar)
     rows = summary(lm.model.hf, measured, prompts)
     report(out, rows, prompts)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hispec.prompts import Prompt, builtin, to_prompt
-from hispec.text import local_rows
+from hispec.text import local_rows, reason
 
 BUILTIN = "builtin"
 MOST = 2_000
@@ -87,10 +87,9 @@ def _published_rows(name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield from enumerate(islice(published.open(), MOST), start=1)
     except Exception as error:  # the library raises a dozen unrelated types here
         where = published.file if published.path == "json" else f"{published.path} on the Hub"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"prompts_from={name!r}: {where} cannot be read ({reason}); name a local JSONL file of "
-            f"its rows instead, or {BUILTIN}"
+            f"prompts_from={name!r}: {where} cannot be read ({reason(error)}); name a local JSONL "
+            f"file of its rows instead, or {BUILTIN}"
         ) from error
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from eval.prompts import Asked
+from hispec.console import Track
 from hispec.stats import DecodeStats, DraftStats
 
 FREE = "free"
 """Name of the drafts that no rung made."""
-Progress = Callable[[Sequence[tuple[int, int]]], Iterable[tuple[int, int]]]
 
 
 @dataclass
@@ -91,9 +91,7 @@ class Measured:
         self.seconds[repeat].append(seconds)
         self.target_passes += outcome.target_passes
         for name, drafts in outcome.drafts.items():
-            total = self.drafts.setdefault(name, DraftStats())
-            total.proposed += drafts.proposed
-            total.accepted += drafts.accepted
+            self.drafts.setdefault(name, DraftStats()).merge(drafts)
         for name, rung in outcome.rungs.items():
             spent = self.rungs.setdefault(name, Spent())
             spent.passes += rung.passes
@@ -125,7 +123,7 @@ def measure(
     contestants: Sequence[Contestant],
     prompts: Sequence[Asked],
     repeats: int,
-    progress: Progress = lambda rounds: rounds,
+    track: Track = lambda things, _: things,
 ) -> list[Measured]:
     """Decode every prompt by everyone in turn, `repeats` times, after one warm-up each.
 
@@ -139,7 +137,7 @@ def measure(
     ]
     rounds = [(repeat, p) for repeat in range(repeats) for p in range(len(prompts))]
     turns = list(zip(contestants, measured, strict=True))
-    for number, (repeat, p) in enumerate(progress(rounds)):
+    for number, (repeat, p) in enumerate(track(rounds, "timing")):
         first = number % len(turns)
         for contestant, found in turns[first:] + turns[:first]:
             began = time.perf_counter()

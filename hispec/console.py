@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.progress import track
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+"""Hands on the things one by one, and may show under some words how far it is."""
 
 
 class Output(Console):
@@ -19,6 +24,13 @@ class Output(Console):
     def say(self, text: str) -> None:
         """Print one line as it is, however long."""
         self.print(text, markup=False, soft_wrap=True)
+
+
+def bar(things: Iterable[Any], words: str) -> Iterable[Any]:
+    """A `Track`: a bar on standard error while the things last, if that is a terminal."""
+    console = Output(stderr=True)
+    hidden = not console.is_terminal
+    return track(list(things), words, transient=True, console=console, disable=hidden)
 
 
 def few(names: Sequence[str]) -> str:

@@ -168,22 +168,27 @@ class Contexts:
     def _place(self, nodes: Sequence[int], track: tuple[str, int]) -> list[int]:
         """Give slots to some nodes; returns them and their ancestors that the track lacks, parents
         before children."""
-        needed = self._lacking(nodes, track)
-        new = [node for node in needed if self._slot[node] < 0]
+        needed, new = self._lacking(nodes, track)
         if self._forest.used + len(new) > self._forest.capacity:
-            self._forest.used = len(self.prompt)
-            self._slot[len(self.prompt) :] = [-1] * (len(self._slot) - len(self.prompt))
-            for held_S in self._held.values():
-                held_S[len(self.prompt) :] = False
-            needed = self._lacking(nodes, track)
-            new = [node for node in needed if self._slot[node] < 0]
+            self._forget()
+            needed, new = self._lacking(nodes, track)
             assert self._forest.used + len(new) <= self._forest.capacity, "too little room"
         for node in new:
             parent = self._parent[node]
             self._slot[node] = self._forest.add(self._slot[parent] if parent >= 0 else None)
         return needed
 
-    def _lacking(self, nodes: Sequence[int], track: tuple[str, int]) -> list[int]:
+    def _forget(self) -> None:
+        """Throw away the KV of all nodes beyond the prompt, whose nodes and slots are the first."""
+        kept = len(self.prompt)
+        self._forest.used = kept
+        self._slot[kept:] = [-1] * (len(self._slot) - kept)
+        for held_S in self._held.values():
+            held_S[kept:] = False
+
+    def _lacking(self, nodes: Sequence[int], track: tuple[str, int]) -> tuple[list[int], list[int]]:
+        """(these nodes and their ancestors as far as the track lacks them, parents before children;
+        those of them that have no slot)."""
         held_S = self._held.get(track)
         found: set[int] = set()
         for node in nodes:
@@ -193,7 +198,8 @@ class Contexts:
                     break
                 found.add(node)
                 node = self._parent[node]
-        return sorted(found)  # a node is older than those that follow it
+        needed = sorted(found)  # a node is older than those that follow it
+        return needed, [node for node in needed if self._slot[node] < 0]
 
 
 class _Forest(Cache):

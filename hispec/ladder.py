@@ -9,6 +9,7 @@ runs once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,13 +42,19 @@ class Ladder:
         draft_vocab: bool = True,
     ) -> None:
         self.model = model
-        self._draft_head = model.draft_head() if draft_vocab else None
+        self.draft_vocab = draft_vocab
         self.depths = tuple(depths)
         self.cache = Cache(rows, capacity, model.device)
         self.segment_tokens = [0] * len(self.depths)
         """Tokens run through the segment that ends at each rung."""
         self.head_tokens = [0] * len(self.depths)
         """Tokens run through the blocks of each rung's exit head."""
+
+    @cached_property
+    def _draft_head(self) -> torch.Tensor | None:
+        """Copied from the LM head when the first draft wants it, and by no ladder that drafts
+        nothing."""
+        return self.model.draft_head() if self.draft_vocab else None
 
     def segment_layers(self, rung: int) -> int:
         """Layers of the segment that ends at `rung`."""
@@ -86,7 +93,7 @@ class Ladder:
             self.bring(len(self.depths) - 1, tokens_BN, block_B)
             for rung in range(len(self.depths)):
                 if self.head_layers(rung):
-                    self._bring_head(rung, block_B)
+                    self.bring_head(rung, block_B)
 
     def logits(
         self,
@@ -106,16 +113,27 @@ class Ladder:
         Args:
             drafting: read the reduced draft vocabulary, if there is one.
         """
-        base_B = first_B + 1
-        self.bring(rung, tokens_BN, upto_B, tree, base_B)
-        track = ("segment", rung)
-        if self.head_layers(rung):
-            track = self._bring_head(rung, upto_B, tree, base_B)
+        track = self.bring_all(rung, tokens_BN, upto_B, tree, first_B + 1)
         slots_BC = self._slots(first_B, upto_B)
         assert slots_BC is not None, "a pass that reads nothing"
-        return self._read(self.depths[rung], self.cache.hidden(track, slots_BC), drafting)
+        return self.read(self.depths[rung], self.cache.hidden(track, slots_BC), drafting)
 
-    def _read(self, depth: int, hidden_BCH: torch.Tensor, drafting: bool) -> torch.Tensor:
+    def bring_all(
+        self,
+        rung: int,
+        tokens_BN: np.ndarray,
+        upto_B: np.ndarray,
+        tree: Proposal | None,
+        base_B: np.ndarray,
+    ) -> tuple[str, int]:
+        """Bring `rung`, and the blocks of its head if it has any; returns the track to be read."""
+        self.bring(rung, tokens_BN, upto_B, tree, base_B)
+        if self.head_layers(rung):
+            return self.bring_head(rung, upto_B, tree, base_B)
+        return "segment", rung
+
+    def read(self, depth: int, hidden_BCH: torch.Tensor, drafting: bool) -> torch.Tensor:
+        """Logits [B, C, V] of states at `depth`, of the draft vocabulary if the rung drafts."""
         if drafting and self._draft_head is not None:
             return self.model.draft(self.model.normed(depth, hidden_BCH), self._draft_head)
         return self.model.read(depth, hidden_BCH)
@@ -147,13 +165,14 @@ class Ladder:
         )
         self.cache.store_hidden(("segment", rung), slots_BT, hidden_BTH)
 
-    def _bring_head(
+    def bring_head(
         self,
         rung: int,
         upto_B: np.ndarray,
         tree: Proposal | None = None,
         base_B: np.ndarray | None = None,
     ) -> tuple[str, int]:
+        """Bring the blocks of a rung's exit head to at least `upto` tokens; returns their track."""
         track = ("head", rung)
         start_B = self.cache.length(track)
         slots_BT = self._slots(start_B, upto_B)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .console import Track
 from .draft import CANDIDATES, compact, tree_template
 from .ladder import Ladder
 from .model import ExitModel
@@ -67,7 +68,7 @@ def measure_latency(
     lengths: Sequence[int],
     *,
     repeats: int = 3,
-    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    track: Track = lambda things, _: things,
 ) -> Latency:
     """Measure all parts of the ladders that can be made of `depths`.
 
@@ -77,28 +78,27 @@ def measure_latency(
         repeats: of which the median counts.
         track: sees the rounds go by, for a progress bar.
     """
-    found: dict[str, list[list[float]]] = defaultdict(list)
-    rounds = [(length, repeat) for length in lengths for repeat in range(repeats)]
-    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    taken: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     bench: _Bench | None = None
-    for length, repeat in track(rounds):
+    for length in track([length for length in lengths for _ in range(repeats)], "timing the parts"):
         if bench is None or bench.length != length:
             bench = _Bench(model, depths, length)
             for _, call in bench.parts(1):  # warm-up
                 call()
         for tokens in TOKENS:
             for part, call in bench.parts(tokens):
-                began = _now(model.device)
+                began = now(model.device)
                 call()
-                taken[part, tokens].append(_now(model.device) - began)
-        if repeat == repeats - 1:
-            for part in dict.fromkeys(part for part, _ in taken):
-                found[part].append([statistics.median(taken[part, tokens]) for tokens in TOKENS])
-            taken.clear()
-    return Latency(list(lengths), seconds=dict(found))
+                taken[part][length, tokens].append(now(model.device) - began)
+    seconds = {
+        part: [[statistics.median(of[length, n]) for n in TOKENS] for length in lengths]
+        for part, of in taken.items()
+    }
+    return Latency(list(lengths), seconds=seconds)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """The clock in seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -114,9 +114,7 @@ class _Bench:
         size = (1, length + max(TOKENS))
         self.tokens_BN = torch.randint(model.vocab_size, size, generator=generator).numpy()
         self.held_B = np.array([length])
-        self.ladders = {
-            pair: self._ladder(pair) for pair in [(0, d) for d in depths] + _pairs(depths)
-        }
+        self.ladders = {pair: self._ladder(pair) for pair in combinations((0, *depths), 2)}
         self.full = self.ladders[0, depths[-1]]
 
     def _ladder(self, pair: tuple[int, int]) -> Ladder:
@@ -130,8 +128,8 @@ class _Bench:
         """Every part by its name, ready to be timed for so many tokens."""
         upto_B = self.held_B + tokens
         template = tree_template(tokens - 1, min(CANDIDATES, self.model.vocab_size))
-        parents = np.array([[parent for parent, _ in template]], dtype=np.int64)
-        tree = compact(parents.reshape(1, -1), parents.reshape(1, -1))  # which tokens: no matter
+        parents = np.array([parent for parent, _ in template], dtype=np.int64)[None]
+        tree = compact(parents, parents)  # which tokens: no matter
         base_B = self.held_B + 1
         for (low, high), ladder in self.ladders.items():
             rung = len(ladder.depths) - 1
@@ -147,7 +145,7 @@ class _Bench:
                 if not low and ladder.head_layers(0):
                     yield (
                         head(high, in_tree),
-                        lambda: ladder._bring_head(0, *shape),  # noqa: B023
+                        lambda: ladder.bring_head(0, *shape),  # noqa: B023
                     )
             ladder.truncate(self.held_B)
             if not low:
@@ -164,7 +162,7 @@ class _Bench:
         slots_1T = slots_1T.to(self.model.device)
 
         def read(drafting: bool) -> torch.Tensor:
-            logits_1TV = ladder._read(depth, ladder.cache.hidden(track, slots_1T), drafting)
+            logits_1TV = ladder.read(depth, ladder.cache.hidden(track, slots_1T), drafting)
             logits_1TV.argmax(-1).cpu()
             return logits_1TV
 
@@ -174,7 +172,3 @@ class _Bench:
             logits_NV = read(False)[0]
             yield CONFIDENCE, lambda: confidence(logits_NV)
             yield RANKING, lambda: top_candidates(logits_NV, CANDIDATES).cpu()
-
-
-def _pairs(depths: Sequence[int]) -> list[tuple[int, int]]:
-    return list(combinations(depths, 2))

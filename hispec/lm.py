@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,17 +86,17 @@ class EarlyExitLM:
         rate = f"{self.plan.tokens_per_second:.1f} tokens/s, {self.plan.speedup:.2f}x plain"
         return self.plan.setting, f"planned: {shown(self.plan.setting)} ({rate})"
 
-    def _choose(
-        self, ladder: str | Sequence[int] | None, settings: dict[str, Any]
+    def choose(
+        self, ladder: str | Sequence[int] | None, settings: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The settings with a ladder among them: the plan's, where nothing that a plan chooses was
         named and its drafter can keep the law."""
-        setting, _ = self.planned()
-        if ladder not in (None, AUTO) or PLANNED & settings.keys() or setting is None:
-            return {"ladder": self.ladder(ladder), **settings}
-        if settings.get("law") == "rejection" and "recycle" in setting.get("drafter", ""):
-            return {"ladder": self.ladder(ladder), **settings}
-        return {**setting, **settings}
+        if ladder in (None, AUTO) and not PLANNED & settings.keys():
+            setting, _ = self.planned()
+            trees = setting is not None and "recycle" in setting.get("drafter", "")
+            if setting is not None and not (trees and settings.get("law") == "rejection"):
+                return {**setting, **settings}
+        return {"ladder": self.ladder(ladder), **settings}
 
     @classmethod
     def from_transformers(
@@ -178,7 +178,7 @@ class EarlyExitLM:
         stopping = StoppingCriteriaList(stopping_criteria or [])
         if strings:
             stopping.append(StopStringCriteria(self.tokenizer, strings))
-        config = DecodeConfig(**{"eos": self.eos(), **self._choose(ladder, settings)})
+        config = DecodeConfig(**{"eos": self.eos(), **self.choose(ladder, settings)})
         return Decode(
             self.model,
             [self.encode(prompt, chat) for prompt in prompts],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from .config import DecodeConfig, check, check_depths
+from .console import Track
 from .contexts import Contexts
 from .decode import Decode
 from .ladder import Ladder
-from .latency import Latency, measure_latency
+from .latency import Latency, measure_latency, now
 from .lm import EarlyExitLM
 from .model import ExitModel
 from .plan_file import Machine, Plan, Setting, Tried
@@ -34,8 +35,6 @@ WORTH_IT = 1.02
 _LONGEST_DRAFT = 8
 _SCREENED = 2  # prompts that all settings are tried on
 _KEPT = 24  # settings that are tried on the other prompts too
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def settings(exits: Sequence[int], full: int) -> list[Setting]:
@@ -75,7 +74,7 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
     return found
 
 
-@dataclass(eq=False)
+@dataclass
 class _Totals:
     """A setting over all prompts."""
 
@@ -138,7 +137,7 @@ class Planner:
         """Whether what the heads say depends on the text alone. What cannot be replayed is really
         decoded instead, with fewer settings."""
         if not self.replayed:
-            self.settings = _one_of_each(self.settings)
+            self.settings = _two_of_each(self.settings)
 
     def run(
         self,
@@ -164,7 +163,7 @@ class Planner:
             self.model,
             [*self.exits, self.model.num_layers],
             sorted({lengths[0], lengths[-1] + self.new_tokens}),
-            track=lambda rounds: track(rounds, "timing the parts"),
+            track=track,
         )
         tried = self._predict(latency, track)
         plain = tried[0]
@@ -176,9 +175,9 @@ class Planner:
         assert plain.measured is not None
         # A machine is not as fast in every minute: predictions are stated in the minutes of the
         # confirmation, by one factor for all of them.
-        now = statistics.median((entry.measured or 0.0) / entry.predicted for entry in chosen)
+        scale = statistics.median((entry.measured or 0.0) / entry.predicted for entry in chosen)
         for entry in tried:
-            entry.predicted *= now
+            entry.predicted *= scale
         best = max(chosen, key=lambda entry: entry.measured or 0.0)
         if (best.measured or 0.0) < WORTH_IT * plain.measured:
             best = plain
@@ -197,43 +196,44 @@ class Planner:
             num_layers=self.model.num_layers,
             confirmed=sorted(chosen, key=lambda entry: -(entry.measured or 0.0)),
             settings=sorted(tried, key=lambda entry: -entry.predicted),
-            latency={**asdict(latency), "scale": now},
+            latency={**asdict(latency), "scale": scale},
             seconds=time.perf_counter() - began,
         )
 
     def _predict(self, latency: Latency, track: Track) -> list[Tried]:
         """Tokens per second of every setting: all are tried on a few prompts, those that do well
         there on the others too."""
-        totals = [_Totals() for _ in self.settings]
+        pairs = [(setting, _Totals()) for setting in self.settings]
         apart = max(1, len(self.prompts) // _SCREENED)
         first = range(0, len(self.prompts), apart)[:_SCREENED]
         words = f"trying {len(self.settings)} settings"
         for number in track(first, words):
-            self._try(self.prompts[number], latency, totals)
-        screened = totals[0].rate
-        best = sorted(totals[1:], key=lambda total: -total.rate)[:_KEPT]
-        kept = [total if total in (totals[0], *best) else None for total in totals]
+            self._try(self.prompts[number], latency, pairs)
+        plain, *others = pairs
+        screened = plain[1].rate
+        best = sorted(others, key=lambda pair: -pair[1].rate)[:_KEPT]
         rest = [number for number in range(len(self.prompts)) if number not in first]
         for number in track(rest, f"trying the best {_KEPT} further"):
-            self._try(self.prompts[number], latency, kept)
+            self._try(self.prompts[number], latency, [plain, *best])
         return [
             Tried(
                 setting,
                 # where plain decoding was slower or faster on the other prompts, so would this be
-                total.rate * (1 if total in kept else totals[0].rate / screened),
+                total.rate * (1 if total.prompts > len(first) else plain[1].rate / screened),
                 total.tokens / total.target_passes,
                 prompts=total.prompts,
             )
-            for setting, total in zip(self.settings, totals, strict=True)
+            for setting, total in pairs
         ]
 
     def config(self, setting: Setting) -> DecodeConfig:
         """A decode of one prompt with some setting."""
         return DecodeConfig(**setting, max_new_tokens=self.new_tokens, eos=self.eos)
 
-    def _try(self, prompt: list[int], latency: Latency, totals: Sequence[_Totals | None]) -> None:
-        """Add the predicted seconds and the counts of one prompt to those of every setting that
-        has totals."""
+    def _try(
+        self, prompt: list[int], latency: Latency, pairs: Sequence[tuple[Setting, _Totals]]
+    ) -> None:
+        """Add the predicted seconds and the counts of one prompt to the totals of some settings."""
         text = Decode(self.model, [prompt], self.config(self.settings[0])).finish()[0]
         prefill = self._prefill(prompt)
         depths = [*self.exits, self.model.num_layers]
@@ -243,9 +243,7 @@ class Planner:
             contexts.answers((depth, False), nodes)
             if depth < self.model.num_layers:
                 contexts.draft(depth, nodes, _LONGEST_DRAFT)
-        for setting, total in zip(self.settings, totals, strict=True):
-            if total is None:
-                continue
+        for setting, total in pairs:
             config = self.config(setting)
             if set(config.ladder) <= set(contexts.tracks.depths):
                 reading = sum(prefill[depth] for depth in config.ladder)
@@ -268,11 +266,9 @@ class Planner:
             taken = []
             for _ in range(2):
                 ladder = Ladder(self.model, depths, 1, len(prompt))
-                began = time.perf_counter()
+                began = now(self.model.device)
                 ladder.prefill(tokens_BN, length_B)
-                if self.model.device.type == "cuda":
-                    torch.cuda.synchronize(self.model.device)
-                taken.append(time.perf_counter() - began)
+                taken.append(now(self.model.device) - began)
             return min(taken)
 
         found = {full: seconds([full])}
@@ -284,7 +280,7 @@ class Planner:
     def _decode(self, chosen: Sequence[Tried], repeats: int, track: Track) -> list[_Measured]:
         """Really decode some settings, prompt by prompt side by side; plain decoding is first."""
         found = [_Measured() for _ in chosen]
-        spent: dict[tuple[int, int], list[float]] = defaultdict(lambda: [0.0, 0])
+        totals = [[_Totals() for _ in range(repeats)] for _ in chosen]
         rounds = [(r, prompt) for r in range(repeats) for prompt in self.prompts]
         for repeat, prompt in track(rounds, f"decoding the best {len(chosen) - 1}"):
             plain: list[int] = []
@@ -292,19 +288,23 @@ class Planner:
                 run = Decode(self.model, [prompt], self.config(entry.setting))
                 (tokens,) = run.finish()
                 plain = tokens if i == 0 else plain
-                spent[i, repeat][0] += run.stats.seconds
-                spent[i, repeat][1] += len(tokens)
+                totals[i][repeat].add(run.stats.seconds, run.stats)
                 found[i].same_text += repeat == 0 and tokens == plain
-        for (i, _), (seconds, tokens_done) in spent.items():
-            found[i].rates.append(tokens_done / seconds)
+        for measured, of_repeats in zip(found, totals, strict=True):
+            measured.rates = [total.rate for total in of_repeats]
         return found
 
 
-def _one_of_each(tried: Sequence[Setting]) -> list[Setting]:
+def _kind(setting: Setting) -> tuple[Any, ...]:
+    """Its ladder and drafter."""
+    return *setting["ladder"], setting.get("drafter")
+
+
+def _two_of_each(tried: Sequence[Setting]) -> list[Setting]:
     """The first two settings of every ladder and drafter."""
     seen: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
     for setting in tried:
-        seen[*setting["ladder"], setting.get("drafter")].append(setting)
+        seen[_kind(setting)].append(setting)
     return [setting for group in seen.values() for setting in group[:2]]
 
 
@@ -314,6 +314,6 @@ def _to_confirm(tried: Sequence[Tried], count: int) -> list[Tried]:
     ranked = sorted(tried, key=lambda entry: -entry.predicted)
     firsts: dict[tuple[Any, ...], Tried] = {}
     for entry in ranked:
-        firsts.setdefault((*entry.setting["ladder"], entry.setting["drafter"]), entry)
+        firsts.setdefault(_kind(entry.setting), entry)
     best = list(firsts.values())
     return (best + [entry for entry in ranked if entry not in best])[:count]

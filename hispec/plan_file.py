@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .config import DecodeConfig
+from .config import DecodeConfig, differences
 from .files import read_json, write_json
 
 PLAN, PICTURE = "plan.json", "plan.png"
@@ -44,11 +44,7 @@ class Machine:
 
     def differences(self, other: Machine) -> list[str]:
         """Why figures of the one do not hold for the other; torch's version does not count."""
-        return [
-            f"{key} {getattr(self, key)} there, {getattr(other, key)} here"
-            for key in ("device", "threads", "dtype")
-            if getattr(self, key) != getattr(other, key)
-        ]
+        return differences(vars(self), vars(other), ("device", "threads", "dtype"))
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f", {self.threads} threads"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import new_file
 from .plan_file import Plan, Setting, is_plain, shown
 
 NOTHING, FREE = "nothing", "free drafts"
@@ -71,7 +72,6 @@ def draw(plan: Plan, path: Path, title: str) -> None:
     )
     axes.title.set_fontsize(10)
     figure.colorbar(image, ax=axes, label="predicted tokens/s, plain = 1")
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.rename(path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from rich.progress import track
 from rich.table import Table
 
 from .config import check
-from .console import Output
+from .console import Output, bar
 from .lm import EarlyExitLM
 from .plan import WORTH_IT, Planner
 from .plan_file import PICTURE, Plan, is_plain, shown
 from .plan_picture import draw
-from .prompts import builtin, read_prompts, spread
+from .prompts import some
 
 
 def plan_checkpoint(
@@ -38,19 +35,10 @@ def plan_checkpoint(
         ValueError: no such folder, no prompts, or numbers that are not possible.
     """
     check(folder.is_dir(), "output", str(folder), "an existing folder")
-    source = builtin() if data is None else list(read_prompts(data))
-    chosen = spread(source, count)
+    chosen, source = some(data, count)
     prompts = [prompt.encode(lm.tokenizer) for prompt in chosen]
     planner = Planner(lm, prompts, exits=exits, new_tokens=new_tokens)
-    text = {
-        "source": "hispec's own prompts" if data is None else data.name,
-        "tasks": sorted({prompt.task for prompt in chosen}),
-    }
-    shown_on = Output(stderr=True)
-
-    def bar(things: Iterable[Any], words: str) -> Iterable[Any]:
-        return track(list(things), words, console=shown_on, transient=True)
-
+    text = {"source": source, "tasks": sorted({prompt.task for prompt in chosen})}
     plan = planner.run(text, confirm=confirm, repeats=repeats, track=bar)
     path = plan.save(folder)
     draw(plan, folder / PICTURE, f"{folder.name}: {plan.machine}")

@@ -100,6 +100,13 @@ def builtin() -> list[Prompt]:
     return list(read_prompts(BUILTIN))
 
 
+def some(data: Path | None, count: int) -> tuple[list[Prompt], str]:
+    """(`count` prompts of a JSONL file, or of our own set, see `spread`; where they come from)."""
+    if data is None:
+        return spread(builtin(), count), "hispec's own prompts"
+    return spread(read_prompts(data), count), data.name
+
+
 def spread(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
     """`count` of the prompts, or all if they are fewer, task after task.
 

@@ -98,12 +98,11 @@ class _KnownLadder(Ladder):
         *,
         observed: bool,
     ) -> None:
-        super().__init__(contexts.model, config.ladder, 1, 0, draft_vocab=False)
+        super().__init__(contexts.model, config.ladder, 1, 0, draft_vocab=config.draft_vocab)
         self.cache = _NoCache(1, capacity, contexts.model.device)
         self.cache.clock = self.clock = clock
         self.contexts = contexts
         self.observed = observed
-        self.draft_vocab = config.draft_vocab and contexts.model.draft_tokens is not None
         self._nodes = np.zeros(self.cache.capacity, dtype=np.int64)
         """For each slot of the text, its context."""
         self._known = 0
@@ -117,10 +116,8 @@ class _KnownLadder(Ladder):
             if self.head_layers(rung):
                 self.cache.lengths["head", rung] = upto_B
                 self.head_tokens[rung] = int(upto_B[0])
-        node = -1
-        for slot, token in enumerate(self.contexts.prompt):
-            node = self._nodes[slot] = self.contexts.child(node, token)
         self._known = len(self.contexts.prompt)
+        self._nodes[: self._known] = np.arange(self._known)  # the first nodes are the prompt's
         self.clock.modelled += self.clock.prefill
         self.clock.spent += time.perf_counter() - began
 
@@ -138,10 +135,9 @@ class _KnownLadder(Ladder):
         began = time.perf_counter()
         first, upto = int(first_B[0]), int(upto_B[0])
         self.clock.length = first
-        self.bring(rung, tokens_BN, upto_B, tree, first_B + 1)
-        if self.head_layers(rung):
-            self._bring_head(rung, upto_B, tree, first_B + 1)
-        depth, reduced = self.depths[rung], drafting and self.draft_vocab
+        self.bring_all(rung, tokens_BN, upto_B, tree, first_B + 1)
+        reduced = drafting and self.draft_vocab and self.model.draft_tokens is not None
+        depth = self.depths[rung]
         self.clock.add(reading(depth, reduced), upto - first)
         nodes = self._contexts_of(tokens_BN[0], first, upto, tree)
         if drafting or tree is not None or self.observed:

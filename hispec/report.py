@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from rich.progress import track
 
 from . import report_figures as figures
 from .checkpoint import read_config
 from .config import check
-from .console import Output
+from .console import Output, bar
 from .files import write_text
 from .lm import EarlyExitLM
-from .prompts import builtin, read_prompts, spread
+from .prompts import some
 from .report_texts import decode
 
 REPORT = "report.html"
@@ -69,14 +67,8 @@ def add_texts(
         ValueError: no prompts, or numbers that are not possible.
     """
     check(new_tokens >= 1, "max_new_tokens", new_tokens, "1 or more")
-    prompts = spread(builtin() if data is None else list(read_prompts(data)), count)
+    prompts, source = some(data, count)
     check(bool(prompts), "data", str(data), "a file with at least one prompt")
-    shown_on = Output(stderr=True)
-
-    def bar(things: Iterable[Any], words: str) -> Iterable[Any]:
-        return track(list(things), words, console=shown_on, transient=True)
-
-    source = "hispec's own prompts" if data is None else data.name
     found["texts"] = {**decode(lm, prompts, new_tokens, bar), "source": source}
     del found["missing"]["texts"]
 

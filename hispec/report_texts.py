@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .config import DecodeConfig
+from .console import Track
 from .decode import Decode
 from .lm import EarlyExitLM
 from .plan_file import Machine, Setting, is_plain, shown
@@ -18,8 +19,6 @@ SHOWN = 3
 """Prompts whose text is shown; the others only count."""
 _LONGEST_PROMPT = 240  # characters of it that are shown
 _COLOURS = 4
-
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def decode(
@@ -85,8 +84,7 @@ def _row(task: str, way: Setting, found: Sequence[DecodeStats]) -> dict[str, Any
     for stats in found:
         free = [stats.free] if way.get("drafter", "exit") != "exit" else []
         for total, one in zip(drafts, [*free, *stats.rungs[:-1]], strict=True):
-            total.proposed += one.proposed
-            total.accepted += one.accepted
+            total.merge(one)
     tokens = sum(stats.new_tokens for stats in found)
     return {
         "task": task,

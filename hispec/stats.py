@@ -25,6 +25,11 @@ class DraftStats:
         self.proposed += int(proposed_B.sum())
         self.accepted += int(accepted_B.sum())
 
+    def merge(self, other: DraftStats) -> None:
+        """Count what was counted elsewhere too."""
+        self.proposed += other.proposed
+        self.accepted += other.accepted
+
     @property
     def acceptance(self) -> float | None:
         return self.accepted / self.proposed if self.proposed else None

@@ -217,10 +217,11 @@ def _readable(rows: Iterable[T], message: str) -> Iterator[T]:
     try:
         yield from rows
     except Exception as error:  # the libraries raise a dozen unrelated types here
-        raise ValueError(f"{message}: {_reason(error)}") from error
+        raise ValueError(f"{message}: {reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what a library says, or the name of the error where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -250,7 +251,7 @@ def _hub_rows(source: str, text_column: str, hub_split: str, streaming: bool = F
     except Exception as error:  # the library raises a dozen unrelated types here
         raise ValueError(
             f"data={source!r} is neither {STDLIB!r} nor a local file or folder, and the Hub gave "
-            f"no dataset of that name: {_reason(error)}"
+            f"no dataset of that name: {reason(error)}"
         ) from error
     columns = rows.column_names  # of a stream they may be unknown until its first row
     if columns is not None and text_column not in columns:
