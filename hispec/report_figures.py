@@ -11,7 +11,7 @@ from .card import accepted, public, training_settings
 from .files import read_json
 from .inspection import heads_in_words
 from .plan_file import PLAN, Plan, is_plain, read_plan, shown
-from .plan_picture import FREE, axes_of, best_by_exits, place
+from .plan_picture import FREE, axes_of, gain_by_exits, place
 
 AGREEMENT, SPEED = "agreement.json", "speed.json"
 
@@ -156,9 +156,7 @@ def _planned(found: Plan) -> Figures:
 def _map(found: Plan) -> Figures:
     """Rows of cells: the gain over plain decoding, and how strong a colour it has, 0 to 1."""
     rows, columns = axes_of(found)
-    gains = {
-        pair: rate / found.plain_tokens_per_second for pair, rate in best_by_exits(found).items()
-    }
+    gains = gain_by_exits(found)
     # Twice as fast and half as fast are as far from plain decoding as each other.
     reach = max(0.05, *(abs(math.log(gain)) for gain in gains.values()))
 

@@ -17,7 +17,7 @@ from hispec.config import DecodeConfig
 from hispec.lm import EarlyExitLM
 from hispec.plan import Planner, _Measured, settings
 from hispec.plan_file import Machine, Tried, is_plain, read_plan, shown
-from hispec.plan_picture import best_by_exits, draw
+from hispec.plan_picture import draw, gain_by_exits
 
 PROMPT = "def main():\n    return"
 
@@ -189,12 +189,12 @@ def test_the_picture_shows_the_best_of_each_pair(tmp_path):
         Tried({"ladder": [4, 6], "drafter": "lookup"}, 7.0, 1.0),
     ]
     plan = plan_of({"ladder": [6], "drafter": "lookup"}, settings=tried)
-    assert best_by_exits(plan) == {
-        ("nothing", "depth 6"): 10.0,
-        ("free drafts", "depth 6"): 14.0,
-        ("depth 2", "depth 6"): 9.0,
-        ("depth 2", "depth 4"): 8.0,
-        ("free drafts", "depth 4"): 7.0,
+    assert gain_by_exits(plan) == {
+        ("nothing", "depth 6"): 1.0,
+        ("free drafts", "depth 6"): 1.4,
+        ("depth 2", "depth 6"): 0.9,
+        ("depth 2", "depth 4"): 0.8,
+        ("free drafts", "depth 4"): 0.7,
     }
     draw(plan, tmp_path / "plan.png", "a title")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -198,7 +198,7 @@ def test_the_plan_is_that_of_the_file(mine):
     name = "(2, 4, 6) exit: draft_length 3, buffer 2"
     assert page.row(name) == [name, "61.0", "64.2 60.2 to 66.3", "1.75", "5 of 6 same"]
     assert page.row("plain") == ["plain", "40.0", "40.1 39.0 to 41.0", "1.00", "same"]
-    # The map: predicted against plain decoding, as measured.
+    # The map: predicted, against what is predicted for plain decoding.
     assert page.row("nothing") == ["nothing", "·", "·", "1.00x"]
     assert page.row("free drafts") == ["free drafts", "·", "·", "0.75x"]
     assert page.row("depth 2", "·", "1.52x", "·")
