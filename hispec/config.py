@@ -94,7 +94,7 @@ class DecodeConfig:
     """Tokens that a lookup proposes."""
     lookup_ngram: int = 4
     """Longest n-gram that a lookup searches for; the longest match wins, then the latest."""
-    lookup_shortest: int = 2
+    lookup_shortest: int = 1
     """Shortest n-gram that counts as a match."""
     tree_tokens: int = 15
     """Tokens of a recycled tree."""

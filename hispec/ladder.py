@@ -18,7 +18,7 @@ from .cache import Cache
 from .model import ExitModel
 from .proposal import Proposal
 
-_PREFILL = 256  # tokens of one pass: bounds the mask, [tokens, keys]
+_PREFILL = 512  # tokens of one pass: bounds the mask, [tokens, keys]
 
 
 class Ladder:

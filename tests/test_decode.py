@@ -67,6 +67,21 @@ def test_rows_get_what_they_get_alone(ladder, prompts):
         assert decode(model, prompts, ladder, **config)[0] == alone
 
 
+@pytest.mark.parametrize("ladder", LADDERS)
+def test_prompts_are_read_in_blocks(family, ladder, monkeypatch):
+    """Rows end in the first, at the end of the second, and inside the third block."""
+    monkeypatch.setattr("hispec.ladder._PREFILL", 5)
+    model = tiny_model(family, exits=(2, 4))
+    prompts = [torch.arange(1, n + 1).mul(7).remainder(VOCAB).tolist() for n in (3, 10, 13)]
+    expected = [generate(model.hf, prompt, 12) for prompt in prompts]
+    widths: list[int] = []
+    model.hf.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["position_ids"].shape[1]), with_kwargs=True
+    )
+    assert decode(model, prompts, ladder, max_new_tokens=12)[0] == expected
+    assert widths[:3] == [5, 5, 3]
+
+
 class LayerLog:
     """Watches the real layers: which (layer, position) runs, on which prefix, and what was kept.
 

@@ -148,7 +148,10 @@ def test_the_chat_template_is_the_default_where_there_is_one(lm):
         ({"ladder": (6,), "drafter": "lookup+exit"}, "needs an exit below the full model"),
         ({"drafter": "recycle", "law": "rejection"}, "proposes trees, and these need 'match'"),
         ({"law": "typical"}, "law='typical' is not possible: one of match, rejection"),
-        ({"lookup_ngram": 1}, "lookup_shortest=2 is not possible: at most lookup_ngram, 1"),
+        (
+            {"lookup_ngram": 1, "lookup_shortest": 2},
+            "lookup_shortest=2 is not possible: at most lookup_ngram, 1",
+        ),
         ({"max_draft_length": 1}, "max_draft_length=1 is not possible"),
         ({"draft_treshold": 0.5}, "draft_treshold=0.5 is not possible: known settings"),
         ({"draft_threshold": 1.5}, "draft_threshold=1.5 is not possible: from 0"),

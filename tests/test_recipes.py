@@ -41,12 +41,14 @@ def test_a_recipe_is_short_and_its_header_true(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains_two_steps_through_the_command(name, texts, tmp_path):
-    family = SHAPES[load_recipe([f"recipe={name}"]).base]["model_type"]
+    recipe = load_recipe([f"recipe={name}"])
+    family = SHAPES[recipe.base]["model_type"]
     tiny_hf(family, vocab_size=320).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     words = settings(
         *(tmp_path / "base", texts, tmp_path / "ee"),
         **dict(steps=2, batch_size=2, text_column="text", head_blocks=1, lr=1e-4),
+        draft_vocab=min(recipe.draft_vocab, 200),
     )
     done = run(*LAUNCH, f"recipe={name}", *words[1:])
     assert done.returncode == 0, done.stderr

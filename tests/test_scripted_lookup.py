@@ -12,8 +12,8 @@ from scripted import Counts, follows, play
 PERIODIC = "abc" * 12
 BROKEN = "abcabcabdabca"  # the lookup after position 6 is right at 7 and wrong at 8
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"  # nothing to look up
-LOOKUP = dict(drafter="lookup", lookup_length=4)
-EITHER = dict(drafter="lookup+exit", lookup_length=4)
+LOOKUP = dict(drafter="lookup", lookup_length=4, lookup_shortest=2)
+EITHER = dict(drafter="lookup+exit", lookup_length=4, lookup_shortest=2)
 
 
 @pytest.mark.parametrize(
