@@ -29,6 +29,7 @@ def settings(tiny_base, texts, output, **changes) -> list[str]:
         "eval_sequences": 4,
         "precision": "fp32",
         "threads": 1,
+        "draft_vocab": 0,
         **changes,
     }
     return ["recipe=smollm2-135m", *(f"{key}={value}" for key, value in words.items())]
