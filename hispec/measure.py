@@ -34,7 +34,7 @@ class Agreement:
     of n tokens has the sum of the first n accepted on average."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # sharded weights cannot be gathered in inference mode
 def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) -> list[Agreement]:
     """Measure pairs (shallower depth, deeper depth) on rows of documents, each a text of its own.
 
@@ -206,7 +206,7 @@ class Fit:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fit(
     model: ExitModel, rows: Rows, depths: Sequence[int], reference: Reference | None = None
 ) -> list[Fit]:

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT, kill_when, run
+from conftest import ROOT, kill_when, run, tiny_hf, tiny_tokenizer
 from test_train import settings
 
 from hispec import checkpoint
@@ -39,7 +39,7 @@ def alone(tiny_base, texts, tmp_path_factory):
     return history(output)
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_processes_train_as_one_and_resume(alone, tiny_base, texts, tmp_path, config):
     """Killed after the first state, gone on with, ended with losses within 1e-3."""
     output = tmp_path / "ee"
@@ -80,15 +80,16 @@ def test_two_processes_stream_as_one(tiny_base, texts, tmp_path):
     assert abs(found[0][0]["loss"] - found[0][1]["loss"]) > 0.01
 
 
-def test_two_processes_store_states_and_train_on_them_as_one(tiny_base, texts, tmp_path):
-    """ZeRO-3: the trunk is spread over both, so both run it for the one file that there is."""
+@pytest.mark.parametrize("config", ["fsdp", "zero3"])
+def test_two_processes_store_states_and_train_on_them_as_one(tiny_base, texts, tmp_path, config):
+    """The trunk is spread over both, so both run it for the one file that there is."""
     words = dict(steps=10, eval_every=5, max_rows=20, head_previous="true", draft_vocab=100)
     found = []
-    for config, processes in (("single", 1), ("zero3", 2)):
-        output, states = tmp_path / config / "ee", tmp_path / config / "states"
+    for name, processes in (("single", 1), (config, 2)):
+        output, states = tmp_path / name / "ee", tmp_path / name / "states"
         batch = {"batch_size": 4 // processes}
         done = run(
-            *launch(config, processes),
+            *launch(name, processes),
             *settings(tiny_base, texts, output, states=states, **batch, **words),
             **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         )  # fmt: skip
@@ -101,72 +102,36 @@ def test_two_processes_store_states_and_train_on_them_as_one(tiny_base, texts, t
     assert found[0][0][0]["acceptance"] != pytest.approx(found[0][-1][0]["acceptance"], abs=2e-3)
 
 
-def test_fsdp_without_a_gpu_is_refused(tiny_base, texts, tmp_path):
-    """accelerate would fall back to plain data parallelism without a word."""
-    words = settings(tiny_base, texts, tmp_path / "ee", **SMOKE)
-    done = run(sys.executable, "train/ee_finetune.py", *words, ACCELERATE_USE_FSDP="true")
-    assert done.returncode == 2
-    assert "FSDP needs GPUs" in done.stderr
-
-
-FSDP_SCRIPT = """
-import sys, torch, torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-sys.path[:0] = ["tests", "."]
-from conftest import VOCAB, tiny_hf
-from hispec.config import ExitConfig
-from hispec.model import ExitModel
-from hispec.packing import next_tokens
-from train.forward import Batch, TrainingStep, Wrapped
-from train.recipe import Recipe
-from train.trunk import Trunk
-
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-recipe = Recipe(base="-", output="-", exits=[2, 4], trunk="full", layer_dropout=0.6, steps=4)
-
-def losses(shard, rows):
-    model = ExitModel(tiny_hf(), ExitConfig([2, 4], "block", 2))
-    trunk = Trunk(model.hf, "full", rank=1, alpha=1.0)
-    wrapped = Wrapped(model, with_trunk=True)
-    if shard:
-        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-        for layer in [*model.hf.model.layers, *(b for h in model.heads.values() for b in h.blocks)]:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(wrapped, mesh=mesh)
-    step = TrainingStep(recipe, trunk, rank=rank if shard else 0, processes=2 if shard else 1)
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
+def test_fsdp_that_reads_weights_once_keeps_tied_embeddings_tied(texts, tmp_path):
+    """It takes the model to no device and back, where one tensor would become two."""
+    base = tmp_path / "tied"
+    tiny_hf(vocab_size=320, tie_word_embeddings=True).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    words = {**SMOKE, "eval_every": 10, "save_every": 10, "base_kl": 0.5}
     found = []
-    for i in range(4):
-        tokens = torch.randint(3, VOCAB, (4, 16), generator=torch.Generator().manual_seed(i))[rows]
-        result = wrapped(step, Batch(tokens, next_tokens(tokens), i))
-        result.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = result.loss.detach().clone()
-        if shard:
-            dist.all_reduce(loss)
-            loss /= 2
-        found.append(loss.item())
-    return found
-
-whole = losses(False, slice(0, 4))
-shared = losses(True, slice(2 * rank, 2 * rank + 2))
-assert all(abs(a - b) < 1e-3 for a, b in zip(whole, shared)), (whole, shared)
-assert abs(whole[0] - whole[-1]) > 0.01
-print("same losses", whole)
-"""
+    for name, processes in (("single", 1), ("fsdp", 2)):
+        output = tmp_path / name / "ee"
+        command = launch(name, processes)
+        if name == "fsdp":
+            command[-1:-1] = ["--fsdp_cpu_ram_efficient_loading", "true"]
+        batch = {"batch_size": 4 // processes}
+        done = run(*command, *settings(base, texts, output, **batch, **words))
+        assert done.returncode == 0, done.stderr
+        found.append(history(output)[-1])
+        model, _ = checkpoint.load(output)
+        assert model.hf.lm_head.weight is model.hf.model.embed_tokens.weight
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], abs=1e-3)
+    assert found[1]["drift"] == pytest.approx(found[0]["drift"], abs=1e-3)
+    assert found[1]["drift"] > 0.01
 
 
-def test_fsdp2_gives_the_losses_of_one_process(tmp_path):
-    """torch's own `fully_shard` around every layer, on two CPU processes: what accelerate does on
-    GPUs. With this dropout a process often enters a layer for the other one's sake alone."""
-    script = tmp_path / "script.py"
-    script.write_text(FSDP_SCRIPT)
-    done = run(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", "2", str(script)),
-        OMP_NUM_THREADS="1",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("same losses") == 2
+@pytest.mark.parametrize(
+    ("version", "named"), [("1", "fsdp_version=1"), ("2", "--num_processes 2")]
+)
+def test_fsdp_that_is_not_there_is_refused(tiny_base, texts, tmp_path, version, named):
+    """FSDP1, and FSDP in one process on a CPU, for which accelerate would train without it."""
+    words = settings(tiny_base, texts, tmp_path / "ee", **SMOKE)
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": version}
+    done = run(sys.executable, "train/ee_finetune.py", *words, **variables)
+    assert done.returncode == 2
+    assert named in done.stderr

@@ -41,6 +41,10 @@ class Wrapped(nn.Module):
         self._model = (model,)  # in a tuple: a frozen trunk must not become a submodule
         self._no_split_modules = model.hf._no_split_modules  # where FSDP may cut
 
+    def tie_weights(self) -> None:
+        """Make the LM head the embedding again where it was: accelerate's FSDP asks for it."""
+        self._model[0].hf.tie_weights()
+
     def forward(self, job: Callable[..., Any], *args: Any) -> Any:
         return job(self._model[0], *args)
 

@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     KwargsHandler,
+    get_int_from_env,
     parse_flag_from_env,
 )
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hispec.config import check
+from hispec.model import ExitModel
 
 from .recipe import Recipe
 
@@ -31,13 +35,15 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
     """An accelerator for what `accelerate launch` has started.
 
     Raises:
-        ValueError: FSDP without a GPU, where accelerate would go on as plain data parallelism, or
-            mixed precision with ZeRO-3 on a CPU, or a tracker that is not installed.
+        ValueError: FSDP1, or on a CPU FSDP in one process or mixed precision with ZeRO-3, or a
+            tracker that is not installed.
     """
     on_cpu = not torch.accelerator.is_available()
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-    if on_cpu and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError("FSDP needs GPUs; on a CPU launch with ddp.yaml, zero2.yaml or zero3.yaml")
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if fsdp:
+        version = get_int_from_env(["FSDP_VERSION"], 1)  # accelerate's default too
+        check(version == 2, "fsdp_version", version, "2, as in recipes/accelerate/fsdp.yaml")
     tracker = recipe.log_with
     check(
         tracker is None or find_spec(tracker) is not None,
@@ -61,6 +67,8 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
         log_with=recipe.log_with,
         project_dir=str(logs),
     )
+    if on_cpu and fsdp:
+        _use_fsdp_on_cpu(accelerator)
     plugin = accelerator.state.deepspeed_plugin if deepspeed else None
     if plugin is not None and plugin.is_auto("train_micro_batch_size_per_gpu"):
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.batch_size
@@ -70,6 +78,35 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
             "linear layer knows no mixed precision there; use precision=fp32 or zero2.yaml"
         )
     return accelerator
+
+
+def _use_fsdp_on_cpu(accelerator: Accelerator) -> None:
+    """Have accelerate's FSDP2 on CPU processes.
+
+    It runs there, but accelerate 1.15 asks for it on accelerators alone and would go on as plain
+    data parallelism without a word.
+    """
+    if accelerator.distributed_type != DistributedType.MULTI_CPU:
+        raise ValueError("FSDP on a CPU needs --num_processes 2 or more; one alone is single.yaml")
+    plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def place(model: ExitModel, accelerator: Accelerator) -> ExitModel:
+    """Take a model to the device of this process.
+
+    FSDP is left to do it itself, layer by layer as it cuts them up: a device that is to hold a
+    share of the weights may be too small for all of them.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return model.to(accelerator.device)
+    if model.draft_tokens is not None:  # belongs to no part that is shared out
+        model.draft_tokens = model.draft_tokens.to(accelerator.device)
+    return model
 
 
 def sharded(accelerator: Accelerator) -> bool:

@@ -23,7 +23,7 @@ from .data import TrainingRows, frequent_tokens, training_sets
 from .forward import Batch, TrainingStep, Wrapped
 from .judge import Judge, shown
 from .losses import ExitLoss
-from .processes import build_accelerator, gather, sharded
+from .processes import build_accelerator, gather, place, sharded
 from .recipe import Recipe
 from .schedule import active_exits, learning_rate
 from .state import load_state, save_state
@@ -56,7 +56,7 @@ class Trainer:
         # A trunk that is trained whole needs master weights; any other is used as it is.
         dtype = torch.float32 if recipe.trunk == "full" else recipe.dtype
         hf = checkpoint.load_base(self.base.folder, dtype)
-        self.model = ExitModel(hf, recipe.exit_config(), gather).to(self.accelerator.device)
+        self.model = place(ExitModel(hf, recipe.exit_config(), gather), self.accelerator)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
         self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
         untouched = None
@@ -191,9 +191,9 @@ class Trainer:
         agreement_P = torch.stack([r.agreement_P for r in results]).mean(0).tolist()
         figures: Figures = {}
         chosen = active_exits(recipe.curriculum, len(recipe.exits), self.step, recipe.steps)
-        for place, e in enumerate(chosen):
-            figures[f"@{recipe.exits[e]} loss"] = loss_P[place]
-            figures[f"@{recipe.exits[e]} agree"] = agreement_P[place]
+        for p, e in enumerate(chosen):
+            figures[f"@{recipe.exits[e]} loss"] = loss_P[p]
+            figures[f"@{recipe.exits[e]} agree"] = agreement_P[p]
         if self.trunk.trained:
             figures["final loss"] = loss_P[-1]
         return figures, tokens
