@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+KERNELS := .venv/.kernels
 # The demo's training budget: with it the whole demo stays under ten minutes on two cores. To train
 # anew with another one: rm -r checkpoints/demo checkpoints/demo.run
 DEMO_STEPS ?= 150
@@ -19,6 +20,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Only the tests need them: 290 MB.
+$(KERNELS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[liger]'
+	touch $@
+
 # make prints every command before it runs it: the demo is these seven lines.
 demo: $(READY)
 	$(BIN)/hispec fetch smollm2-135m
@@ -33,10 +39,10 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)
 
-test: $(READY)
+test: $(READY) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
-test-fast: $(READY)
+test-fast: $(READY) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow'
 
 lint: $(READY)

@@ -16,6 +16,7 @@ from tempfile import TemporaryFile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; read when triton is imported
 
 import pytest
 import torch

@@ -139,6 +139,7 @@ class TrainingStep:
             batch.labels_BT.flatten(),
             chunk=recipe.loss_chunk,
             train_head=self.trunk.kind == "full",
+            kernels=recipe.fused_loss,
         )
 
     def _normed(

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hispec.sampling import top_candidates
 
+from .fused import cross_entropy, soft_cross_entropy, total_variation
 from .picked import picked_law
 
 Read = Callable[[torch.Tensor], torch.Tensor]
@@ -104,11 +105,13 @@ def pupil_loss(
     logits_NV: torch.Tensor,
     taught: torch.Tensor | StoredLaw | None,
     labels_N: torch.Tensor,
+    kernels: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and argmax of some tokens.
 
     Args:
         taught: what `mixed` made of the teachers' law [N, V], or a stored law; None for none.
+        kernels: with the kernels of `fused`, where there is one.
 
     Returns:
         The sum of `distill_weight` * divergence + `ce_weight` * cross-entropy, and the ids [N] of
@@ -120,6 +123,8 @@ def pupil_loss(
         soft = divergence(pupil.divergence, log_q_NO, taught.outcomes(), labelled_N)
         hard = -(log_q_N * labelled_N).sum()
         return pupil.distill_weight * soft + pupil.ce_weight * hard, top_N
+    if kernels:
+        return _fused_loss(pupil, logits_NV, taught, labels_N), _top(logits_NV)
     logits_NV = logits_NV.float()
     top_N = _top(logits_NV)
     if taught is not None and pupil.divergence == "forward_kl":
@@ -131,6 +136,17 @@ def pupil_loss(
     if pupil.ce_weight:
         loss = loss + pupil.ce_weight * F.cross_entropy(logits_NV, labels_N, reduction="sum")
     return loss, top_N
+
+
+def _fused_loss(
+    pupil: Pupil, logits_NV: torch.Tensor, taught: torch.Tensor | None, labels_N: torch.Tensor
+) -> torch.Tensor:
+    if taught is None:
+        return pupil.ce_weight * cross_entropy(logits_NV, labels_N)
+    if pupil.divergence == "forward_kl":
+        return soft_cross_entropy(logits_NV, taught)
+    soft, hard = total_variation(logits_NV, taught, labels_N)
+    return pupil.distill_weight * soft + pupil.ce_weight * hard
 
 
 def mixed(
@@ -206,7 +222,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, read, pupils, final, labels_N, chunk, *normed_P_NH):  # type: ignore[no-untyped-def]
+    def forward(ctx, read, pupils, final, labels_N, chunk, kernels, *normed_P_NH):  # type: ignore[no-untyped-def]
         grads = [torch.empty_like(normed) for normed in normed_P_NH]
         loss_P, agreed_P = torch.zeros(2, len(pupils), device=labels_N.device)
         labels = (labels_N >= 0).sum().clamp_min(1)
@@ -223,7 +239,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     taught = mixed(pupil, taught, labels_n)
                 leaf = normed_NH[part].detach().requires_grad_()
                 with torch.enable_grad():
-                    loss, own_n = pupil_loss(pupil, read(leaf), taught, labels_n)
+                    loss, own_n = pupil_loss(pupil, read(leaf), taught, labels_n, kernels)
                     loss = loss / labels
                 (grads[p][part],) = torch.autograd.grad(loss, leaf)
                 loss_P[p] += loss.detach()
@@ -236,7 +252,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-        return (None, None, None, None, None, *(grad * grad_loss for grad in ctx.grads))
+        return (None, None, None, None, None, None, *(grad * grad_loss for grad in ctx.grads))
 
 
 def exit_loss(
@@ -247,6 +263,7 @@ def exit_loss(
     *,
     chunk: int,
     train_head: bool = False,
+    kernels: bool = False,
 ) -> ExitLoss:
     """The weighted loss of all rungs that are trained.
 
@@ -258,18 +275,19 @@ def exit_loss(
         train_head: let the gradient flow into `read` too. The logits of a chunk are then computed
             a second time in the backward pass, so that ordinary autograd sees the head (and DDP,
             FSDP and ZeRO with it).
+        kernels: with the kernels of `fused`; not for a reverse KL.
     """
     if isinstance(final, torch.Tensor):
         final = final.detach()
     if not train_head:
         states = [pupil.normed_NH for pupil in pupils]
-        return ExitLoss(*_ChunkedLoss.apply(read, pupils, final, labels_N, chunk, *states))
+        return ExitLoss(*_ChunkedLoss.apply(read, pupils, final, labels_N, chunk, kernels, *states))
 
     def part_of(pupil: Pupil, normed_nH: torch.Tensor, part: slice) -> list[torch.Tensor]:
         law = _law(pupil.teachers, read, part)
         top_n = _final_top(pupil, law, read, final, part)
         taught = mixed(pupil, law, labels_N[part])
-        loss, own_n = pupil_loss(pupil, read(normed_nH), taught, labels_N[part])
+        loss, own_n = pupil_loss(pupil, read(normed_nH), taught, labels_N[part], kernels)
         return [loss, ((own_n == top_n) & (labels_N[part] >= 0)).sum()]
 
     labels = (labels_N >= 0).sum().clamp_min(1)

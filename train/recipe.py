@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from hispec.config import HEAD_KINDS, ExitConfig, check, resolve
 from hispec.text import STDLIB
 
+from .fused import FUSED
 from .layer_dropout import SCHEDULES
 from .schedule import CURRICULA, CURVES, EXIT_WEIGHTS
 
@@ -137,6 +138,9 @@ class Recipe:
     loss_chunk: int = 128
     """Tokens whose logits are in memory at one time. On a CPU 128 was 1.5x faster than 256 with a
     vocabulary of 49,152: larger buffers come from the system anew each time."""
+    fused_loss: bool = False
+    """Softmax, divergence and gradient by Liger's kernels, on a GPU (`pip install hispec[liger]`):
+    they go over the logits fewer times. For `forward_kl` and `tv`."""
     precision: str = "bf16"
     """`fp32`, or `bf16` (mixed: the exits' master weights stay in float32)."""
     threads: int | None = None
@@ -189,6 +193,18 @@ class Recipe:
             "neighbour_share",
             self.neighbour_share,
             "with stored states only the final rung teaches",
+        )
+        check(
+            not self.fused_loss or self.divergence in FUSED,
+            "fused_loss",
+            self.fused_loss,
+            f"there is no kernel for divergence={self.divergence!r}, only for {', '.join(FUSED)}",
+        )
+        check(
+            not self.fused_loss or self.states is None,
+            "fused_loss",
+            self.fused_loss,
+            "stored states come without a whole law; leave it out, or states",
         )
         for key in ("states", "max_rows"):
             value = getattr(self, key)

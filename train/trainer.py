@@ -21,6 +21,7 @@ from hispec.model import ExitModel
 
 from .data import TrainingRows, frequent_tokens, training_sets
 from .forward import Batch, TrainingStep, Wrapped
+from .fused import check_kernels
 from .judge import Judge, shown
 from .losses import ExitLoss
 from .processes import build_accelerator, gather, place, sharded
@@ -47,6 +48,8 @@ class Trainer:
         checkpoint.check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
         self.accelerator = build_accelerator(recipe, self.run_folder / "logs")
+        if recipe.fused_loss:
+            check_kernels(self.accelerator.device)
         if self.accelerator.device.type == "cpu":
             share = (os.cpu_count() or 1) // self.accelerator.num_processes
             torch.set_num_threads(recipe.threads or max(1, share))
