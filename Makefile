@@ -30,7 +30,7 @@ demo: $(READY)
 	$(BIN)/hispec fetch smollm2-135m
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml train/ee_finetune.py recipe=smollm2-135m output=$(DEMO) steps=$(DEMO_STEPS) max_minutes=$(DEMO_MINUTES)
 	$(BIN)/python eval/agreement.py checkpoint=$(DEMO)
-	$(BIN)/hispec plan $(DEMO) --prompts 2 --max-new-tokens 24 --confirm 2 --repeats 1
+	$(BIN)/hispec plan $(DEMO) --prompts 2 --max-new-tokens 24 --repeats 1
 	$(BIN)/hispec generate $(DEMO) "$(DEMO_PROMPT)" --raw --max-new-tokens 64 --show-rungs --stats --compare
 	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts_from=builtin prompts=6 max_new_tokens=32 repeats=1 'rivals=[hf-lookup]'
 	$(BIN)/hispec report $(DEMO) --prompts 3 --max-new-tokens 32

@@ -310,10 +310,15 @@ def _two_of_each(tried: Sequence[Setting]) -> list[Setting]:
 
 def _to_confirm(tried: Sequence[Tried], count: int) -> list[Tried]:
     """The most promising settings: first the best of each ladder and drafter, as the prediction
-    errs for all settings of such a group alike, then the others."""
+    errs for all settings of such a group alike, then the others. Of two or more, one drafts without
+    an exit: such a decode has the fewest parts, so a machine that was busy misleads least there."""
     ranked = sorted(tried, key=lambda entry: -entry.predicted)
     firsts: dict[tuple[Any, ...], Tried] = {}
     for entry in ranked:
         firsts.setdefault(_kind(entry.setting), entry)
     best = list(firsts.values())
-    return (best + [entry for entry in ranked if entry not in best])[:count]
+    chosen = (best + [entry for entry in ranked if entry not in best])[:count]
+    without_exit = next(entry for entry in ranked if len(entry.setting["ladder"]) == 1)
+    if count > 1 and all(len(entry.setting["ladder"]) > 1 for entry in chosen):
+        chosen[-1] = without_exit
+    return chosen

@@ -16,6 +16,9 @@ from .plan_file import PICTURE, Plan, is_plain, shown
 from .plan_picture import draw
 from .prompts import some
 
+_BUSY = 1.2
+"""How far the prediction for plain decoding, the simplest of all, may be off on an idle machine."""
+
 
 def plan_checkpoint(
     out: Output,
@@ -42,7 +45,7 @@ def plan_checkpoint(
     plan = planner.run(text, confirm=confirm, repeats=repeats, track=bar)
     path = plan.save(folder)
     draw(plan, folder / PICTURE, f"{folder.name}: {plan.machine}")
-    _report(out, plan)
+    report(out, plan)
     if not planner.replayed:
         out.say(
             "the heads read the token before, so ladders with exits were decoded, not replayed: "
@@ -59,7 +62,8 @@ def json_line(plan: Plan) -> str:
     return json.dumps({**found, "tried": len(plan.settings), "speedup": plan.speedup})
 
 
-def _report(out: Output, plan: Plan) -> None:
+def report(out: Output, plan: Plan) -> None:
+    """Say what was confirmed and chosen, and warn where it is not to be trusted or no gain."""
     text = plan.text
     table = Table(title=f"{text['prompts']} prompts, {text['new_tokens']} new tokens of each")
     for title in (
@@ -85,6 +89,13 @@ def _report(out: Output, plan: Plan) -> None:
         f"{len(plan.settings)} settings tried, {len(plan.confirmed)} decoded, "
         f"{plan.seconds:.0f} s; {plan.machine}"
     )
+    plain = next(tried for tried in plan.confirmed if is_plain(tried.setting))
+    if not 1 / _BUSY < plain.predicted / plan.plain_tokens_per_second < _BUSY:
+        out.say(
+            f"warning: plain decoding was predicted at {plain.predicted:.1f} tokens/s and measured "
+            f"at {plan.plain_tokens_per_second:.1f}: the machine was busier at some times than at "
+            "others, so another setting may be the fastest; plan again when it is idle"
+        )
     if plan.plain:
         rates = [t.measured or 0.0 for t in plan.confirmed if not is_plain(t.setting)]
         best = max(rates) / plan.plain_tokens_per_second

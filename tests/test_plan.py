@@ -14,10 +14,12 @@ from conftest import HISPEC, ROOT, plan_of, tiny_model, tiny_tokenizer
 import hispec
 from hispec import plan, plan_file
 from hispec.config import DecodeConfig
+from hispec.console import Output
 from hispec.lm import EarlyExitLM
-from hispec.plan import Planner, _Measured, settings
+from hispec.plan import Planner, _Measured, _to_confirm, settings
 from hispec.plan_file import Machine, Tried, is_plain, read_plan, shown
 from hispec.plan_picture import draw, gain_by_exits
+from hispec.planning import report
 
 PROMPT = "def main():\n    return"
 
@@ -199,6 +201,35 @@ def test_the_picture_shows_the_best_of_each_pair(tmp_path):
     draw(plan, tmp_path / "plan.png", "a title")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_a_setting_without_an_exit_is_always_confirmed():
+    """The first of them, in the place of the least promising one."""
+    tried = [
+        Tried({"ladder": [2, 6], "drafter": "exit", "draft_length": 1}, 9.0, 2.0),
+        Tried({"ladder": [4, 6], "drafter": "exit", "draft_length": 1}, 8.0, 2.0),
+        Tried({"ladder": [4, 6], "drafter": "exit", "draft_length": 2}, 7.0, 2.0),
+        Tried({"ladder": [6], "drafter": "lookup"}, 5.0, 1.2),
+        Tried({"ladder": [6], "drafter": "recycle"}, 6.0, 1.2),
+    ]
+    first, second, third, lookup, recycle = tried
+    assert _to_confirm(tried, 1) == [first]
+    assert _to_confirm(tried, 2) == [first, recycle]
+    assert _to_confirm(tried, 3) == [first, second, recycle]
+    assert _to_confirm(tried, 5) == [first, second, recycle, lookup, third]
+
+
+@pytest.mark.parametrize(("measured", "warned"), [(10.5, False), (13.0, True), (8.0, True)])
+def test_a_machine_that_was_busy_meanwhile_is_said(capsys, measured, warned):
+    plan = plan_of({"ladder": [6]})
+    plan.confirmed = [
+        Tried({"ladder": [6]}, 10.0, 1.0, 2, measured, (measured, measured), 2),
+        Tried({"ladder": [6], "drafter": "lookup"}, 10.0, 1.2, 2, 9.0, (9.0, 9.0), 2),
+    ]
+    plan.plain_tokens_per_second = measured
+    report(Output(), plan)
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert (f"predicted at 10.0 tokens/s and measured at {measured}" in said) is warned
 
 
 def test_settings_in_words():
