@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 KERNELS := .venv/.kernels
-# The demo's training budget: with it the whole demo stays under ten minutes on two cores. To train
+# The demo's training budget; with it the whole demo takes twelve to fifteen minutes on two cores. To train
 # anew with another one: rm -r checkpoints/demo checkpoints/demo.run
 DEMO_STEPS ?= 150
 DEMO_MINUTES ?= 4
