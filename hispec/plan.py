@@ -318,7 +318,6 @@ def _to_confirm(tried: Sequence[Tried], count: int) -> list[Tried]:
         firsts.setdefault(_kind(entry.setting), entry)
     best = list(firsts.values())
     chosen = (best + [entry for entry in ranked if entry not in best])[:count]
-    without_exit = next(entry for entry in ranked if len(entry.setting["ladder"]) == 1)
     if count > 1 and all(len(entry.setting["ladder"]) > 1 for entry in chosen):
-        chosen[-1] = without_exit
+        chosen[-1] = next(entry for entry in ranked if len(entry.setting["ladder"]) == 1)
     return chosen

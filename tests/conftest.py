@@ -302,6 +302,12 @@ def documents_of(rows: Rows) -> list[list[torch.Tensor]]:
     return found
 
 
+def history(output: Path) -> list[dict]:
+    """The evaluations of the training that wrote a checkpoint."""
+    file = output.parent / f"{output.name}.run" / "history.json"
+    return json.loads(file.read_text())["history"]
+
+
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command of the project in a process of its own, from the repository's root."""
     return subprocess.run(

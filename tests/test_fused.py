@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 import torch
-from conftest import LAUNCH, run
+from conftest import LAUNCH, history, run
 from test_losses import H, N, V, problem, pupils_of
 from test_train import settings
 
@@ -77,8 +76,7 @@ def test_a_run_with_kernels_has_the_losses_of_one_without(tiny_base, texts, tmp_
         changes = {"steps": 4, "eval_every": 4, "fused_loss": fused, **words}
         done = run(*LAUNCH, *settings(tiny_base, texts, output, **changes))
         assert done.returncode == 0, done.stderr
-        history = json.loads((tmp_path / fused / "ee.run" / "history.json").read_text())["history"]
-        found.append([m["acceptance"] for m in history[-1]["agreement"]])
+        found.append([m["acceptance"] for m in history(output)[-1]["agreement"]])
     assert found[1] == pytest.approx(found[0], abs=1e-3)
 
 

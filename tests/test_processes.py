@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
-from conftest import ROOT, kill_when, run, tiny_hf, tiny_tokenizer
+from conftest import ROOT, history, kill_when, run, tiny_hf, tiny_tokenizer
 from test_train import settings
 
 from hispec import checkpoint
@@ -24,10 +23,6 @@ def launch(config: str, processes: int) -> list[str]:
         *("--num_processes", str(processes), "--main_process_port", "0"),
         "train/ee_finetune.py",
     ]
-
-
-def history(output) -> list[dict]:
-    return json.loads((output.parent / "ee.run" / "history.json").read_text())["history"]
 
 
 @pytest.fixture(scope="module")

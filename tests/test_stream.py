@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import LAUNCH, documents_of, kill_when, run, tiny_tokenizer, write_jsonl
+from conftest import LAUNCH, documents_of, history, kill_when, run, tiny_tokenizer, write_jsonl
 from test_train import exits_of, settings, train_to
 
 from hispec import checkpoint
@@ -259,10 +259,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp
     expected, got = exits_of(finished), exits_of(output)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
-    histories = [
-        json.loads((folder.parent / "ee.run" / "history.json").read_text())["history"]
-        for folder in (output, finished)
-    ]
+    histories = [history(folder) for folder in (output, finished)]
     assert [entry["step"] for entry in histories[0]] == [0, 6, 12]
     for entry, wanted in zip(*histories, strict=True):
         assert entry["agreement"] == wanted["agreement"]

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LAUNCH, kill_when, run
+from conftest import LAUNCH, history, kill_when, run
 
 from hispec import checkpoint
 from train.recipe import Recipe, load_recipe
@@ -69,9 +69,9 @@ def test_the_command_trains_and_exports(finished):
     output, done = finished
     config = checkpoint.read_config(output)
     assert config["recipe"]["steps"] == 12
-    history = json.loads((output.parent / "ee.run" / "history.json").read_text())["history"]
-    assert [entry["step"] for entry in history] == [0, 6, 12]
-    best = max(history[1:], key=lambda entry: entry["expected"]["speed"])
+    entries = history(output)
+    assert [entry["step"] for entry in entries] == [0, 6, 12]
+    best = max(entries[1:], key=lambda entry: entry["expected"]["speed"])
     assert best["tokens"] == best["step"] * 4 * 32
     for key in ("expected", "agreement"):
         assert config["figures"][key] == best[key]
@@ -127,9 +127,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp
     expected, got = exits_of(finished[0]), exits_of(output)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
-    history = json.loads((output.parent / "ee.run" / "history.json").read_text())["history"]
-    reference = json.loads((finished[0].parent / "ee.run" / "history.json").read_text())["history"]
-    for entry, wanted in zip(history, reference, strict=True):
+    for entry, wanted in zip(history(output), history(finished[0]), strict=True):
         assert entry["agreement"] == wanted["agreement"]
         assert entry.get("training") == wanted.get("training")
 

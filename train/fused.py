@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from hispec.config import check
+
 FUSED = ("forward_kl", "tv")
 """The divergences that there is a kernel for."""
 _LEAST = 1e-10  # probability below which the kernel takes a target's logarithm for that of this
@@ -22,10 +24,18 @@ def check_kernels(device: torch.device) -> None:
 
     On a CPU that is anywhere but in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
     """
-    if find_spec("liger_kernel") is None:
-        raise ValueError("fused_loss=true needs Liger's kernels: pip install 'hispec[liger]'")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("fused_loss=true: there are kernels for GPUs, not for a CPU; leave it out")
+    check(
+        find_spec("liger_kernel") is not None,
+        "fused_loss",
+        True,
+        "Liger's kernels are not installed: pip install 'hispec[liger]'",
+    )
+    check(
+        device.type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1",
+        "fused_loss",
+        True,
+        "there are kernels for GPUs, not for a CPU; leave it out",
+    )
 
 
 class _SoftTargets(torch.autograd.Function):

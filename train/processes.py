@@ -28,7 +28,7 @@ from hispec.model import ExitModel
 
 from .recipe import Recipe
 
-_SHARDED = ("FSDP", "DEEPSPEED")
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
