@@ -17,10 +17,10 @@ from omegaconf import MISSING
 from rich.table import Table
 
 from eval.prompts import TextSource, held_out_rows
-from hispec.cli import parse_device, parse_dtype, run_cleanly
-from hispec.config import check, resolve
-from hispec.console import Output, quiet_transformers
-from hispec.files import new_file, write_json
+from hispec.utils.command_line import parse_device, parse_dtype, run_cleanly
+from hispec.utils.console import Output, quiet_transformers
+from hispec.utils.files import new_file, write_json
+from hispec.utils.settings import check, resolve
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Settings(TextSource):
 
 def main(words: Sequence[str]) -> None:
     from hispec.lm import load
-    from hispec.measure import Agreement, agreement, ladder_pairs
-    from hispec.model import ExitModel
+    from hispec.metrics.agreement import Agreement, agreement, ladder_pairs
+    from hispec.models.exit_model import ExitModel
 
     settings = resolve(Settings, overrides=words)
     check(settings.sequences >= 1, "sequences", settings.sequences, "1 or more")

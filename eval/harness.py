@@ -13,13 +13,14 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from hispec.config import DecodeConfig, check
-from hispec.console import bar
-from hispec.decode import Decode
-from hispec.draft_model import draft_model
+from hispec.config import DecodeConfig
+from hispec.decoding.decoder import Decode
+from hispec.export.draft_model import draft_model
 from hispec.lm import EarlyExitLM
-from hispec.measure import normed_states
-from hispec.model import ExitModel
+from hispec.metrics.agreement import normed_states
+from hispec.models.exit_model import ExitModel
+from hispec.utils.console import bar
+from hispec.utils.settings import check
 
 _ROWS = 64  # tokens whose laws are in memory at one time, for one depth
 _LAW = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -21,9 +21,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from eval.prompts import PromptSource, load_prompts
-from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
-from hispec.config import check, resolve
-from hispec.console import Output, bar, quiet_transformers
+from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, run_cleanly
+from hispec.utils.console import Output, bar, quiet_transformers
+from hispec.utils.settings import check, resolve
 
 
 @dataclass
@@ -53,10 +53,10 @@ class Settings(PromptSource):
 
 
 def main(words: Sequence[str]) -> int:
-    from hispec.compare import TIE, first_difference, hf_generate
     from hispec.config import DecodeConfig
-    from hispec.decode import Decode
+    from hispec.decoding.decoder import Decode
     from hispec.lm import load
+    from hispec.metrics.equivalence import TIE, first_difference, hf_generate
 
     settings = resolve(Settings, overrides=words)
     allowed = ("plain",) if settings.temperature else ("generate", "plain")

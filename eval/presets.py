@@ -7,9 +7,10 @@ from dataclasses import fields
 from typing import Any
 
 from eval.timing import Contestant, Outcome
-from hispec.config import DecodeConfig, check
-from hispec.decode import Decode
+from hispec.config import DecodeConfig
+from hispec.decoding.decoder import Decode
 from hispec.lm import EarlyExitLM
+from hispec.utils.settings import check
 
 
 def shown(ladder: Sequence[int]) -> str:

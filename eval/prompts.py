@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.tasks import task_prompts
-from hispec.checkpoint import is_checkpoint, read_config
-from hispec.config import check
+from eval.prompt_sets import task_prompts
+from hispec.checkpoint.io import is_checkpoint, read_config
+from hispec.data.documents import STDLIB, Document, documents, held_out_stream, split
+from hispec.data.packing import Rows, evenly_spaced, windows
+from hispec.data.prompts import spread
 from hispec.lm import EarlyExitLM
-from hispec.packing import Rows, evenly_spaced, windows
-from hispec.prompts import spread
-from hispec.text import STDLIB, Document, documents, held_out_stream, split
+from hispec.utils.settings import check
 
 HELD_OUT = "held-out"
 

@@ -20,16 +20,17 @@ from omegaconf import MISSING
 from rich.table import Table
 
 from eval.prompts import TextSource, held_out_rows
-from hispec import hub
-from hispec.checkpoint import is_checkpoint, own_base, read_config
-from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
-from hispec.compare import same_weights
-from hispec.config import DecodeConfig, check, resolve
-from hispec.console import Output, quiet_transformers
-from hispec.draft_model import check_expressible
-from hispec.files import write_json
+from hispec.checkpoint.io import is_checkpoint, own_base, read_config
+from hispec.config import DecodeConfig
+from hispec.export.draft_model import check_expressible
+from hispec.hub.transfer import locate
 from hispec.lm import AUTO, PLAIN, EarlyExitLM, load
-from hispec.measure import Fit, Reference, final_states, fit
+from hispec.metrics.equivalence import same_weights
+from hispec.metrics.perplexity import Fit, Reference, final_states, fit
+from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, run_cleanly
+from hispec.utils.console import Output, quiet_transformers
+from hispec.utils.files import write_json
+from hispec.utils.settings import check, resolve
 
 
 @dataclass
@@ -101,7 +102,7 @@ def main(words: Sequence[str]) -> None:
     tasks = _tasks(settings)
     folder = Path(settings.checkpoint)
     if not folder.exists():
-        folder = hub.locate(settings.checkpoint) or folder
+        folder = locate(settings.checkpoint) or folder
     lm, base, same, verdict = _models(settings, folder)
     full = lm.model.num_layers
     exits = _exits(settings, lm)
@@ -156,7 +157,7 @@ def _tasks(settings: Settings) -> list[Any]:
         return []
     if find_spec("lm_eval") is None:
         raise ValueError("tasks need lm-evaluation-harness: pip install -e '.[eval]'; or tasks=[]")
-    from eval.benchmarks import load_tasks
+    from eval.harness_tasks import load_tasks
 
     return load_tasks(settings.tasks, settings.gsm8k_file)
 
@@ -222,8 +223,8 @@ def _run(
     out: Output,
 ) -> None:
     """Fill the columns with the figures of the tasks."""
-    from eval.benchmarks import run_tasks, writes
     from eval.harness import HarnessModel, Scores, Writing, longest_text
+    from eval.harness_tasks import run_tasks, writes
 
     shared: dict[int, Scores] = {}
     for column in columns:
@@ -272,7 +273,7 @@ def _same_figure(column: Column, figure: Any) -> Any:
 
 def _differences(columns: Sequence[Column]) -> list[dict[str, Any]]:
     """What the full model lost or gained against the base, over the same documents."""
-    from eval.benchmarks import difference
+    from eval.harness_tasks import difference
 
     base, ours = columns[:2]
     found = []

@@ -21,9 +21,10 @@ from omegaconf import MISSING
 from rich.table import Table
 
 from eval.prompts import Asked, PromptSource, load_prompts
-from hispec.cli import parse_depths, parse_device, parse_dtype, run_cleanly
-from hispec.config import DRAFTERS, check, resolve
-from hispec.console import Output, bar, quiet_transformers
+from hispec.config import DRAFTERS
+from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, run_cleanly
+from hispec.utils.console import Output, bar, quiet_transformers
+from hispec.utils.settings import check, resolve
 
 ALL = "all"
 """Name of all tasks together."""
@@ -58,13 +59,13 @@ class Settings(PromptSource):
 def main(words: Sequence[str]) -> None:
     import torch
 
-    from eval.bars import draw
+    from eval.baselines import Limits, by_generate, installed, rivals
     from eval.presets import preset, presets
-    from eval.rivals import Limits, by_generate, installed, rivals
+    from eval.speed_plot import draw
     from eval.timing import measure
-    from hispec.checkpoint import is_checkpoint
-    from hispec.files import write_json
+    from hispec.checkpoint.io import is_checkpoint
     from hispec.lm import load
+    from hispec.utils.files import write_json
 
     settings = resolve(Settings, overrides=words)
     check(settings.repeats >= 1, "repeats", settings.repeats, "1 or more")
@@ -131,7 +132,7 @@ def main(words: Sequence[str]) -> None:
 def summary(hf: Any, measured: Sequence[Any], prompts: Sequence[Asked]) -> list[dict[str, Any]]:
     """One row per contestant; the first two are `generate` and own plain decoding."""
     from eval.timing import Rate
-    from hispec.compare import first_difference
+    from hispec.metrics.equivalence import first_difference
 
     by_task: dict[str, list[int]] = {ALL: list(range(len(prompts)))}
     for p, asked in enumerate(prompts):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from eval.prompts import Asked
-from hispec.console import Track
-from hispec.stats import DecodeStats, DraftStats
+from hispec.decoding.stats import DecodeStats, DraftStats
+from hispec.utils.console import Track
 
 FREE = "free"
 """Name of the drafts that no rung made."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import DecodeConfig, ExitConfig
-    from .lm import DecodeResult, EarlyExitLM, load
-    from .model import ExitModel
+    from hispec.config import DecodeConfig, ExitConfig
+    from hispec.lm import DecodeResult, EarlyExitLM, load
+    from hispec.models.exit_model import ExitModel
 
 __all__ = ["DecodeConfig", "DecodeResult", "EarlyExitLM", "ExitConfig", "ExitModel", "load"]
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ _HOME = {
     "DecodeResult": "lm",
     "EarlyExitLM": "lm",
     "load": "lm",
-    "ExitModel": "model",
+    "ExitModel": "models.exit_model",
 }
 
 

@@ -33,11 +33,13 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .checkpoint import EXITS, attach, is_checkpoint
-from .config import DecodeConfig, check
-from .decode import Decode
-from .hub import locate
-from .model import ExitModel
+from hispec.base_models.local import EXITS
+from hispec.checkpoint.io import attach_exits, is_checkpoint
+from hispec.config import DecodeConfig
+from hispec.decoding.decoder import Decode
+from hispec.hub.transfer import locate
+from hispec.models.exit_model import ExitModel
+from hispec.utils.settings import check
 
 _PREPARED = {
     *("max_new_tokens", "max_time", "eos", "temperature", "top_k", "top_p", "min_p"),
@@ -217,7 +219,7 @@ def _with_exits(model: PreTrainedModel, folder: Path) -> ExitModel:
     key = str(folder.resolve()), (folder / EXITS).stat().st_mtime_ns
     kept = vars(model).get(_KEPT)
     if kept is None or kept[0] != key:
-        kept = key, attach(model, folder).eval()
+        kept = key, attach_exits(model, folder).eval()
         vars(model)[_KEPT] = kept  # no submodule: the model is a part of it already
     ee: ExitModel = kept[1]
     return ee

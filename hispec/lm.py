@@ -19,12 +19,15 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from . import checkpoint, hub
-from .config import DecodeConfig, ExitConfig, check
-from .decode import Decode
-from .model import ExitModel
-from .plan_file import Machine, Plan, Setting, read_plan, shown
-from .stats import DecodeStats
+from hispec.base_models.local import find_base, load_base
+from hispec.checkpoint.io import is_checkpoint, load_checkpoint
+from hispec.config import DecodeConfig, ExitConfig
+from hispec.decoding.decoder import Decode
+from hispec.decoding.stats import DecodeStats
+from hispec.hub.transfer import locate
+from hispec.models.exit_model import ExitModel
+from hispec.planner.plan_file import Machine, Plan, Setting, read_plan, shown
+from hispec.utils.settings import check
 
 PLAIN, AUTO = "plain", "auto"
 PLANNED = {
@@ -260,16 +263,16 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(path)
     if not folder.exists():
-        folder = hub.locate(str(path)) or folder
-    if checkpoint.is_checkpoint(folder):
+        folder = locate(str(path)) or folder
+    if is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
-        loaded = checkpoint.load(folder, dtype=dtype, device=device, base=base)
+        loaded = load_checkpoint(folder, dtype=dtype, device=device, base=base)
         return EarlyExitLM(*loaded, _plan(folder))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
-    home = checkpoint.find_base(str(path)).folder
+    home = find_base(str(path)).folder
     tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
-    hf = checkpoint.load_base(home, dtype).to(device)
+    hf = load_base(home, dtype).to(device)
     lm = EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
     lm.plan = _plan(home) if exits is None else None
     return lm

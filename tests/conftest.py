@@ -23,10 +23,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hispec.config import ExitConfig
-from hispec.families import FAMILIES
-from hispec.model import ExitModel
-from hispec.packing import Rows
-from hispec.text import stdlib_documents
+from hispec.data.documents import stdlib_documents
+from hispec.data.packing import Rows
+from hispec.models.architectures import FAMILIES
+from hispec.models.exit_model import ExitModel
 
 VOCAB = 61
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,7 @@ def prompts() -> list[list[int]]:
 
 def plan_of(setting, *, here=None, speedup=2.0, **keys):
     """A plan for this machine that chose some setting of a model with exits 2 and 4 of 6."""
-    from hispec.plan_file import Machine, Plan
+    from hispec.planner.plan_file import Machine, Plan
 
     return Plan(
         setting=setting,
@@ -180,24 +180,26 @@ def lm(tiny_base):
 @pytest.fixture(scope="module")
 def ee(tiny_base, tmp_path_factory) -> Path:
     """An EE checkpoint with fresh block heads."""
-    from hispec import checkpoint
+    from hispec.base_models.local import find_base, load_base
+    from hispec.checkpoint import io as checkpoint
 
-    base = checkpoint.find_base(str(tiny_base))
-    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2, 4], "block", 1))
+    base = find_base(str(tiny_base))
+    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 1))
     folder = tmp_path_factory.mktemp("ee") / "tiny-ee"
-    checkpoint.save(folder, model, base, recipe={"data": "stdlib", "held_out": 0.05})
+    checkpoint.save_checkpoint(folder, model, base, recipe={"data": "stdlib", "held_out": 0.05})
     return folder
 
 
 @pytest.fixture(scope="module")
 def full(tiny_base, tmp_path_factory) -> Path:
     """An EE checkpoint with disturbed block heads and its base."""
-    from hispec import checkpoint
+    from hispec.base_models.local import find_base, load_base
+    from hispec.checkpoint import io as checkpoint
 
-    base = checkpoint.find_base(str(tiny_base))
-    model = ExitModel(checkpoint.load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
+    base = find_base(str(tiny_base))
+    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
     folder = tmp_path_factory.mktemp("full") / "full"
-    checkpoint.save(folder, disturbed(model), base, full=True)
+    checkpoint.save_checkpoint(folder, disturbed(model), base, full=True)
     return folder
 
 
@@ -268,19 +270,20 @@ def worker(loopback_hub, tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(worker) -> tuple[Path, Path]:
     """(light, full): a checkpoint of a base that `hispec fetch` could have fetched."""
-    from hispec import checkpoint
+    from hispec.base_models.local import LocalBase, load_base
+    from hispec.checkpoint import io as checkpoint
 
     home = worker.folder / "checkpoints" / "base" / "org--base"
     tiny_hf(vocab_size=320).save_pretrained(home, max_shard_size="60KB")
     tiny_tokenizer().save_pretrained(home)
     exits = ExitConfig([2, 4], "block", 1)
-    model = disturbed(ExitModel(checkpoint.load_base(home), exits).eval())
+    model = disturbed(ExitModel(load_base(home), exits).eval())
     provenance = {"hub_id": "org/base", "revision": "a" * 40, "license": "apache-2.0"}
-    base = checkpoint.LocalBase("org/base", home, provenance)
+    base = LocalBase("org/base", home, provenance)
     for name, full in (("light", False), ("full", True)):
         folder = worker.folder / "mine" / name
         about = {"recipe": RECIPE, "figures": FIGURES}
-        checkpoint.save(folder, model, base, full=full, **about)
+        checkpoint.save_checkpoint(folder, model, base, full=full, **about)
     assert len(list((worker.folder / "mine" / "full").glob("model-*.safetensors"))) == 5
     return worker.folder / "mine" / "light", worker.folder / "mine" / "full"
 
@@ -345,6 +348,6 @@ def kill_when(there: Callable[[], bool], *words: str, **environment: str) -> Non
 def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list[int]:
     """New tokens of one prompt."""
     from hispec.config import DecodeConfig
-    from hispec.decode import Decode
+    from hispec.decoding.decoder import Decode
 
     return Decode(model, [prompt], DecodeConfig(list(ladder), **config)).finish()[0]

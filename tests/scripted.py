@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hispec.config import DecodeConfig
-from hispec.decode import Decode
+from hispec.decoding.decoder import Decode
 
 VOCAB = 128
 FILLERS = "~}|{"  # the candidates after those that are said, best first; they are in no text

@@ -15,7 +15,9 @@ from transformers import (
     TextStreamer,
 )
 
-from hispec import checkpoint, decode
+from hispec.base_models.local import find_base
+from hispec.checkpoint import io as checkpoint
+from hispec.decoding import decoder as decode
 
 
 @pytest.fixture(autouse=True)
@@ -183,8 +185,8 @@ def test_every_family(family, tmp_path, passes):
     hf.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     model = disturbed(tiny_model(family, exits=(2, 4)))
-    base = checkpoint.find_base(str(tmp_path / "base"))
-    checkpoint.save(tmp_path / "full", model, base, full=True)
+    base = find_base(str(tmp_path / "base"))
+    checkpoint.save_checkpoint(tmp_path / "full", model, base, full=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full").eval()
     inputs = {"input_ids": torch.arange(3, 16)[None]}
     ours, theirs = texts(plain, tmp_path / "full", inputs)

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import hispec
-from hispec import hub_errors
-from hispec.compare import first_difference, hf_generate
+from hispec.hub import errors as hub_errors
+from hispec.metrics.equivalence import first_difference, hf_generate
 
 PROMPT = "def main():\n    return"
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import ROOT, decode_tokens
 
-from hispec import checkpoint
-from hispec.compare import first_difference, hf_generate
+from hispec.base_models.fetch import fetch
+from hispec.base_models.local import load_base
 from hispec.config import ExitConfig
-from hispec.fetch import fetch
 from hispec.lm import EarlyExitLM
-from hispec.model import ExitModel
+from hispec.metrics.equivalence import first_difference, hf_generate
+from hispec.models.exit_model import ExitModel
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def load(folder, dtype) -> EarlyExitLM:
     """Block heads at two depths; that they are fresh ones makes most drafts wrong."""
     from transformers import AutoTokenizer
 
-    hf = checkpoint.load_base(folder, dtype)
+    hf = load_base(folder, dtype)
     model = ExitModel(hf, ExitConfig([6, 12], "block", 2)).eval()
     return EarlyExitLM(model, AutoTokenizer.from_pretrained(folder))
 

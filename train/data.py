@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from hispec.packing import Rows, evenly_spaced, next_tokens, windows
-from hispec.text import documents, split
-
-from .recipe import Recipe
+from hispec.data.documents import documents, split
+from hispec.data.packing import Rows, evenly_spaced, next_tokens, windows
+from train.recipe import Recipe
 
 
 class TrainingRows(Dataset[dict[str, torch.Tensor]]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hispec.config import check
+from hispec.utils.settings import check
 
 FUSED = ("forward_kl", "tv")
 """The divergences that there is a kernel for."""

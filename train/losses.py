@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hispec.sampling import top_candidates
-
-from .fused import cross_entropy, soft_cross_entropy, total_variation
-from .picked import picked_law
+from hispec.decoding.sampling import top_candidates
+from train.fused import cross_entropy, soft_cross_entropy, total_variation
+from train.topk_loss import picked_law
 
 Read = Callable[[torch.Tensor], torch.Tensor]
 

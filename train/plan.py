@@ -14,14 +14,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hispec import checkpoint
-from hispec.console import Output
-from hispec.model import ExitModel
-
-from .recipe import Recipe
-from .shapes import SHAPES
-from .states import state_sizes
-from .trunk import Trunk
+from hispec.base_models.local import find_base
+from hispec.models.exit_model import ExitModel
+from hispec.utils.console import Output
+from train.model_sizes import SHAPES
+from train.recipe import Recipe
+from train.state_cache import state_sizes
+from train.trunk import Trunk
 
 GIB = 2**30
 ASSUMED_TFLOPS = 400.0
@@ -132,7 +131,7 @@ def _stored(recipe: Recipe, config: Any) -> float:
 def _config(base: str) -> Any:
     """The config of a base model, from its folder or its published sizes."""
     try:
-        return AutoConfig.from_pretrained(checkpoint.find_base(base).folder, local_files_only=True)
+        return AutoConfig.from_pretrained(find_base(base).folder, local_files_only=True)
     except ValueError:
         if base not in SHAPES:
             raise

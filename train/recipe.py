@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from omegaconf import MISSING
 
-from hispec.config import HEAD_KINDS, ExitConfig, check, resolve
-from hispec.text import STDLIB
-
-from .fused import FUSED
-from .layer_dropout import SCHEDULES
-from .schedule import CURRICULA, CURVES, EXIT_WEIGHTS
+from hispec.config import HEAD_KINDS, ExitConfig
+from hispec.data.documents import STDLIB
+from hispec.utils.settings import check, resolve
+from train.fused import FUSED
+from train.layer_dropout import SCHEDULES
+from train.schedule import CURRICULA, CURVES, EXIT_WEIGHTS
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "head": HEAD_KINDS,

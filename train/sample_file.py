@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hispec.config import differences
-from hispec.files import read_json, write_json
-from hispec.text import local_rows
+from hispec.data.documents import local_rows
+from hispec.utils.files import read_json, write_json
+from hispec.utils.settings import differences
 
 FORMAT = 1
 _ADVICE = "remove it and its .meta.json, or name another output"

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from hispec import checkpoint
-from hispec.chat import Message, user_turn
-from hispec.config import DecodeConfig, check
-from hispec.decode import Decode
-from hispec.files import sha256
+from hispec.base_models.local import find_base
+from hispec.checkpoint.io import is_checkpoint, read_config
+from hispec.config import DecodeConfig
+from hispec.data.chat import Message, user_turn
+from hispec.data.prompts import Prompt, read_prompts
+from hispec.decoding.decoder import Decode
 from hispec.lm import EarlyExitLM
-from hispec.prompts import Prompt, read_prompts
-
-from .dedup import SeenTexts, seq_rep
-from .sample_file import SampleFile
+from hispec.utils.files import sha256
+from hispec.utils.settings import check
+from train.dedup import SeenTexts, seq_rep
+from train.sample_file import SampleFile
 
 if TYPE_CHECKING:
-    from .synthesize import Settings
+    from train.synthesize import Settings
 
 _INVENTED = 1000  # samples, if no number and no prompts are given
 _NOT_OF_THE_TEXT = {  # where, how and how much, not what
@@ -65,10 +66,10 @@ def find_target(name: str) -> dict[str, Any]:
         ValueError: there is none of that name.
     """
     folder = Path(name)
-    if checkpoint.is_checkpoint(folder):
-        base = checkpoint.read_config(folder)["base"]
+    if is_checkpoint(folder):
+        base = read_config(folder)["base"]
         return {key: base[key] for key in ("id", "revision", "weights")}
-    found = checkpoint.find_base(name)
+    found = find_base(name)
     return {"id": found.id, "revision": found.revision, "weights": found.weights()}
 
 

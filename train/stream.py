@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from hispec.packing import DOCUMENTS_AT_ONCE, Rows, Tokens, encoded, in_parts, packed, windows
-from hispec.text import SEARCHED, Document, held_out_stream, is_held_out, stream_documents
-
-from .recipe import Recipe
+from hispec.data.documents import SEARCHED, Document, held_out_stream, is_held_out, stream_documents
+from hispec.data.packing import DOCUMENTS_AT_ONCE, Rows, Tokens, encoded, in_parts, packed, windows
+from train.recipe import Recipe
 
 BLOCK = 4096
 """Rows that are shuffled among each other; fewer where a run needs fewer."""

@@ -20,9 +20,10 @@ from pathlib import Path
 from omegaconf import MISSING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hispec.cli import parse_device, parse_dtype, run_cleanly
-from hispec.config import DRAFTERS, check, resolve
-from hispec.console import Output, quiet_transformers
+from hispec.config import DRAFTERS
+from hispec.utils.command_line import parse_device, parse_dtype, run_cleanly
+from hispec.utils.console import Output, quiet_transformers
+from hispec.utils.settings import check, resolve
 
 NO_DRAFTER = "none"
 

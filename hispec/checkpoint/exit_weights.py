@@ -1,0 +1,50 @@
+"""`exits.safetensors`: the tensors of the exits, by the names that the format gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from hispec.models.exit_model import ExitModel
+from hispec.utils.console import few
+
+DRAFT_TOKENS = "draft_tokens"
+
+
+def load_exits(model: ExitModel, file: Path) -> None:
+    """Fill the exits of a model from a file.
+
+    Raises:
+        ValueError: no safetensors file, or names and shapes other than the model's.
+    """
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from error
+    expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
+    if model.draft_tokens is not None:
+        expected[DRAFT_TOKENS] = model.draft_tokens
+    if stored.keys() != expected.keys():
+        _refuse_names(file, stored.keys() - expected.keys(), expected.keys() - stored.keys())
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs "
+                f"{tuple(expected[name].shape)}"
+            )
+    if model.draft_tokens is not None:
+        tokens_K = stored.pop(DRAFT_TOKENS).long()
+        below, above = torch.tensor([-1]), torch.tensor([model.vocab_size])
+        if tokens_K.diff(prepend=below, append=above).min() < 1:
+            raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
+        model.draft_tokens.copy_(tokens_K)
+    model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
+
+
+def _refuse_names(file: Path, unknown: set[str], missing: set[str]) -> None:
+    parts = [f"lacks {few(sorted(missing))}"] if missing else []
+    parts += [f"has the unknown {few(sorted(unknown))}"] if unknown else []
+    raise ValueError(f"{file} {' and '.join(parts)}")

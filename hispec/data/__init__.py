@@ -1,0 +1,1 @@
+"""Text and prompts: documents, chats, prompt sets, packed rows."""

@@ -1,0 +1,1 @@
+"""Hierarchical speculative decoding: the loop, the ladder, the KV cache, verification."""

@@ -1,0 +1,1 @@
+"""What is measured on given text: agreement of depths, perplexity, equal texts."""

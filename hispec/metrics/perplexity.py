@@ -1,0 +1,85 @@
+"""How well a depth predicts given text, and how far it is from another model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hispec.data.packing import Rows, next_tokens
+from hispec.metrics.agreement import CHUNK, normed_states
+from hispec.models.exit_model import ExitModel
+
+
+@dataclass
+class Reference:
+    """What a model says of rows of text, kept for a comparison with one that was trained."""
+
+    normed: list[torch.Tensor]
+    """Normed states [1, T, H] at full depth, row by row."""
+    head_VH: torch.Tensor
+    """Weights of its LM head."""
+
+
+@torch.no_grad()
+def final_states(model: ExitModel, rows: Rows) -> list[torch.Tensor]:
+    """Normed states [1, T, H] of each row at full depth."""
+    return [model.final(*row) for row in rows.one_by_one(model.device)]
+
+
+@dataclass
+class Fit:
+    """How well a depth predicts given text, and how far its law is from another model's."""
+
+    depth: int
+    loss: float
+    """Cross-entropy of the next token within its document, nats."""
+    kl: float | None
+    """KL(other model || this depth), nats per token, if there is another model."""
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@torch.no_grad()
+def fit(
+    model: ExitModel, rows: Rows, depths: Sequence[int], reference: Reference | None = None
+) -> list[Fit]:
+    """Measure depths on rows of documents; an exit is read with the whole LM head.
+
+    Args:
+        reference: of the same rows, by a model with the same vocabulary.
+    """
+    loss, kl = dict.fromkeys(depths, 0.0), dict.fromkeys(depths, 0.0)
+    labels_RT = next_tokens(rows.tokens_RT, positions_RT=rows.positions_RT).to(model.device)
+    for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
+        states = normed_states(model, tokens_1T, positions_1T, depths)
+        for start in range(0, tokens_1T.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            if reference is not None:
+                logits_NV = model.project(reference.normed[r][0, part], reference.head_VH)
+                log_p_NV = logits_NV.float().log_softmax(-1)
+            for depth in depths:
+                logits_NV = model.project(states[depth].first_BTH[0, part])
+                log_q_NV = logits_NV.float().log_softmax(-1)
+                labels_N = labels_RT[r, part]
+                loss[depth] += F.nll_loss(
+                    log_q_NV, labels_N, ignore_index=-100, reduction="sum"
+                ).item()
+                if reference is not None:
+                    kl[depth] += (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum().item()
+    count, labels = rows.tokens_RT.numel(), int((labels_RT >= 0).sum())
+    return [
+        Fit(
+            depth,
+            loss=loss[depth] / labels,
+            kl=None if reference is None else kl[depth] / count,
+            tokens=count,
+        )
+        for depth in depths
+    ]

@@ -1,0 +1,1 @@
+"""Transformers models whose layers can be entered, left and read at any depth."""

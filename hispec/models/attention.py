@@ -1,0 +1,164 @@
+"""Attention over the cache, so that a token's bits do not depend on the pass it is part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+NAME = "hispec"
+"""What the attention function is called in a model's config."""
+
+# On a CPU in bf16, from one more on: `F.linear` and attention round a row otherwise (decisions.md).
+_ALIKE_TOKENS = 27
+_ALIKE_ROWS = 32
+
+
+def rounds_alike(tokens: int, like: torch.Tensor) -> bool:
+    """Whether that many tokens in a pass can get the bits that they get in any other small pass."""
+    return tokens <= _ALIKE_TOKENS and like.dtype == torch.bfloat16 and like.device.type == "cpu"
+
+
+def causal(positions: torch.Tensor, keys_K: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which keys the tokens at `positions` [..., T] attend to, bool [..., T, K].
+
+    Args:
+        window: with sliding attention, how many of the last positions, its own included.
+    """
+    seen = keys_K <= positions[..., None]
+    return seen if window is None else seen & (keys_K > positions[..., None] - window)
+
+
+@dataclass
+class Branch:
+    """Tokens of a tree that follow each other, computed as if they were alone with their ancestors.
+
+    Kernels add up the keys in lanes and tiles. A token gets the bits of plain decoding only where
+    its ancestors lie in the slots that plain decoding would have given them.
+    """
+
+    row: int
+    tokens: slice
+    """Which tokens of the pass."""
+    slots: slice
+    """Where their KV was written."""
+    places: slice
+    """Where it belongs: their positions."""
+    proposals: slice
+    """Slots of all proposals of the row."""
+    mask: torch.Tensor
+    """[1, 1, query heads per KV head * tokens, keys]."""
+
+
+class PassCache(Protocol):
+    """What a cached pass asks of the cache, besides the `update` that transformers' layers call."""
+
+    def seen(self, window: int | None) -> torch.Tensor:
+        """Which slots the tokens of the announced pass attend to, bool [B, T, K]."""
+
+    def branches(
+        self, window: int | None, mask: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[Branch]:
+        """The announced tree branch by branch; nothing if none was announced."""
+
+
+def masked_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    branches: Sequence[Branch] = (),
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over the cache, always with an explicit mask, [B, 1, heads per KV head * T, K].
+
+    With `branches` they are computed one by one, with the masks that they bring.
+    """
+    if branches:
+        out = _branch_by_branch(query, key, value, scaling, branches)
+    else:
+        out = _grouped(query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, masked_attention)
+
+
+def _grouped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention [B, Hq, T, D] with the query heads that share a KV head as rows of one problem.
+
+    So the keys are not copied per head. It also keeps a pass of one token off the kernel for single
+    rows, which rounds otherwise: a token gets the same bits in any small pass.
+    """
+    B, Hq, T, D = query.shape
+    Hkv = key.shape[1]
+    most = max(1, _ALIKE_ROWS // (Hq // Hkv))
+    if most < T and rounds_alike(B * T, query):
+        assert mask is not None
+        mask_BGTK = mask.view(B, Hq // Hkv, T, -1)
+        parts = [
+            _grouped(
+                query[:, :, start : start + most],
+                key,
+                value,
+                mask_BGTK[:, :, start : start + most].flatten(1, 2)[:, None],
+                scaling,
+            )
+            for start in range(0, T, most)
+        ]
+        return torch.cat(parts, dim=2)
+    packed = query.reshape(B, Hkv, Hq // Hkv * T, D)
+    if packed.shape[2] == 1:
+        packed = packed.expand(-1, -1, 2, -1)
+    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    return out[:, :, : Hq // Hkv * T].reshape(B, Hq, T, D)
+
+
+def _branch_by_branch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    branches: Sequence[Branch],
+) -> torch.Tensor:
+    """Attention [B, Hq, T, D]; each branch lies in its places while it is computed.
+
+    Branches come depth first, so the ancestors of each are in place from those before it.
+    """
+    out = torch.zeros_like(query)
+    written = {}
+    for branch in branches:
+        row = slice(branch.row, branch.row + 1)
+        if branch.row not in written:
+            all_of_it = row, slice(None), branch.proposals
+            written[branch.row] = all_of_it, key[all_of_it].clone(), value[all_of_it].clone()
+        if branch.slots != branch.places:
+            _, keys, values = written[branch.row]
+            first = branch.proposals.start
+            source = slice(branch.slots.start - first, branch.slots.stop - first)
+            key[row, :, branch.places] = keys[:, :, source]
+            value[row, :, branch.places] = values[:, :, source]
+        visible = branch.mask.shape[-1]
+        out[row, :, branch.tokens] = _grouped(
+            query[row, :, branch.tokens],
+            key[row, :, :visible],
+            value[row, :, :visible],
+            branch.mask,
+            scaling,
+        )
+    for all_of_it, keys, values in written.values():
+        key[all_of_it], value[all_of_it] = keys, values
+    return out

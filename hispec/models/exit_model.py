@@ -1,0 +1,321 @@
+"""ExitModel: run any stretch of layers of an unmodified transformers model and read any depth.
+
+This is the only file that knows the insides of transformers' models. It calls their own embedding,
+decoder layers, norm and LM head; nothing is copied or patched, so an upgrade of transformers is
+either picked up or fails by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from hispec.config import ExitConfig
+from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
+from hispec.models.attention import NAME, Branch, PassCache, causal, rounds_alike
+from hispec.models.exit_heads import ExitHead, Gather, build_head
+from hispec.utils.settings import check
+
+
+@dataclass
+class LayerInputs:
+    """What the decoder layers of one attention type get besides the hidden states."""
+
+    attention_mask: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    branches: list[Branch] = field(default_factory=list)
+    """Of a tree whose branches are computed one by one; they bring masks of their own."""
+
+
+class ExitModel(nn.Module):
+    """A causal LM whose hidden states can be entered, left and read at any depth.
+
+    Args:
+        hf: a `...ForCausalLM` of one of `families.FAMILIES`, used as it is.
+        exits: trained exits; depths that are not among them are read through the final norm.
+        gather: see `heads.Gather`; for training with ZeRO-3.
+
+    Raises:
+        ValueError: an architecture that is not supported, or exits that the model cannot have.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        exits: ExitConfig | None = None,
+        gather: Gather = nullcontext,
+    ) -> None:
+        super().__init__()
+        check_supported(hf.config)
+        self.hf = hf
+        self.num_layers: int = hf.config.num_hidden_layers
+        self.vocab_size: int = hf.lm_head.out_features
+        self.layer_types = layer_types(hf.config)
+        self.longest_text = longest_text(hf.config)
+        self.exits = exits or ExitConfig(head="shared")
+        if self.exits.depths:
+            self.exits.validate(self.num_layers)
+        self.heads = nn.ModuleDict()
+        for i, depth in enumerate(self.exits.depths):
+            first = self.num_layers + i * self.exits.blocks
+            self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first, gather)
+        size = self.exits.draft_vocab
+        check(
+            size <= self.vocab_size, "draft_vocab", size, f"the model has {self.vocab_size} tokens"
+        )
+        self.draft_tokens: torch.Tensor | None
+        self.register_buffer("draft_tokens", torch.arange(size) if size else None)
+        rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
+        self._rope_by_type = "layer_type" in rotary
+        config = hf.config
+        self._heads_per_kv = config.num_attention_heads // config.num_key_value_heads
+        self._untrained = ExitHead([], None, [])
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    def head(self, depth: int) -> ExitHead:
+        """The trained head at `depth`, or the LayerSkip reading where there is none."""
+        if str(depth) not in self.heads:
+            return self._untrained
+        head = self.heads[str(depth)]
+        assert isinstance(head, ExitHead)
+        return head
+
+    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, H] at depth 0."""
+        hidden_BTH = self.hf.model.embed_tokens(tokens_BT)
+        factor = getattr(self.hf.model, "embedding_multiplier", None)  # Granite
+        return hidden_BTH if factor is None else hidden_BTH * factor
+
+    def run(
+        self,
+        hidden_BTH: torch.Tensor,
+        from_depth: int,
+        to_depth: int,
+        positions_BT: torch.Tensor | None = None,
+        cache: PassCache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H] at `to_depth` from those at `from_depth`, before any norm.
+
+        Without a cache the tokens are whole sequences from position 0 on (training), or, with
+        `positions_BT`, packed documents: where the position is 0 one begins, and a token attends to
+        those of its own document alone. With a cache they continue what it holds, at
+        `positions_BT`; `Cache.place` was called for them.
+        """
+        return self._run_layers(
+            zip(
+                self.hf.model.layers[from_depth:to_depth],
+                self.layer_types[from_depth:to_depth],
+                strict=True,
+            ),
+            hidden_BTH,
+            positions_BT,
+            cache,
+        )
+
+    def states(
+        self,
+        tokens_BT: torch.Tensor,
+        depths: Iterable[int],
+        positions_BT: torch.Tensor | None = None,
+    ) -> dict[int, torch.Tensor]:
+        """Hidden states [B, T, H] of whole sequences or packed documents by depth, before any norm.
+
+        Every layer up to the deepest of `depths` runs once.
+        """
+        hidden_BTH, at, found = self.embed(tokens_BT), 0, {}
+        for depth in sorted(depths):
+            hidden_BTH, at = self.run(hidden_BTH, at, depth, positions_BT), depth
+            found[depth] = hidden_BTH
+        return found
+
+    def run_head(
+        self,
+        depth: int,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        cache: PassCache | None = None,
+        previous_BTH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the blocks of the head at `depth` make of the exit's states [B, T, H]; see `run`.
+
+        Args:
+            previous_BTH: for a head that reads it, the normed state of the token before at full
+                depth, or what stands in for it; 0 where nothing is known, None for that everywhere.
+        """
+        head = self.head(depth)
+        if head.mix is not None:
+            if previous_BTH is None:
+                previous_BTH = torch.zeros_like(hidden_BTH)
+            hidden_BTH = hidden_BTH + head.mix(torch.cat([hidden_BTH, previous_BTH], -1))
+        layers = zip(head.blocks, head.layer_types, strict=True)
+        return self._run_layers(layers, hidden_BTH, positions_BT, cache)
+
+    def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+        """States [..., H] at `depth` (after `run_head`) as the LM head expects them."""
+        head = self.head(depth) if depth < self.num_layers else self._untrained
+        normed = (head.norm if head.norm is not None else self.hf.model.norm)(hidden)
+        return normed if head.adapter is None else head.adapter(normed)
+
+    def read(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
+        return self.project(self.normed(depth, hidden))
+
+    def final(
+        self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Normed states [B, T, H] at full depth of whole sequences or packed documents."""
+        hidden_BTH = self.run(self.embed(tokens_BT), 0, self.num_layers, positions_BT)
+        return self.normed(self.num_layers, hidden_BTH)
+
+    def project(self, normed: torch.Tensor, head_VH: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H]: LM head, and what the family does after it.
+
+        Args:
+            head_VH: weights to read with instead of the LM head's own.
+        """
+        logits = self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
+        if (divisor := getattr(self.hf.config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        cap = getattr(self.hf.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def draft_head(self) -> torch.Tensor | None:
+        """Rows [K, H] of the LM head that exits draft with; None for all of them."""
+        if self.draft_tokens is None:
+            return None
+        rows: torch.Tensor = self.hf.lm_head.weight.index_select(0, self.draft_tokens)
+        return rows
+
+    def draft(self, normed: torch.Tensor, head_KH: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V] as exits draft: those of tokens outside the draft vocabulary are -inf.
+
+        Args:
+            head_KH: what `draft_head` gave; without it the whole LM head is read.
+        """
+        if self.draft_tokens is None:
+            return self.project(normed)
+        if head_KH is not None:
+            logits_K = self.project(normed, head_KH)
+        else:
+            logits_K = self.project(normed).index_select(-1, self.draft_tokens)
+        everywhere = logits_K.new_full((*normed.shape[:-1], self.vocab_size), -torch.inf)
+        return everywhere.index_copy_(-1, self.draft_tokens, logits_K)
+
+    def logits(
+        self,
+        depth: int,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None = None,
+        previous_BTH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, T, V] of whole sequences or packed documents with these states at `depth`.
+
+        Args:
+            previous_BTH: see `run_head`.
+        """
+        if depth < self.num_layers:
+            hidden_BTH = self.run_head(depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH)
+        return self.read(depth, hidden_BTH)
+
+    def _run_layers(
+        self,
+        layers: Iterable[tuple[nn.Module, str]],
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor | None,
+        cache: PassCache | None,
+    ) -> torch.Tensor:
+        inputs: dict[str, LayerInputs] = {}
+        document_BT = None
+        if positions_BT is None:
+            positions_BT = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
+        elif cache is None:
+            document_BT = (positions_BT == 0).cumsum(1)
+        with self._attention_over(cache):
+            for layer, kind in layers:
+                if kind not in inputs:
+                    inputs[kind] = self._layer_inputs(
+                        kind, hidden_BTH, positions_BT, cache, document_BT
+                    )
+                hidden_BTH = layer(
+                    hidden_BTH,
+                    attention_mask=inputs[kind].attention_mask,
+                    position_embeddings=inputs[kind].position_embeddings,
+                    position_ids=positions_BT,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                    **({"branches": inputs[kind].branches} if cache is not None else {}),
+                )
+        return hidden_BTH
+
+    @contextmanager
+    def _attention_over(self, cache: PassCache | None) -> Iterator[None]:
+        """Switch the layers to `masked_attention` for a cached pass, and back again.
+
+        `hf.generate` between two passes finds the model as it was loaded.
+        """
+        config = self.hf.config
+        if cache is None:
+            yield
+            return
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def _layer_inputs(
+        self,
+        kind: str,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: PassCache | None,
+        document_BT: torch.Tensor | None,
+    ) -> LayerInputs:
+        """Args: document_BT: without a cache, the number of each token's document in its row."""
+        rotary = self.hf.model.rotary_emb
+        rope = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
+        window = self.hf.config.sliding_window if kind == SLIDING else None
+        if cache is None:
+            length = hidden_BTH.shape[1]
+            if document_BT is None and (window is None or length <= window):
+                return LayerInputs(None, rope)  # plain causal attention needs no mask
+            places_T = torch.arange(length, device=hidden_BTH.device)
+            seen = causal(places_T, places_T, window)[None]
+            if document_BT is not None:
+                seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
+            return LayerInputs(_mask(seen, hidden_BTH.dtype), rope)
+        mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
+        if rounds_alike(positions_BT.numel(), hidden_BTH):
+            branches = cache.branches(window, mask)
+            if branches:
+                return LayerInputs(None, rope, branches)
+        return LayerInputs(mask(cache.seen(window)), rope)
+
+
+def of_token_before(
+    normed_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The states [B, T, H] of whole sequences or packed documents, each where the next token
+    stands; 0 where a text begins."""
+    moved_BTH = torch.zeros_like(normed_BTH)
+    moved_BTH[:, 1:] = normed_BTH[:, :-1]
+    return moved_BTH if positions_BT is None else moved_BTH * (positions_BT > 0)[..., None]
+
+
+def _mask(seen_BTK: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
+    """The additive mask [B, 1, repeats * T, K] of what may be seen."""
+    mask_BTK = torch.zeros(seen_BTK.shape, dtype=dtype, device=seen_BTK.device)
+    mask_BTK.masked_fill_(~seen_BTK, float("-inf"))
+    return mask_BTK.repeat(1, repeats, 1)[:, None]

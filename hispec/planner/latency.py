@@ -1,0 +1,174 @@
+"""What the parts of a decode cost on this machine: seconds of each, by tokens and context length.
+
+Measured in the ladder that decodes, one part after the other over and over, so that no part finds
+more in the processor's caches than it would while decoding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from hispec.decoding.drafters.recycle import CANDIDATES, compact, tree_template
+from hispec.decoding.ladder import Ladder
+from hispec.decoding.sampling import confidence, top_candidates
+from hispec.models.exit_model import ExitModel
+from hispec.utils.console import Track
+
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+"""Tokens of a pass for which it is measured; in between is interpolated."""
+
+
+@dataclass
+class Latency:
+    """Seconds of every part, measured for some numbers of tokens in texts of some lengths."""
+
+    lengths: list[int]
+    """Tokens that the cache held, increasing."""
+    tokens: list[int] = field(default_factory=lambda: list(TOKENS))
+    seconds: dict[str, list[list[float]]] = field(default_factory=dict)
+    """For each part, for each length, the seconds for each number of tokens."""
+
+    def of(self, part: str, tokens: int, length: int) -> float:
+        """Seconds of a part for so many tokens in a text of so many, interpolated."""
+        by_length = [np.interp(tokens, self.tokens, row) for row in self.seconds[part]]
+        return float(np.interp(length, self.lengths, by_length))
+
+
+def segment(from_depth: int, to_depth: int, tree: bool = False) -> str:
+    """Name of the part that runs some layers."""
+    return f"layers {from_depth} to {to_depth}" + ", tree" * tree
+
+
+def head(depth: int, tree: bool = False) -> str:
+    """Name of the part that runs the blocks of an exit's head."""
+    return f"head {depth}" + ", tree" * tree
+
+
+def reading(depth: int, drafting: bool) -> str:
+    """Name of the part that turns the states of a depth into logits, and finds the largest."""
+    return f"{'draft ' if drafting else ''}logits {depth}"
+
+
+CONFIDENCE, RANKING, KEEPING = "top probability", "candidates", "keeping a branch"
+
+
+@torch.inference_mode()
+def measure_latency(
+    model: ExitModel,
+    depths: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    repeats: int = 3,
+    track: Track = lambda things, _: things,
+) -> Latency:
+    """Measure all parts of the ladders that can be made of `depths`.
+
+    Args:
+        depths: increasing depths, the last one that of the full model.
+        lengths: tokens that the cache holds while it is measured, increasing.
+        repeats: of which the median counts.
+        track: sees the rounds go by, for a progress bar.
+    """
+    taken: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    bench: _Bench | None = None
+    for length in track([length for length in lengths for _ in range(repeats)], "timing the parts"):
+        if bench is None or bench.length != length:
+            bench = _Bench(model, depths, length)
+            for _, call in bench.parts(1):  # warm-up
+                call()
+        for tokens in TOKENS:
+            for part, call in bench.parts(tokens):
+                began = now(model.device)
+                call()
+                taken[part][length, tokens].append(now(model.device) - began)
+    seconds = {
+        part: [[statistics.median(of[length, n]) for n in TOKENS] for length in lengths]
+        for part, of in taken.items()
+    }
+    return Latency(list(lengths), seconds=seconds)
+
+
+def now(device: torch.device) -> float:
+    """The clock in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class _Bench:
+    """A ladder of all depths that holds a text, for passes that are rolled back again."""
+
+    def __init__(self, model: ExitModel, depths: Sequence[int], length: int) -> None:
+        self.model = model
+        self.length = length
+        generator = torch.Generator().manual_seed(length)
+        size = (1, length + max(TOKENS))
+        self.tokens_BN = torch.randint(model.vocab_size, size, generator=generator).numpy()
+        self.held_B = np.array([length])
+        self.ladders = {pair: self._ladder(pair) for pair in combinations((0, *depths), 2)}
+        self.full = self.ladders[0, depths[-1]]
+
+    def _ladder(self, pair: tuple[int, int]) -> Ladder:
+        """A ladder that holds the text; its last segment is the one between the two depths."""
+        rungs = [depth for depth in pair if depth]
+        ladder = Ladder(self.model, rungs, 1, self.length + 2 * max(TOKENS))
+        ladder.prefill(self.tokens_BN, self.held_B)
+        return ladder
+
+    def parts(self, tokens: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Every part by its name, ready to be timed for so many tokens."""
+        upto_B = self.held_B + tokens
+        template = tree_template(tokens - 1, min(CANDIDATES, self.model.vocab_size))
+        parents = np.array([parent for parent, _ in template], dtype=np.int64)[None]
+        tree = compact(parents, parents)  # which tokens: no matter
+        base_B = self.held_B + 1
+        for (low, high), ladder in self.ladders.items():
+            rung = len(ladder.depths) - 1
+            for in_tree in (False, True):  # a tree of no proposals is a chain
+                shape: Any = (upto_B, tree if in_tree and tokens > 1 else None, base_B)
+                ladder.truncate(self.held_B)
+                if rung:
+                    ladder.bring(0, self.tokens_BN, *shape)
+                yield (
+                    segment(low, high, in_tree),
+                    lambda: ladder.bring(rung, self.tokens_BN, *shape),  # noqa: B023
+                )
+                if not low and ladder.head_layers(0):
+                    yield (
+                        head(high, in_tree),
+                        lambda: ladder.bring_head(0, *shape),  # noqa: B023
+                    )
+            ladder.truncate(self.held_B)
+            if not low:
+                yield from self._readings(high, ladder, tokens)
+        width = max(1, tokens - 1)
+        path_BD = np.arange(1, width + 1)[None]
+        yield KEEPING, lambda: self.full.cache.keep(base_B, path_BD)
+
+    def _readings(
+        self, depth: int, ladder: Ladder, tokens: int
+    ) -> Iterator[tuple[str, Callable[[], Any]]]:
+        track = ("head" if ladder.head_layers(0) else "segment", 0)
+        slots_1T = torch.arange(self.length - 1, self.length - 1 + tokens)[None]
+        slots_1T = slots_1T.to(self.model.device)
+
+        def read(drafting: bool) -> torch.Tensor:
+            logits_1TV = ladder.read(depth, ladder.cache.hidden(track, slots_1T), drafting)
+            logits_1TV.argmax(-1).cpu()
+            return logits_1TV
+
+        for drafting in (False, True) if self.model.draft_tokens is not None else (False,):
+            yield reading(depth, drafting), lambda: read(drafting)  # noqa: B023
+        if depth == self.model.num_layers:
+            logits_NV = read(False)[0]
+            yield CONFIDENCE, lambda: confidence(logits_NV)
+            yield RANKING, lambda: top_candidates(logits_NV, CANDIDATES).cpu()

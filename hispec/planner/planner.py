@@ -1,0 +1,259 @@
+"""The planner: the fastest setting of the decoder for this model, this machine and this text.
+
+Parts of a decode are timed once. Every setting is then replayed on the same prompts, which gives
+its counts and its seconds. The best few are really decoded, beside plain decoding, and the fastest
+of these is the plan; plain decoding is an answer too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hispec.config import DecodeConfig, check_depths
+from hispec.decoding.decoder import Decode
+from hispec.decoding.ladder import Ladder
+from hispec.decoding.stats import DecodeStats
+from hispec.models.exit_model import ExitModel
+from hispec.planner import search_space
+from hispec.planner.answers import Contexts
+from hispec.planner.latency import Latency, measure_latency, now
+from hispec.planner.plan_file import Machine, Plan, Setting, Tried
+from hispec.planner.replay import Replay
+from hispec.planner.search_space import LONGEST_DRAFT, to_confirm, two_of_each
+from hispec.utils.console import Track
+from hispec.utils.settings import check
+
+WORTH_IT = 1.02
+"""Against plain decoding; what gains less is within the noise of the measurement."""
+_SCREENED = 2  # prompts that all settings are tried on
+_KEPT = 24  # settings that are tried on the other prompts too
+
+
+@dataclass
+class _Totals:
+    """A setting over all prompts."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    target_passes: int = 0
+    prompts: int = 0
+
+    def add(self, seconds: float, stats: DecodeStats) -> None:
+        self.seconds += seconds
+        self.tokens += stats.new_tokens
+        self.target_passes += stats.rungs[-1].passes
+        self.prompts += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+@dataclass
+class _Measured:
+    """A setting as it was really decoded."""
+
+    rates: list[float] = field(default_factory=list)
+    """Tokens per second of every repeat over all prompts."""
+    same_text: int = 0
+
+
+class Planner:
+    """Plans one model for some prompts.
+
+    Args:
+        prompts: token ids of each.
+        exits: depths to try; default: the model's own exits.
+        new_tokens: decoded of each prompt.
+        eos: token ids that end a text.
+
+    Raises:
+        ValueError: no prompts, or depths that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: ExitModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        exits: Sequence[int] | None = None,
+        new_tokens: int = 32,
+        eos: Sequence[int] = (),
+    ) -> None:
+        check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
+        check(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
+        self.model = model
+        self.exits = list(model.exits.depths if exits is None else exits)
+        check_depths("exits", self.exits, self.model.num_layers, at_least=0)
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.new_tokens = new_tokens
+        self.eos = tuple(eos)
+        self.settings = search_space.settings(self.exits, self.model.num_layers)
+        self.replayed = all(self.model.head(depth).mix is None for depth in self.exits)
+        """Whether what the heads say depends on the text alone. What cannot be replayed is really
+        decoded instead, with fewer settings."""
+        if not self.replayed:
+            self.settings = two_of_each(self.settings)
+
+    def run(
+        self,
+        text: dict[str, Any],
+        *,
+        confirm: int = 4,
+        repeats: int = 2,
+        track: Track = lambda things, _: things,
+    ) -> Plan:
+        """Measure, replay, confirm, choose.
+
+        Args:
+            text: says what the prompts are, for the plan.
+            confirm: settings to decode really, besides plain decoding.
+            repeats: of which the median counts.
+            track: sees the rounds of each stage go by, for a progress bar.
+        """
+        check(confirm >= 1, "confirm", confirm, "1 or more")
+        check(repeats >= 1, "repeats", repeats, "1 or more")
+        began = time.perf_counter()
+        lengths = sorted(map(len, self.prompts))
+        latency = measure_latency(
+            self.model,
+            [*self.exits, self.model.num_layers],
+            sorted({lengths[0], lengths[-1] + self.new_tokens}),
+            track=track,
+        )
+        tried = self._predict(latency, track)
+        plain = tried[0]
+        chosen = [plain, *to_confirm(tried[1:], confirm)]
+        for entry, found in zip(chosen, self._decode(chosen, repeats, track), strict=True):
+            entry.measured = statistics.median(found.rates)
+            entry.spread = min(found.rates), max(found.rates)
+            entry.same_text = found.same_text
+        assert plain.measured is not None
+        # A machine is not as fast in every minute: predictions are stated in the minutes of the
+        # confirmation, by one factor for all of them.
+        scale = statistics.median((entry.measured or 0.0) / entry.predicted for entry in chosen)
+        for entry in tried:
+            entry.predicted *= scale
+        best = max(chosen, key=lambda entry: entry.measured or 0.0)
+        if (best.measured or 0.0) < WORTH_IT * plain.measured:
+            best = plain
+        return Plan(
+            setting=best.setting,
+            tokens_per_second=best.measured or 0.0,
+            plain_tokens_per_second=plain.measured,
+            machine=Machine.here(self.model.device, self.model.hf.dtype),
+            text={
+                **text,
+                "prompts": len(self.prompts),
+                "prompt_tokens": [lengths[0], lengths[-1]],
+                "new_tokens": self.new_tokens,
+            },
+            exits=self.exits,
+            num_layers=self.model.num_layers,
+            confirmed=sorted(chosen, key=lambda entry: -(entry.measured or 0.0)),
+            settings=sorted(tried, key=lambda entry: -entry.predicted),
+            latency={**asdict(latency), "scale": scale},
+            seconds=time.perf_counter() - began,
+        )
+
+    def _predict(self, latency: Latency, track: Track) -> list[Tried]:
+        """Tokens per second of every setting: all are tried on a few prompts, those that do well
+        there on the others too."""
+        pairs = [(setting, _Totals()) for setting in self.settings]
+        apart = max(1, len(self.prompts) // _SCREENED)
+        first = range(0, len(self.prompts), apart)[:_SCREENED]
+        words = f"trying {len(self.settings)} settings"
+        for number in track(first, words):
+            self._try(self.prompts[number], latency, pairs)
+        plain, *others = pairs
+        screened = plain[1].rate
+        best = sorted(others, key=lambda pair: -pair[1].rate)[:_KEPT]
+        rest = [number for number in range(len(self.prompts)) if number not in first]
+        for number in track(rest, f"trying the best {_KEPT} further"):
+            self._try(self.prompts[number], latency, [plain, *best])
+        return [
+            Tried(
+                setting,
+                # where plain decoding was slower or faster on the other prompts, so would this be
+                total.rate * (1 if total.prompts > len(first) else plain[1].rate / screened),
+                total.tokens / total.target_passes,
+                prompts=total.prompts,
+            )
+            for setting, total in pairs
+        ]
+
+    def config(self, setting: Setting) -> DecodeConfig:
+        """A decode of one prompt with some setting."""
+        return DecodeConfig(**setting, max_new_tokens=self.new_tokens, eos=self.eos)
+
+    def _try(
+        self, prompt: list[int], latency: Latency, pairs: Sequence[tuple[Setting, _Totals]]
+    ) -> None:
+        """Add the predicted seconds and the counts of one prompt to the totals of some settings."""
+        text = Decode(self.model, [prompt], self.config(self.settings[0])).finish()[0]
+        prefill = self._prefill(prompt)
+        depths = [*self.exits, self.model.num_layers]
+        contexts = Contexts(self.model, prompt, depths if self.replayed else depths[-1:])
+        nodes = contexts.follow(text)
+        for depth in contexts.tracks.depths:
+            contexts.answers((depth, False), nodes)
+            if depth < self.model.num_layers:
+                contexts.draft(depth, nodes, LONGEST_DRAFT)
+        for setting, total in pairs:
+            config = self.config(setting)
+            if set(config.ladder) <= set(contexts.tracks.depths):
+                reading = sum(prefill[depth] for depth in config.ladder)
+                replay = Replay(contexts, config, latency, reading)
+                replay.finish()
+                total.add(replay.seconds, replay.stats)
+            else:
+                run = Decode(self.model, [prompt], config)
+                run.finish()
+                total.add(run.stats.seconds, run.stats)
+
+    @torch.inference_mode()
+    def _prefill(self, prompt: list[int]) -> dict[int, float]:
+        """Seconds that reading the prompt takes: of all layers, by the full model's depth, and of
+        each exit's head."""
+        full = self.model.num_layers
+        tokens_BN, length_B = np.array([prompt]), np.array([len(prompt)])
+
+        def seconds(depths: Sequence[int]) -> float:
+            taken = []
+            for _ in range(2):
+                ladder = Ladder(self.model, depths, 1, len(prompt))
+                began = now(self.model.device)
+                ladder.prefill(tokens_BN, length_B)
+                taken.append(now(self.model.device) - began)
+            return min(taken)
+
+        found = {full: seconds([full])}
+        blocks = {depth: len(self.model.head(depth).blocks) for depth in self.exits}
+        heads = max(0.0, seconds([*self.exits, full]) - found[full]) if self.exits else 0.0
+        every = sum(blocks.values())
+        return found | {depth: heads * n / every if every else 0.0 for depth, n in blocks.items()}
+
+    def _decode(self, chosen: Sequence[Tried], repeats: int, track: Track) -> list[_Measured]:
+        """Really decode some settings, prompt by prompt side by side; plain decoding is first."""
+        found = [_Measured() for _ in chosen]
+        totals = [[_Totals() for _ in range(repeats)] for _ in chosen]
+        rounds = [(r, prompt) for r in range(repeats) for prompt in self.prompts]
+        for repeat, prompt in track(rounds, f"decoding the best {len(chosen) - 1}"):
+            plain: list[int] = []
+            for i, entry in enumerate(chosen):
+                run = Decode(self.model, [prompt], self.config(entry.setting))
+                (tokens,) = run.finish()
+                plain = tokens if i == 0 else plain
+                totals[i][repeat].add(run.stats.seconds, run.stats)
+                found[i].same_text += repeat == 0 and tokens == plain
+        for measured, of_repeats in zip(found, totals, strict=True):
+            measured.rates = [total.rate for total in of_repeats]
+        return found

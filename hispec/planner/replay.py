@@ -1,0 +1,206 @@
+"""Replay: the decode loop itself, on answers that are known, in seconds that were measured.
+
+Loop, drafters and the rule of the ladder are those that decode. Only the arithmetic of the model is
+looked up (`contexts`) and its time added up (`latency`), so the counts of passes, proposals and
+accepted tokens are those of the real decode, and a setting costs milliseconds to try.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hispec.config import DecodeConfig
+from hispec.decoding.decoder import Decode
+from hispec.decoding.draft_tree import Proposal
+from hispec.decoding.kv_cache import Cache
+from hispec.decoding.ladder import Ladder
+from hispec.decoding.verification import Match
+from hispec.planner.answers import Contexts
+from hispec.planner.latency import CONFIDENCE, KEEPING, RANKING, Latency, head, reading, segment
+
+
+@dataclass
+class Clock:
+    """Seconds that the model's work would have taken, and those that looking it up took."""
+
+    latency: Latency | None
+    prefill: float = 0.0
+    """Seconds that reading the prompt takes."""
+    modelled: float = 0.0
+    spent: float = 0.0
+    length: int = 0
+    """Tokens of the text so far."""
+
+    def add(self, part: str, tokens: int) -> None:
+        """Some part of the model runs."""
+        if self.latency is not None:
+            self.modelled += self.latency.of(part, tokens, self.length)
+
+
+class Replay(Decode):
+    """A greedy decode of one prompt that runs no layer that was run before.
+
+    Args:
+        contexts: of the prompt.
+        latency: what a part costs; None to count only.
+        prefill: seconds that reading the prompt takes on the config's ladder.
+
+    Raises:
+        ValueError: a config that is not greedy, or whose scores depend on the text otherwise.
+    """
+
+    def __init__(
+        self,
+        contexts: Contexts,
+        config: DecodeConfig,
+        latency: Latency | None = None,
+        prefill: float = 0.0,
+    ) -> None:
+        plain = config.temperature == 0 and config.repetition_penalty == 1
+        if not plain or config.no_repeat_ngram_size:
+            raise ValueError("only greedy decodes without processors can be replayed")
+        super().__init__(contexts.model, [contexts.prompt], config)
+        self.clock = Clock(latency, prefill)
+        self.ladder = _KnownLadder(
+            contexts,
+            config,
+            self.ladder.cache.capacity,
+            self.clock,
+            observed=self.drafter.observes > 0,
+        )
+        self.sampler = _Known(config, self.clock)
+
+    @property
+    def seconds(self) -> float:
+        """What the decode would take: the model's parts as measured, the loop as it just ran."""
+        return self.stats.seconds - self.clock.spent + self.clock.modelled
+
+
+class _KnownLadder(Ladder):
+    """A ladder that keeps the lengths of its rungs as any, and looks up what they say.
+
+    Args:
+        observed: whether the drafter looks at all that is said, so that the tokens after the first
+            wrong one of a draft count too.
+    """
+
+    def __init__(
+        self,
+        contexts: Contexts,
+        config: DecodeConfig,
+        capacity: int,
+        clock: Clock,
+        *,
+        observed: bool,
+    ) -> None:
+        super().__init__(contexts.model, config.ladder, 1, 0, draft_vocab=config.draft_vocab)
+        self.cache = _NoCache(1, capacity, contexts.model.device)
+        self.cache.clock = self.clock = clock
+        self.contexts = contexts
+        self.observed = observed
+        self._nodes = np.zeros(self.cache.capacity, dtype=np.int64)
+        """For each slot of the text, its context."""
+        self._known = 0
+        """Slots whose token is still the one that its context was noted for."""
+
+    def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
+        began = time.perf_counter()
+        for rung in range(len(self.depths)):
+            self.cache.lengths["segment", rung] = upto_B
+            self.segment_tokens[rung] = int(upto_B[0])
+            if self.head_layers(rung):
+                self.cache.lengths["head", rung] = upto_B
+                self.head_tokens[rung] = int(upto_B[0])
+        self._known = len(self.contexts.prompt)
+        self._nodes[: self._known] = np.arange(self._known)  # the first nodes are the prompt's
+        self.clock.modelled += self.clock.prefill
+        self.clock.spent += time.perf_counter() - began
+
+    def logits(
+        self,
+        rung: int,
+        tokens_BN: np.ndarray,
+        first_B: np.ndarray,
+        upto_B: np.ndarray,
+        tree: Proposal | None = None,
+        *,
+        drafting: bool = False,
+    ) -> torch.Tensor:
+        """Answers [1, C, 2 + K] in place of logits, see `Contexts`."""
+        began = time.perf_counter()
+        first, upto = int(first_B[0]), int(upto_B[0])
+        self.clock.length = first
+        self.bring_all(rung, tokens_BN, upto_B, tree, first_B + 1)
+        reduced = drafting and self.draft_vocab and self.model.draft_tokens is not None
+        depth = self.depths[rung]
+        self.clock.add(reading(depth, reduced), upto - first)
+        nodes = self._contexts_of(tokens_BN[0], first, upto, tree)
+        if drafting or tree is not None or self.observed:
+            known_CK = self.contexts.answers((depth, reduced), nodes)
+        else:
+            known_CK = self.contexts.judge(depth, nodes, tokens_BN[0, first + 1 : upto].tolist())
+        self.clock.spent += time.perf_counter() - began
+        return torch.from_numpy(known_CK)[None]
+
+    def truncate(self, length_B: np.ndarray) -> None:
+        super().truncate(length_B)
+        self._known = min(self._known, int(length_B[0]))
+
+    def _contexts_of(
+        self, tokens_N: np.ndarray, first: int, upto: int, tree: Proposal | None
+    ) -> list[int]:
+        """The nodes of the tokens in slots `first` to `upto - 1`."""
+        stop = first + 1 if tree is not None else upto
+        for slot in range(self._known, stop):
+            self._nodes[slot] = self.contexts.child(int(self._nodes[slot - 1]), int(tokens_N[slot]))
+        self._known = max(self._known, stop)
+        if tree is None:
+            return self._nodes[first:upto].tolist()
+        nodes = [int(self._nodes[first])]
+        for parent, token in zip(
+            tree.parent_BN[0, : upto - first - 1].tolist(),
+            tree.tokens_BN[0, : upto - first - 1].tolist(),
+            strict=True,
+        ):
+            nodes.append(self.contexts.child(nodes[parent], token))
+        return nodes
+
+    def _run_segment(self, rung: int, tokens_BN: Any, slots_BT: Any, tree: Any, base: Any) -> None:
+        low = self.depths[rung - 1] if rung else 0
+        self.clock.add(segment(low, self.depths[rung], tree is not None), slots_BT.shape[1])
+
+    def _run_head(self, rung: int, slots_BT: Any, tree: Any, base: Any) -> None:
+        self.clock.add(head(self.depths[rung], tree is not None), slots_BT.shape[1])
+
+
+class _NoCache(Cache):
+    """Lengths alone."""
+
+    clock: Clock
+
+    def keep(self, base_B: np.ndarray, path_BD: np.ndarray) -> None:
+        self.clock.add(KEEPING, path_BD.shape[1])
+
+
+class _Known(Match):
+    """Reads answers as `Match` reads logits."""
+
+    def __init__(self, config: DecodeConfig, clock: Clock) -> None:
+        super().__init__(config)
+        self.clock = clock
+
+    def _choose(self, scores_NV: torch.Tensor, positions_N: Any, rows_N: Any) -> np.ndarray:
+        return scores_NV[:, 0].numpy().astype(np.int64)
+
+    def confidence(self, scores: torch.Tensor) -> np.ndarray:
+        self.clock.add(CONFIDENCE, scores[..., 0].numel())
+        return scores[..., 1].numpy()
+
+    def candidates(self, scores_NV: torch.Tensor, k: int) -> np.ndarray:
+        self.clock.add(RANKING, len(scores_NV))
+        return scores_NV[:, 2 : 2 + k].numpy().astype(np.int64)

@@ -1,0 +1,77 @@
+"""The settings that the planner tries."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+from hispec.planner.plan_file import Setting, Tried
+
+LONGEST_DRAFT = 8
+
+
+def settings(exits: Sequence[int], full: int) -> list[Setting]:
+    """All settings that are tried; plain decoding is the first.
+
+    Args:
+        exits: increasing depths below the full model's.
+    """
+    found: list[Setting] = [{"ladder": [full]}]
+
+    def add(ladder: Sequence[int], drafter: str, **lists: Sequence[Any]) -> None:
+        deep = len(ladder) - ("exit" in drafter) > 1  # a second rung verifies, so there is a buffer
+        lists = {**lists, **({"buffer": (2, 4, 8)} if deep else {})}
+        tried: list[Setting] = [{"ladder": list(ladder), "drafter": drafter}]
+        for key, values in lists.items():
+            tried = [{**setting, key: value} for setting in tried for value in values]
+        found.extend(tried)
+
+    add((full,), "lookup", lookup_length=(4, 8, 12), lookup_shortest=(1, 2))
+    add((full,), "recycle", tree_tokens=(7, 15, 25))
+    for verify in exits:
+        add((verify, full), "lookup", lookup_length=(4, 8))
+        add((verify, full), "recycle", tree_tokens=(7, 15))
+    ladder: tuple[int, ...]
+    for draft in exits:
+        ladder = (draft, full)
+        add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
+        add(ladder, "exit", draft_length=(4, LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
+        add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))
+        add(ladder, "recycle+exit", tree_tokens=(7, 15), draft_length=(1, 2))
+    for pair in combinations(exits, 2):
+        ladder = (*pair, full)
+        add(ladder, "exit", draft_length=(1, 2, 3, 4))
+        add(ladder, "exit", draft_length=(6,), draft_threshold=(0.5,))
+        add(ladder, "lookup+exit", lookup_length=(8,), draft_length=(1, 2))
+        add(ladder, "recycle+exit", tree_tokens=(15,), draft_length=(2,))
+    return found
+
+
+def two_of_each(tried: Sequence[Setting]) -> list[Setting]:
+    """The first two settings of every ladder and drafter."""
+    seen: dict[tuple[Any, ...], list[Setting]] = defaultdict(list)
+    for setting in tried:
+        seen[_kind(setting)].append(setting)
+    return [setting for group in seen.values() for setting in group[:2]]
+
+
+def to_confirm(tried: Sequence[Tried], count: int) -> list[Tried]:
+    """The most promising settings: first the best of each ladder and drafter, as the prediction
+    errs for all settings of such a group alike, then the others. Of two or more, one drafts without
+    an exit: such a decode has the fewest parts, so a machine that was busy misleads least there."""
+    ranked = sorted(tried, key=lambda entry: -entry.predicted)
+    firsts: dict[tuple[Any, ...], Tried] = {}
+    for entry in ranked:
+        firsts.setdefault(_kind(entry.setting), entry)
+    best = list(firsts.values())
+    chosen = (best + [entry for entry in ranked if entry not in best])[:count]
+    if count > 1 and all(len(entry.setting["ladder"]) > 1 for entry in chosen):
+        chosen[-1] = next(entry for entry in ranked if len(entry.setting["ladder"]) == 1)
+    return chosen
+
+
+def _kind(setting: Setting) -> tuple[Any, ...]:
+    """Its ladder and drafter."""
+    return *setting["ladder"], setting.get("drafter")

@@ -1,0 +1,1 @@
+"""Everything known of a checkpoint on one HTML page."""

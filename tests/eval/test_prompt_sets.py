@@ -1,0 +1,106 @@
+"""Prompt sets by name, and what each shape of a row asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import tiny_hf, tiny_tokenizer
+
+from eval import prompt_sets as tasks
+from eval.prompt_sets import SETS, Published, task_prompts
+from eval.prompts import PromptSource, load_prompts
+from hispec.lm import EarlyExitLM
+
+# Rows with the columns that the published sets have; what they say is ours.
+ROWS = {
+    "spec-bench": [
+        {"question_id": 81, "category": "roleplay", "turns": ["Be a cat.", "Now a dog."]},
+        {"question_id": 161, "category": "translation", "turns": ["Translate: Guten Tag"]},
+    ],
+    "humaneval": [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "def one():\n",
+            "canonical_solution": "    return 1\n",
+            "test": "def check(candidate):\n    assert candidate() == 1\n",
+            "entry_point": "one",
+        }
+    ],
+    "gsm8k": [{"question": "What is 1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}],
+    "cnn-dm": [{"article": "It rained.", "highlights": "Rain.", "id": "0f"}],
+    "xsum": [{"document": "It snowed.", "summary": "Snow.", "id": "3812"}],
+    "sharegpt": [
+        {"id": "a_0", "conversations": [{"from": "human", "value": "Why?"}]},
+        {"id": "a_1", "conversations": [{"from": "gpt", "value": "Therefore."}]},
+        {"id": "a_2", "conversations": []},
+    ],
+}
+ASKED = {
+    "spec-bench": [("mt_bench", "Be a cat."), ("translation", "Translate: Guten Tag")],
+    "humaneval": [("humaneval", "def one():\n")],
+    "gsm8k": [("gsm8k", "What is 1 + 1?")],
+    "cnn-dm": [("cnn-dm", "Summarize the following article.\n\nIt rained.")],
+    "xsum": [("xsum", "Summarize the following article in one sentence.\n\nIt snowed.")],
+    "sharegpt": [("sharegpt", "Why?")],
+}
+
+
+def write(folder: Path, name: str, rows: list[dict]) -> Path:
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_each_set_through_the_library_and_from_a_local_file(name, tmp_path, monkeypatch):
+    """The rows are streamed by `datasets` as they would be from the Hub."""
+    file = write(tmp_path, name, ROWS[name])
+    monkeypatch.setitem(SETS, name, Published("json", split="train", file=str(file)))
+    for source in (name, str(file)):
+        prompts = task_prompts(source)
+        said = [(p.task, p.messages[0]["content"] if p.messages else p.text) for p in prompts]
+        assert said == ASKED[name]
+        assert bool(prompts[0].messages) == (name != "humaneval")
+
+
+def test_no_more_of_a_set_is_read_than_needed(tmp_path, monkeypatch):
+    file = write(tmp_path, "many", [{"question": f"{i}?"} for i in range(30)])
+    monkeypatch.setitem(SETS, "gsm8k", Published("json", split="train", file=str(file)))
+    monkeypatch.setattr(tasks, "MOST", 20)
+    assert [p.line for p in task_prompts("gsm8k")] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "spec-bench"])
+def test_without_the_hub_it_says_what_to_do(name):
+    message = f"prompts_from='{name}': .* cannot be read .*; name a local JSONL file .* or builtin"
+    with pytest.raises(ValueError, match=message):
+        task_prompts(name)
+
+
+def test_what_is_no_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a local file nor one of builtin, spec-bench"):
+        task_prompts("gsm9k")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        task_prompts(str(write(tmp_path, "silent", ROWS["sharegpt"][1:])))
+    with pytest.raises(ValueError, match="line 1 has none of turns, question"):
+        task_prompts(str(write(tmp_path, "other", [{"text": "x"}])))
+
+
+def test_an_evaluation_takes_prompts_of_every_task(tmp_path):
+    lm = EarlyExitLM.from_transformers(tiny_hf(vocab_size=320), tiny_tokenizer())
+    rows = [{"question": f"{task} {i}?", "task": task} for task in "abc" for i in range(5)]
+    source = PromptSource(prompts_from=str(write(tmp_path, "rows", rows)))
+    taken = load_prompts(lm, source, "none")
+    assert [asked.task for asked in taken] == ["a", "a", "b", "b", "c", "c"]
+    said = [lm.tokenizer.decode(asked.tokens) for asked in taken]
+    assert said == [f"user: {task} {i}?\nassistant: " for task in "abc" for i in (0, 2)]
+    source.chat = False
+    assert lm.tokenizer.decode(load_prompts(lm, source, "none")[1].tokens) == "a 2?"
+    ours = load_prompts(lm, PromptSource(prompts_from="builtin", prompts=12), "none")
+    assert len({asked.task for asked in ours}) == 6
+    beginnings = load_prompts(lm, PromptSource(data="stdlib", prompts=2, prompt_tokens=9), "none")
+    assert [(asked.task, len(asked.tokens)) for asked in beginnings] == [("held-out", 9)] * 2
+    with pytest.raises(ValueError, match="chat=True is not possible: prompts_from='held-out'"):
+        load_prompts(lm, PromptSource(chat=True), "none")

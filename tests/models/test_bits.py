@@ -1,0 +1,102 @@
+"""bf16 on a CPU: a token gets the same bits in a tree as in plain decoding, one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, tiny_model
+
+from hispec.decoding.draft_tree import Proposal
+from hispec.decoding.ladder import Ladder
+from hispec.models import attention
+
+
+def random_tree(rng: np.random.Generator, sizes: list[int]) -> Proposal:
+    """A tree per row, depth first, with as many proposals as `sizes` say."""
+    parent_BN = np.full((len(sizes), max(sizes)), -1)
+    for row, size in enumerate(sizes):
+        path = [0]
+        for i in range(size):
+            if rng.random() < 0.5:
+                path = path[: rng.integers(1, len(path) + 1)]
+            parent_BN[row, i] = path[-1]
+            path = [*path, i + 1]
+    return Proposal(rng.integers(3, VOCAB, parent_BN.shape), parent_BN, chain=False)
+
+
+def logits(ladder: Ladder, rung: int, texts_BN, base_B, tree=None) -> torch.Tensor:
+    """[B, C, V] after the last agreed token (and the tree behind it); the cache goes back then."""
+    upto_B = base_B + (tree.count_B if tree else 0)
+    found = ladder.logits(rung, texts_BN, base_B - 1, upto_B, tree)
+    ladder.truncate(base_B - 1)
+    return found
+
+
+def differing(model, sizes: list[int], lengths: list[int], seed: int) -> tuple[int, int]:
+    """(columns whose logits differ from those of their path token by token, columns compared)."""
+    rng = np.random.default_rng(seed)
+    tree, base_B = random_tree(rng, sizes), np.array(lengths)
+    texts_BN = rng.integers(3, VOCAB, (len(sizes), max(lengths) + 20))
+    with torch.inference_mode():
+        ladder = Ladder(model, [2, 6], len(sizes), texts_BN.shape[1])
+        ladder.prefill(texts_BN, base_B)
+        ladder.truncate(base_B - 1)
+        treed_BN = texts_BN.copy()
+        for row, base in enumerate(lengths):
+            treed_BN[row, base : base + sizes[row]] = tree.tokens_BN[row, : sizes[row]]
+        found = {r: logits(ladder, r, treed_BN, base_B, tree) for r in (0, 1)}
+        bad = compared = 0
+        for row, size in enumerate(sizes):
+            alone = Ladder(model, [2, 6], 1, texts_BN.shape[1])
+            alone.prefill(texts_BN[row : row + 1], base_B[row : row + 1])
+            for column in range(size + 1):
+                path = tree.path_BCD[row, column][: tree.depth_BC[row, column]]
+                text_1N = texts_BN[row : row + 1].copy()
+                text_1N[0, lengths[row] : lengths[row] + len(path)] = tree.tokens_BN[row, path - 1]
+                for rung in (0, 1):
+                    alone.truncate(base_B[row : row + 1] - 1)
+                    for stop in range(lengths[row], lengths[row] + len(path) + 1):
+                        first, upto = np.array([stop - 1]), np.array([stop])
+                        expected = alone.logits(rung, text_1N, first, upto)[0, 0]
+                    bad += not torch.equal(found[rung][row, column], expected)
+                    compared += 1
+    return bad, compared
+
+
+@pytest.fixture(scope="module", params=["block", "shared"])
+def head(request) -> str:
+    return request.param
+
+
+def test_a_tree_gets_the_bits_of_plain_decoding(family, head):
+    """Sliding windows, exit blocks, one row and rows of unlike trees and lengths, tile borders."""
+    model = tiny_model(family, exits=(2,), head=head).bfloat16()
+    for seed, (sizes, lengths) in enumerate(
+        [([12], [30]), ([15], [58]), ([5, 0, 7], [13, 40, 62]), ([1, 6], [9, 120])]
+    ):
+        assert differing(model, sizes, lengths, seed)[0] == 0, (sizes, lengths)
+
+
+def test_without_branches_the_bits_differ(monkeypatch):
+    """What the branches are for: the same trees with the tree mask alone."""
+    model = tiny_model("llama", exits=(2,)).bfloat16()
+    monkeypatch.setattr("hispec.models.exit_model.rounds_alike", lambda *_: False)
+    assert sum(differing(model, [15], [length], length)[0] for length in (30, 58, 62, 120)) > 0
+
+
+def test_a_pass_with_more_rows_than_round_alike_is_split():
+    """Attention over 66 rows (22 tokens, 3 heads per KV head) rounds otherwise than over 32."""
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.arange(304) <= torch.arange(282, 304)[:, None]
+    mask = torch.zeros(22, 304, dtype=torch.bfloat16).masked_fill_(~seen, float("-inf"))
+    for _ in range(20):
+        query = torch.randn(1, 9, 22, 64, generator=generator).mul(2).bfloat16()
+        key, value = torch.randn(2, 1, 3, 304, 64, generator=generator).bfloat16()
+
+        def attend(tokens: slice, q=query, k=key, v=value) -> torch.Tensor:
+            grouped = mask[tokens].repeat(3, 1)[None, None]
+            return attention.masked_attention(None, q[:, :, tokens], k, v, grouped)[0]
+
+        one_by_one = torch.cat([attend(slice(t, t + 1)) for t in range(22)], dim=1)
+        assert torch.equal(attend(slice(0, 22)), one_by_one)

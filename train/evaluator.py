@@ -1,0 +1,65 @@
+"""The truth while training: what the exits are worth on held-out text, and how far a trained trunk
+has gone from its base."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from hispec.data.packing import Rows
+from hispec.metrics.agreement import agreement, expected_speed, ladder_pairs
+from hispec.metrics.perplexity import Reference, final_states, fit
+from hispec.models.exit_model import ExitModel
+from train.distributed import gather
+from train.trunk import Trunk
+
+
+class Judge:
+    """Measures a model in training on the same rows of text every time.
+
+    Args:
+        rows: held-out documents.
+    """
+
+    def __init__(self, rows: Rows, trunk: Trunk) -> None:
+        self.rows = rows
+        self.trunk = trunk
+        self._base: Reference | None = None
+
+    @torch.no_grad()
+    def remember_base(self, model: ExitModel) -> None:
+        """Note what the untouched base says, before the first step changes it."""
+        if self.trunk.trained:
+            normed = final_states(model, self.rows)
+            with gather(model.hf.lm_head):
+                self._base = Reference(normed, model.hf.lm_head.weight.detach().clone())
+
+    def __call__(self, model: ExitModel) -> dict[str, Any]:
+        """Figures by name, for the history and the checkpoint."""
+        pairs = ladder_pairs(model.exits.depths, model.num_layers)
+        measured = agreement(model, self.rows, pairs)
+        speed = expected_speed(model, measured)
+        found = {"agreement": [asdict(m) for m in measured], "expected": asdict(speed)}
+        if self.trunk.trained:
+            (final,) = fit(model, self.rows, [model.num_layers], self._base)
+            found["drift"], found["loss"] = final.kl, final.loss
+        return found
+
+
+def shown(found: dict[str, Any]) -> str:
+    """One line of the figures."""
+    parts = [
+        f"{m['shallow']}->{m['deep']} agreement {m['top1']:.3f} acceptance {m['acceptance']:.3f}"
+        for m in found["agreement"]
+    ]
+    best = found["expected"]
+    parts.append(
+        f"exit {best['depth']} drafting {best['draft_length']}: "
+        f"{best['tokens_per_target_pass']:.2f} tokens per target pass, "
+        f"expected {best['speed']:.2f}x"
+    )
+    if "drift" in found:
+        parts.append(f"final rung: loss {found['loss']:.3f}, KL to the base {found['drift']:.4f}")
+    return "  ".join(parts)

@@ -1,0 +1,266 @@
+"""The frozen trunk's states on disk: computed once, read in every epoch.
+
+A frozen trunk says the same about the same row of text every time. So its states at the exits and
+the top of its final law are written to files, row by row, and training reads them instead of
+running the trunk: what is left of a step are the exits and the LM head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.filesize import decimal
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from hispec.models.exit_model import ExitModel
+from hispec.utils.console import Output
+from hispec.utils.files import clear_leftovers, new_file, read_json, write_json
+from train.data import TrainingRows
+from train.losses import StoredLaw
+from train.recipe import Recipe
+
+ABOUT = "states.json"
+_SHARD = 2**28  # bytes of one file, about
+
+
+@dataclass
+class StateSizes:
+    """What is kept per token, and so how much it is."""
+
+    depths: list[int]
+    top_k: int
+    hidden: int
+    final: bool
+    """Whether the normed state of the full depth is kept too, for heads that read it."""
+    dtype: torch.dtype
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        states = [f"depth.{depth}" for depth in self.depths] + ["final"] * self.final
+        return [*states, "top.tokens", "top.log_p"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes: the states, and an id and a log-probability for each of the top tokens."""
+        states = len(self.depths) + self.final
+        return states * self.hidden * self.dtype.itemsize + self.top_k * (4 + 4)
+
+
+def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
+    """What a recipe keeps of a model of that width and vocabulary."""
+    return StateSizes(
+        depths=list(recipe.exits),
+        top_k=min(recipe.states_top_k, vocab_size),
+        hidden=hidden,
+        final=recipe.head_previous,
+        dtype=recipe.dtype,
+    )
+
+
+@dataclass
+class StoredStates:
+    """What the trunk said to a batch of rows."""
+
+    states: dict[int, torch.Tensor]
+    """[B, T, H] by depth."""
+    tokens_BTK: torch.Tensor
+    log_p_BTK: torch.Tensor
+    final_BTH: torch.Tensor | None = None
+    """Normed, at full depth."""
+
+    @classmethod
+    def of(cls, row: dict[str, torch.Tensor]) -> StoredStates | None:
+        """Those of a collated batch, None if it has none."""
+        if "top.tokens" not in row:
+            return None
+        depths = {name.removeprefix("depth."): t for name, t in row.items() if name[:6] == "depth."}
+        return cls(
+            {int(depth): states for depth, states in depths.items()},
+            row["top.tokens"],
+            row["top.log_p"],
+            row.get("final"),
+        )
+
+    def law(self) -> StoredLaw:
+        """The final rung's law at all N = B * T places."""
+        return StoredLaw(self.tokens_BTK.flatten(0, 1).long(), self.log_p_BTK.flatten(0, 1))
+
+
+@torch.no_grad()
+def compute_states(
+    model: ExitModel,
+    tokens_BT: torch.Tensor,
+    positions_BT: torch.Tensor | None,
+    sizes: StateSizes,
+    chunk: int,
+) -> dict[str, torch.Tensor]:
+    """The tensors [B, T, ...] that are kept of some rows, on the CPU, by name."""
+    states = model.states(tokens_BT, [*sizes.depths, model.num_layers], positions_BT)
+    final_BTH = model.normed(model.num_layers, states[model.num_layers])
+    found = {f"depth.{depth}": states[depth] for depth in sizes.depths}
+    if sizes.final:
+        found["final"] = final_BTH
+    tops, logs = [], []
+    for part_NH in final_BTH.flatten(0, 1).split(chunk):
+        logits_NV = model.project(part_NH).float()
+        top = logits_NV.topk(sizes.top_k)
+        tops.append(top.indices.int())
+        logs.append(top.values - logits_NV.logsumexp(-1, keepdim=True))
+    shape = (*tokens_BT.shape, sizes.top_k)
+    kept = {name: tensor.to("cpu", sizes.dtype) for name, tensor in found.items()}
+    kept["top.tokens"] = torch.cat(tops).view(shape).cpu()
+    kept["top.log_p"] = torch.cat(logs).view(shape).cpu()
+    return kept
+
+
+class StateStore(Dataset[dict[str, Any]]):
+    """Training rows with the trunk's states for them; `fill` comes before the first row is read.
+
+    Args:
+        folder: of the files. Runs with the same base, text, depths and precision share it.
+        rows: what training would read without states.
+        base: hashes of the base's weights.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: TrainingRows,
+        sizes: StateSizes,
+        base: dict[str, str],
+    ) -> None:
+        self.folder = folder
+        self.rows = rows
+        self.sizes = sizes
+        per_row = rows.rows.tokens_RT.shape[1] * sizes.bytes_per_token
+        self.bytes = len(rows) * per_row
+        self.rows_per_file = max(1, _SHARD // per_row)
+        self.files = -(-len(rows) // self.rows_per_file)
+        text = hashlib.sha256()
+        for tensor_RT in (rows.rows.tokens_RT, rows.rows.positions_RT):
+            text.update(tensor_RT.numpy().tobytes())
+        self.about = {
+            "base": base,
+            "text": text.hexdigest(),
+            **asdict(sizes),
+            "dtype": str(sizes.dtype),
+        }
+        self._open = cache(self._open_file)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        opened = self._open(row // self.rows_per_file)
+        at = row % self.rows_per_file
+        stored = {name: opened.get_slice(name)[at] for name in self.sizes.names}
+        return {**self.rows[row], **stored}
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"states-{number:05d}-of-{self.files:05d}.safetensors"
+
+    def _open_file(self, number: int) -> Any:
+        return safe_open(self._file(number), framework="pt")
+
+    def fill(
+        self,
+        accelerator: Accelerator,
+        on_model: Callable[..., Any],
+        *,
+        batch_size: int,
+        chunk: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """Compute and write what is not there yet; files are written whole or not at all.
+
+        Every process computes its share. Where the trunk is spread over processes each of them
+        must take part in every pass, so all make as many passes as the one with most to do.
+
+        Raises:
+            ValueError: the folder holds other states, or there is no room for these.
+        """
+        if accelerator.is_main_process:
+            self._prepare(say)
+        accelerator.wait_for_everyone()
+        missing = [n for n in range(self.files) if not self._file(n).is_file()]
+        accelerator.wait_for_everyone()  # before anybody changes what is missing
+        processes, rank = accelerator.num_processes, accelerator.process_index
+        rounds = range(0, len(missing), processes)
+        shown = accelerator.is_main_process and bool(missing)
+        for first in track(rounds, "trunk states", disable=not shown, console=Output(stderr=True)):
+            number = missing[min(first + rank, len(missing) - 1)]
+            tensors = self._compute(accelerator, on_model, number, batch_size, chunk)
+            if first + rank < len(missing):
+                self._write(self._file(number), tensors)
+        accelerator.wait_for_everyone()
+
+    def _prepare(self, say: Callable[[str], None]) -> None:
+        about = self.folder / ABOUT
+        if about.is_file():
+            there = read_json(about)
+            differing = [k for k, v in self.about.items() if there.get(k) != v]
+            if differing:
+                raise ValueError(
+                    f"states={str(self.folder)!r} holds the states of another model or text (it "
+                    f"differs in: {', '.join(differing)}); remove it or name another folder"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(
+                f"states={str(self.folder)!r} is not empty and holds no states; name another folder"
+            )
+        for number in range(self.files):
+            clear_leftovers(self._file(number))
+        missing = sum(not self._file(n).is_file() for n in range(self.files)) / self.files
+        parent = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(parent).free
+        say(
+            f"trunk states: {decimal(self.bytes)} in {self.folder} for {len(self)} rows of text, "
+            f"{100 * (1 - missing):.0f}% are there; {decimal(free)} are free"
+        )
+        if missing * self.bytes > free:
+            raise ValueError(
+                f"states={str(self.folder)!r}: {decimal(round(missing * self.bytes))} are needed "
+                f"and {decimal(free)} are free; set a smaller max_rows or name another disk"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(about, self.about)
+
+    def _compute(
+        self,
+        accelerator: Accelerator,
+        on_model: Callable[..., Any],
+        number: int,
+        batch_size: int,
+        chunk: int,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of one file."""
+        first = number * self.rows_per_file
+        stop = min(first + self.rows_per_file, len(self.rows))
+        parts: list[dict[str, torch.Tensor]] = []
+        for start in range(first, stop, batch_size):
+            rows = slice(start, min(start + batch_size, stop))
+            texts = self.rows.rows[rows].on(accelerator.device)
+            parts.append(on_model(compute_states, *texts, self.sizes, chunk))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        try:
+            with new_file(path) as temporary:
+                save_file(tensors, temporary)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"states={str(self.folder)!r}: {path.name} could not be written: {error}; what is "
+                "there already is whole and will be used"
+            ) from error
