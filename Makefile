@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 KERNELS := .venv/.kernels
+DOCS := .venv/.docs
 # The demo's training budget; with it the whole demo takes twelve to fifteen minutes on two cores. To train
 # anew with another one: rm -r checkpoints/demo checkpoints/demo.run
 DEMO_STEPS ?= 150
@@ -12,7 +13,7 @@ DEMO_PROMPT := def read_config(path):
 # The checkpoint that `make bench` times.
 CHECKPOINT ?= $(DEMO)
 
-.PHONY: demo test test-fast lint format bench clean
+.PHONY: demo test test-fast lint format bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -23,6 +24,11 @@ $(READY): pyproject.toml constraints.txt
 # Only the tests need them: 290 MB.
 $(KERNELS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[liger]'
+	touch $@
+
+# Only `make docs` needs them: 60 MB.
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 # make prints every command before it runs it: the demo is these seven lines.
@@ -50,9 +56,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The drawings are made of the code and of the tables in docs/benchmarks.md; the pages go to site/.
+docs: $(DOCS)
+	$(BIN)/python docs/drawings/import_graph.py docs/images/import-graph.svg
+	$(BIN)/python docs/drawings/speed_bars.py docs/images/speed.svg
+	$(BIN)/zensical build --clean --strict
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs site
