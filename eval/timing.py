@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from eval.prompts import Asked
 from hispec.decoding.stats import DecodeStats, DraftStats
-from hispec.utils.console import Track
+from hispec.utils.console import Progress
 
 FREE = "free"
 """Name of the drafts that no rung made."""
@@ -123,7 +123,7 @@ def measure(
     contestants: Sequence[Contestant],
     prompts: Sequence[Asked],
     repeats: int,
-    track: Track = lambda things, _: things,
+    progress: Progress = lambda things, _: things,
 ) -> list[Measured]:
     """Decode every prompt by everyone in turn, `repeats` times, after one warm-up each.
 
@@ -137,7 +137,7 @@ def measure(
     ]
     rounds = [(repeat, p) for repeat in range(repeats) for p in range(len(prompts))]
     turns = list(zip(contestants, measured, strict=True))
-    for number, (repeat, p) in enumerate(track(rounds, "timing")):
+    for number, (repeat, p) in enumerate(progress(rounds, "timing")):
         first = number % len(turns)
         for contestant, found in turns[first:] + turns[:first]:
             began = time.perf_counter()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hispec.utils.settings import check
 
 HEAD_KINDS = ("shared", "adapter", "block")
 DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
-LAWS = ("match", "rejection")
+VERIFICATIONS = ("match", "rejection")
+OLD_NAMES = {"law": "verification"}
+"""Names that settings had in earlier versions; calls from Python may still use them."""
 
 
 @dataclass
@@ -53,7 +56,7 @@ class ExitConfig:
 
 @dataclass
 class DecodeConfig:
-    """One decode: who drafts, who verifies, and by which law tokens are chosen."""
+    """Settings of one decode: what drafts, what verifies, and how tokens are sampled."""
 
     ladder: list[int]
     """Increasing depths ending at L. With an exit among the drafters the first one drafts; the
@@ -67,7 +70,7 @@ class DecodeConfig:
     max_draft_length: int | None = None
     """If given, an exit's draft length follows recent acceptance between 1 and this."""
     draft_threshold: float = 0.0
-    """An exit's draft ends after a token whose law's top probability is below this."""
+    """An exit's draft ends after a token whose top probability is below this."""
     draft_vocab: bool = True
     """Whether exits draft from the reduced vocabulary that is stored with them, if one is."""
     lookup_length: int = 8
@@ -85,9 +88,10 @@ class DecodeConfig:
     max_new_tokens: int = 128
     max_time: float | None = None
     """Seconds after which no further round begins."""
-    law: str = "match"
-    """`match`: the same text for every ladder and drafter. `rejection`: the same law; more drafts
-    are accepted at high temperature, but the text depends on the settings. Greedy is one text."""
+    verification: str = "match"
+    """`match`: the same text for every ladder and drafter. `rejection`: the same distribution, and
+    more accepted drafts at high temperature, but the text depends on the other settings. Greedy
+    text is the same in both."""
     temperature: float = 0.0
     """0 is greedy: the argmax of the target, first index wins a tie."""
     top_k: int | None = None
@@ -119,11 +123,16 @@ class DecodeConfig:
             tuple(self.ladder),
             f"drafter {self.drafter!r} needs an exit below the full model",
         )
-        check(self.law in LAWS, "law", self.law, f"one of {', '.join(LAWS)}")
         check(
-            self.law == "match" or "recycle" not in self.drafter,
-            "law",
-            self.law,
+            self.verification in VERIFICATIONS,
+            "verification",
+            self.verification,
+            f"one of {', '.join(VERIFICATIONS)}",
+        )
+        check(
+            self.verification == "match" or "recycle" not in self.drafter,
+            "verification",
+            self.verification,
             f"drafter {self.drafter!r} proposes trees, and these need 'match'",
         )
         for key in (
@@ -167,6 +176,18 @@ class DecodeConfig:
             self.no_repeat_ngram_size,
             "0 (off) or more",
         )
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names that `DecodeConfig` has now.
+
+    Raises:
+        ValueError: a setting is given under its old and its new name.
+    """
+    for old, new in OLD_NAMES.items():
+        both = old in settings and new in settings
+        check(not both, old, settings.get(old), f"it is the old name of {new}, which is given too")
+    return {OLD_NAMES.get(key, key): value for key, value in settings.items()}
 
 
 def check_depths(key: str, depths: Sequence[int], num_layers: int, at_least: int = 1) -> None:

@@ -35,7 +35,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hispec.base_models.local import EXITS
 from hispec.checkpoint.io import attach_exits, is_checkpoint
-from hispec.config import DecodeConfig
+from hispec.config import OLD_NAMES, DecodeConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.hub.transfer import locate
 from hispec.models.exit_model import ExitModel
@@ -47,6 +47,7 @@ _PREPARED = {
 }
 """Fields of `DecodeConfig` that transformers' own generation config has."""
 SETTINGS = {field.name for field in fields(DecodeConfig)} - _PREPARED
+_NAMES = SETTINGS | OLD_NAMES.keys()
 _COUNTING = (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -71,8 +72,8 @@ def generate(
 ) -> torch.Tensor:
     """Token ids [B, T] as `model.generate(**arguments)` gives them, left padding included.
 
-    Greedy text is that of `model.generate`. Sampled text is of the same law, but drawn with noise
-    of our own: it follows `seed`, or torch's global seed where that is not given.
+    Greedy text is that of `model.generate`. Sampled text has the same distribution, but is drawn
+    with noise of our own: it follows `seed`, or torch's global seed where that is not given.
 
     Args:
         model: any plain model of the base that the exits belong to.
@@ -89,7 +90,8 @@ def generate(
             greedy and sampling, or a setting that this model cannot decode with.
     """
     check(assistant_model is None, "assistant_model", "given", "the exits draft; leave it out")
-    settings = {key: arguments.pop(key) for key in sorted(SETTINGS & arguments.keys())}
+    named = {key: arguments.pop(key) for key in sorted(_NAMES & arguments.keys())}
+    settings = current_names(named)
     ee = _with_exits(model, _folder(model, exits_from))
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings:
@@ -134,7 +136,7 @@ def _loop(
             **{"ladder": [*ee.exits.depths, ee.num_layers], **settings},
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             eos=_ids(generation_config._eos_token_tensor),
-            temperature=1.0 if sampled else 0.0,  # the rest of the law is in the processors
+            temperature=1.0 if sampled else 0.0,  # the processors hold the other settings
         )
         run = Decode(
             ee,
@@ -204,7 +206,7 @@ def _seeds(settings: dict[str, Any], rows: int, config: DecodeConfig) -> list[in
     if "seed" in settings:
         generator = torch.Generator().manual_seed(settings["seed"])
     drawn = torch.randint(2**31, (rows,), generator=generator).tolist()
-    if config.law != "match":  # has one generator for all rows
+    if config.verification != "match":  # has one generator for all rows
         config.seed = drawn[0]
         return None
     return drawn

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint.io import is_checkpoint, load_checkpoint
-from hispec.config import DecodeConfig, ExitConfig
+from hispec.config import DecodeConfig, ExitConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
 from hispec.hub.transfer import locate
@@ -97,7 +97,7 @@ class EarlyExitLM:
         if ladder in (None, AUTO) and not PLANNED & settings.keys():
             setting, _ = self.planned()
             trees = setting is not None and "recycle" in setting.get("drafter", "")
-            if setting is not None and not (trees and settings.get("law") == "rejection"):
+            if setting is not None and not (trees and settings.get("verification") == "rejection"):
                 return {**setting, **settings}
         return {"ladder": self.ladder(ladder), **settings}
 
@@ -170,6 +170,7 @@ class EarlyExitLM:
         Raises:
             ValueError: a setting or a prompt that this model cannot decode.
         """
+        settings = current_names(settings)
         if ladder == PLAIN:
             drafter = settings.get("drafter", "exit")
             check(drafter == "exit", "drafter", drafter, f"ladder {PLAIN!r} has no drafter")
@@ -207,13 +208,12 @@ class EarlyExitLM:
         check(streamer is None or len(rows) == 1, "streamer", streamer, "for one prompt only")
         run = self.decode(rows, **settings)
         if streamer is not None:
-            streamer.put(torch.from_numpy(run.tokens_BN[:1, : run.prompt_B[0]]))
+            streamer.put(torch.from_numpy(run.state.tokens_BN[:1, : run.state.prompt_B[0]]))
             for (committed,) in run.run():
                 streamer.put(torch.tensor(committed.tokens))
             streamer.end()
         tokens = run.finish()
-        spans = zip(run.depth_of_BN, run.prompt_B, run.agreed[-1], strict=True)
-        depths = [depth_of_N[start:stop].tolist() for depth_of_N, start, stop in spans]
+        depths = [depths for _, depths in run.outputs()]
         text = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return DecodeResult(text, tokens, depths, run.stats)
 

@@ -146,8 +146,14 @@ def test_the_chat_template_is_the_default_where_there_is_one(lm):
         ({"ladder": "plain", "drafter": "lookup"}, "ladder 'plain' has no drafter"),
         ({"drafter": "guess"}, "drafter='guess' is not possible: one of exit, lookup"),
         ({"ladder": (6,), "drafter": "lookup+exit"}, "needs an exit below the full model"),
-        ({"drafter": "recycle", "law": "rejection"}, "proposes trees, and these need 'match'"),
-        ({"law": "typical"}, "law='typical' is not possible: one of match, rejection"),
+        (
+            {"drafter": "recycle", "verification": "rejection"},
+            "proposes trees, and these need 'match'",
+        ),
+        (
+            {"verification": "typical"},
+            "verification='typical' is not possible: one of match, rejection",
+        ),
         (
             {"lookup_ngram": 1, "lookup_shortest": 2},
             "lookup_shortest=2 is not possible: at most lookup_ngram, 1",

@@ -69,9 +69,11 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="longest continuation")] = 128,
     max_time: Annotated[float | None, typer.Option(help="seconds")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="a string that ends the text")] = None,
-    law: Annotated[str, typer.Option(help="match: one text per seed; rejection: same law")] = (
-        "match"
-    ),
+    verification: Annotated[
+        str,
+        typer.Option(help="match: one text per seed; rejection: the same distribution only"),
+    ] = "match",
+    law: Annotated[str | None, typer.Option(hidden=True)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
@@ -124,7 +126,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         max_time=max_time,
         stop_strings=stop or (),
-        law=law,
+        verification=verification if law is None else law,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -86,10 +86,10 @@ def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> 
     from other noise, with our own plain decoding at the same seed.
     """
     config = run.config
-    if config.law == "rejection" and config.temperature > 0:
+    if config.verification == "rejection" and config.temperature > 0:
         out.say("law 'rejection' keeps the distribution, not the text: nothing to compare")
         return
-    prompt = run.tokens_BN[0, : run.prompt_B[0]].tolist()
+    prompt = run.state.tokens_BN[0, : run.state.prompt_B[0]].tolist()
     if config.temperature == 0:
         other = "transformers' generate"
         plain = hf_generate(

@@ -42,7 +42,7 @@ def plan_checkpoint(
     prompts = [prompt.encode(lm.tokenizer) for prompt in chosen]
     planner = Planner(lm.model, prompts, exits=exits, new_tokens=new_tokens, eos=lm.eos())
     text = {"source": source, "tasks": sorted({prompt.task for prompt in chosen})}
-    plan = planner.run(text, confirm=confirm, repeats=repeats, track=bar)
+    plan = planner.run(text, confirm=confirm, repeats=repeats, progress=bar)
     path = plan.save(folder)
     draw(plan, folder / PICTURE, f"{folder.name}: {plan.machine}")
     report(out, plan)

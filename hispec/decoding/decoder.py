@@ -74,7 +74,8 @@ class Decode:
             check(len(prompt) > 0, f"prompts[{row}]", prompt, "a prompt needs at least one token")
         if seeds is not None:
             check(len(seeds) == len(prompts), "seeds", seeds, f"one per prompt, {len(prompts)}")
-            check(config.law == "match", "seeds", seeds, "one per row needs law 'match'")
+            same_text = config.verification == "match"
+            check(same_text, "seeds", seeds, "one per row needs verification 'match'")
         lengths_B = np.array([len(prompt) for prompt in prompts])
         self.end_B = lengths_B + config.max_new_tokens
         longest, rows, vocab = int(self.end_B.max()), len(prompts), model.vocab_size
@@ -116,7 +117,7 @@ class Decode:
             model, config.ladder, rows, longest + reach, draft_vocab=config.draft_vocab
         )
         self.sampler: Sampler = Match(config, seeds)
-        if config.law == "rejection" and config.temperature > 0:
+        if config.verification == "rejection" and config.temperature > 0:
             self.sampler = Rejection(config, (rows, reach, vocab), model.device)
         self.processors = processors(config)
         self.processors.extend(logits_processor or [])

@@ -21,7 +21,7 @@ from hispec.decoding.drafters.recycle import CANDIDATES, compact, tree_template
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import confidence, top_candidates
 from hispec.models.exit_model import ExitModel
-from hispec.utils.console import Track
+from hispec.utils.console import Progress
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Tokens of a pass for which it is measured; in between is interpolated."""
@@ -68,7 +68,7 @@ def measure_latency(
     lengths: Sequence[int],
     *,
     repeats: int = 3,
-    track: Track = lambda things, _: things,
+    progress: Progress = lambda things, _: things,
 ) -> Latency:
     """Measure all parts of the ladders that can be made of `depths`.
 
@@ -76,11 +76,13 @@ def measure_latency(
         depths: increasing depths, the last one that of the full model.
         lengths: tokens that the cache holds while it is measured, increasing.
         repeats: of which the median counts.
-        track: sees the rounds go by, for a progress bar.
+        progress: sees the rounds go by, for a progress bar.
     """
     taken: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     bench: _Bench | None = None
-    for length in track([length for length in lengths for _ in range(repeats)], "timing the parts"):
+    for length in progress(
+        [length for length in lengths for _ in range(repeats)], "timing the parts"
+    ):
         if bench is None or bench.length != length:
             bench = _Bench(model, depths, length)
             for _, call in bench.parts(1):  # warm-up

@@ -27,7 +27,7 @@ from hispec.planner.latency import Latency, measure_latency, now
 from hispec.planner.plan_file import Machine, Plan, Setting, Tried
 from hispec.planner.replay import Replay
 from hispec.planner.search_space import LONGEST_DRAFT, to_confirm, two_of_each
-from hispec.utils.console import Track
+from hispec.utils.console import Progress
 from hispec.utils.settings import check
 
 WORTH_IT = 1.02
@@ -109,7 +109,7 @@ class Planner:
         *,
         confirm: int = 4,
         repeats: int = 2,
-        track: Track = lambda things, _: things,
+        progress: Progress = lambda things, _: things,
     ) -> Plan:
         """Measure, replay, confirm, choose.
 
@@ -117,7 +117,7 @@ class Planner:
             text: says what the prompts are, for the plan.
             confirm: settings to decode really, besides plain decoding.
             repeats: of which the median counts.
-            track: sees the rounds of each stage go by, for a progress bar.
+            progress: sees the rounds of each stage go by, for a progress bar.
         """
         check(confirm >= 1, "confirm", confirm, "1 or more")
         check(repeats >= 1, "repeats", repeats, "1 or more")
@@ -127,12 +127,12 @@ class Planner:
             self.model,
             [*self.exits, self.model.num_layers],
             sorted({lengths[0], lengths[-1] + self.new_tokens}),
-            track=track,
+            progress=progress,
         )
-        tried = self._predict(latency, track)
+        tried = self._predict(latency, progress)
         plain = tried[0]
         chosen = [plain, *to_confirm(tried[1:], confirm)]
-        for entry, found in zip(chosen, self._decode(chosen, repeats, track), strict=True):
+        for entry, found in zip(chosen, self._decode(chosen, repeats, progress), strict=True):
             entry.measured = statistics.median(found.rates)
             entry.spread = min(found.rates), max(found.rates)
             entry.same_text = found.same_text
@@ -164,20 +164,20 @@ class Planner:
             seconds=time.perf_counter() - began,
         )
 
-    def _predict(self, latency: Latency, track: Track) -> list[Tried]:
+    def _predict(self, latency: Latency, progress: Progress) -> list[Tried]:
         """Tokens per second of every setting: all are tried on a few prompts, those that do well
         there on the others too."""
         pairs = [(setting, _Totals()) for setting in self.settings]
         apart = max(1, len(self.prompts) // _SCREENED)
         first = range(0, len(self.prompts), apart)[:_SCREENED]
         words = f"trying {len(self.settings)} settings"
-        for number in track(first, words):
+        for number in progress(first, words):
             self._try(self.prompts[number], latency, pairs)
         plain, *others = pairs
         screened = plain[1].rate
         best = sorted(others, key=lambda pair: -pair[1].rate)[:_KEPT]
         rest = [number for number in range(len(self.prompts)) if number not in first]
-        for number in track(rest, f"trying the best {_KEPT} further"):
+        for number in progress(rest, f"trying the best {_KEPT} further"):
             self._try(self.prompts[number], latency, [plain, *best])
         return [
             Tried(
@@ -241,12 +241,12 @@ class Planner:
         every = sum(blocks.values())
         return found | {depth: heads * n / every if every else 0.0 for depth, n in blocks.items()}
 
-    def _decode(self, chosen: Sequence[Tried], repeats: int, track: Track) -> list[_Measured]:
+    def _decode(self, chosen: Sequence[Tried], repeats: int, progress: Progress) -> list[_Measured]:
         """Really decode some settings, prompt by prompt side by side; plain decoding is first."""
         found = [_Measured() for _ in chosen]
         totals = [[_Totals() for _ in range(repeats)] for _ in chosen]
         rounds = [(r, prompt) for r in range(repeats) for prompt in self.prompts]
-        for repeat, prompt in track(rounds, f"decoding the best {len(chosen) - 1}"):
+        for repeat, prompt in progress(rounds, f"decoding the best {len(chosen) - 1}"):
             plain: list[int] = []
             for i, entry in enumerate(chosen):
                 run = Decode(self.model, [prompt], self.config(entry.setting))

@@ -13,7 +13,7 @@ from hispec.decoding.stats import DecodeStats, DraftStats
 from hispec.lm import EarlyExitLM
 from hispec.planner.heatmap import FREE
 from hispec.planner.plan_file import Machine, Setting, is_plain, shown
-from hispec.utils.console import Track
+from hispec.utils.console import Progress
 
 SHOWN = 3
 """Prompts whose text is shown; the others only count."""
@@ -25,7 +25,7 @@ def decode(
     lm: EarlyExitLM,
     prompts: Sequence[Prompt],
     new_tokens: int,
-    track: Track = lambda things, _: things,
+    progress: Progress = lambda things, _: things,
 ) -> dict[str, Any]:
     """Decode the prompts as `generate` does here, and by all exits if that leaves them out.
 
@@ -42,7 +42,7 @@ def decode(
     to_show = {prompt.line for prompt in spread(prompts, SHOWN)}
     stats: list[dict[str, list[DecodeStats]]] = [defaultdict(list) for _ in ways]
     texts = []
-    for prompt in track(prompts, f"decoding {len(prompts)} prompts"):
+    for prompt in progress(prompts, f"decoding {len(prompts)} prompts"):
         tokens, shown_ways = prompt.encode(lm.tokenizer), []
         for way, by_task in zip(ways, stats, strict=True):
             config = DecodeConfig(**way, max_new_tokens=new_tokens, eos=lm.eos())

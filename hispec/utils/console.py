@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-Track = Callable[[Iterable[Any], str], Iterable[Any]]
-"""Hands on the things one by one, and may show under some words how far it is."""
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+"""`progress(items, title)` yields the items one by one and may show how many are done."""
 
 
 class Output(Console):
@@ -26,11 +26,11 @@ class Output(Console):
         self.print(text, markup=False, soft_wrap=True)
 
 
-def bar(things: Iterable[Any], words: str) -> Iterable[Any]:
-    """A `Track`: a bar on standard error while the things last, if that is a terminal."""
+def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
+    """A `Progress` that draws a bar on standard error if that is a terminal."""
     console = Output(stderr=True)
     hidden = not console.is_terminal
-    return track(list(things), words, transient=True, console=console, disable=hidden)
+    return track(list(items), title, transient=True, console=console, disable=hidden)
 
 
 def few(names: Sequence[str]) -> str:

@@ -309,8 +309,8 @@ def test_rows_with_seeds_of_their_own_get_the_texts_that_they_get_alone(prompts,
 def test_seeds_that_do_not_fit_the_rows_are_refused():
     with pytest.raises(ValueError, match=r"seeds=\[1\] is not possible: one per prompt, 2"):
         Decode(tiny_model(), [[3], [4]], DecodeConfig([6]), seeds=[1])
-    with pytest.raises(ValueError, match="needs law 'match'"):
-        Decode(tiny_model(), [[3]], DecodeConfig([6], law="rejection"), seeds=[1])
+    with pytest.raises(ValueError, match="needs verification 'match'"):
+        Decode(tiny_model(), [[3]], DecodeConfig([6], verification="rejection"), seeds=[1])
 
 
 def test_an_empty_prompt_is_refused():

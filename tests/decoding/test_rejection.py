@@ -110,7 +110,7 @@ def error(law, target):
     return max(abs(law.get(text, 0) - target.get(text, 0)) for text in law.keys() | target.keys())
 
 
-BASE = DecodeConfig([3], law="rejection", temperature=1.3, max_new_tokens=3)
+BASE = DecodeConfig([3], verification="rejection", temperature=1.3, max_new_tokens=3)
 CASES = {
     "two rungs": dict(ladder=[1, 3], max_new_tokens=4),
     "two rungs, confident drafts": dict(
@@ -158,15 +158,15 @@ def test_sampled_texts_follow_the_targets_law(model, case):
 
 
 def test_greedy_rejection_is_greedy(model):
-    config = DecodeConfig([1, 2, 3], law="rejection", max_new_tokens=30)
-    expected = Decode(model, [PROMPT], replace(config, ladder=[3], law="match")).finish()
+    config = DecodeConfig([1, 2, 3], verification="rejection", max_new_tokens=30)
+    expected = Decode(model, [PROMPT], replace(config, ladder=[3], verification="match")).finish()
     assert Decode(model, [PROMPT], config).finish() == expected
 
 
 def test_rejection_accepts_more_than_match_at_high_temperature(model):
     accepted = {}
     for law in ("match", "rejection"):
-        config = DecodeConfig([1, 3], law=law, temperature=1.5, max_new_tokens=60)
+        config = DecodeConfig([1, 3], verification=law, temperature=1.5, max_new_tokens=60)
         run = Decode(model, [PROMPT] * 50, config)
         run.finish()
         accepted[law] = run.stats.rungs[0].acceptance

@@ -65,7 +65,7 @@ def test_only_tokens_of_the_vocabulary_are_drafted(prompts):
     """With rejection sampling too, where what was drafted counts."""
     model = reduced_model()
     for law in ("match", "rejection"):
-        config = DecodeConfig([2, 6], max_new_tokens=30, temperature=1.0, law=law, seed=2)
+        config = DecodeConfig([2, 6], max_new_tokens=30, temperature=1.0, verification=law, seed=2)
         decode = Decode(model, prompts, config)
         decode.finish()
         drafted = decode.tokens_BN[decode.depth_of_BN == 2]

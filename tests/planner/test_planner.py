@@ -138,7 +138,7 @@ def test_auto_is_the_plan(lm):
         assert lm.decode([PROMPT], ladder="plain").config.ladder == [6]
         assert lm.decode([PROMPT], ladder=(2, 6)).config.drafter == "exit"
         # trees cannot be judged by rejection
-        sampled = lm.decode([PROMPT], law="rejection", temperature=1.0).config
+        sampled = lm.decode([PROMPT], verification="rejection", temperature=1.0).config
         assert (sampled.ladder, sampled.drafter) == ([2, 4, 6], "exit")
     finally:
         lm.plan = None
