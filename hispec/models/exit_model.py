@@ -34,6 +34,16 @@ class LayerInputs:
     branches: list[Branch] = field(default_factory=list)
     """Of a tree whose branches are computed one by one; they bring masks of their own."""
 
+    def rows(self, rows_K: torch.Tensor) -> LayerInputs:
+        """The inputs for some of the rows of the batch, without a cache."""
+
+        def select(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if len(tensor) == 1 else tensor.index_select(0, rows_K)
+
+        mask = self.attention_mask
+        cos, sin = self.position_embeddings
+        return LayerInputs(None if mask is None else select(mask), (select(cos), select(sin)))
+
 
 class ExitModel(nn.Module):
     """A causal LM whose hidden states can be entered, left and read at any depth.
@@ -104,6 +114,7 @@ class ExitModel(nn.Module):
         to_depth: int,
         positions_BT: torch.Tensor | None = None,
         cache: PassCache | None = None,
+        inputs: dict[str, LayerInputs] | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, T, H] at `to_depth` from those at `from_depth`, before any norm.
 
@@ -111,6 +122,10 @@ class ExitModel(nn.Module):
         `positions_BT`, packed documents: where the position is 0 one begins, and a token attends to
         those of its own document alone. With a cache they continue what it holds, at
         `positions_BT`; `Cache.place` was called for them.
+
+        Args:
+            inputs: what `layer_inputs` gave for these tokens, if the caller runs one stretch of
+                layers after another: the masks are then built once.
         """
         return self._run_layers(
             zip(
@@ -121,7 +136,22 @@ class ExitModel(nn.Module):
             hidden_BTH,
             positions_BT,
             cache,
+            inputs,
         )
+
+    def layer_inputs(
+        self, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
+    ) -> dict[str, LayerInputs]:
+        """Masks and rotary embeddings of whole sequences or packed documents, by attention type."""
+        document_BT = None
+        if positions_BT is None:
+            positions_BT = _all_positions(hidden_BTH)
+        else:
+            document_BT = _documents(positions_BT)
+        return {
+            kind: self._layer_inputs(kind, hidden_BTH, positions_BT, None, document_BT)
+            for kind in dict.fromkeys(self.layer_types)
+        }
 
     def states(
         self,
@@ -234,13 +264,14 @@ class ExitModel(nn.Module):
         hidden_BTH: torch.Tensor,
         positions_BT: torch.Tensor | None,
         cache: PassCache | None,
+        inputs: dict[str, LayerInputs] | None = None,
     ) -> torch.Tensor:
-        inputs: dict[str, LayerInputs] = {}
+        inputs = dict(inputs or {})
         document_BT = None
         if positions_BT is None:
-            positions_BT = torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
-        elif cache is None:
-            document_BT = (positions_BT == 0).cumsum(1)
+            positions_BT = _all_positions(hidden_BTH)
+        elif cache is None and not inputs:
+            document_BT = _documents(positions_BT)
         with self._attention_over(cache):
             for layer, kind in layers:
                 if kind not in inputs:
@@ -302,6 +333,16 @@ class ExitModel(nn.Module):
             if branches:
                 return LayerInputs(None, rope, branches)
         return LayerInputs(mask(cache.seen(window)), rope)
+
+
+def _all_positions(hidden_BTH: torch.Tensor) -> torch.Tensor:
+    """Positions [1, T] of whole sequences."""
+    return torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
+
+
+def _documents(positions_BT: torch.Tensor) -> torch.Tensor:
+    """The number of each token's document in its row, [B, T]."""
+    return (positions_BT == 0).cumsum(1)
 
 
 def of_token_before(
