@@ -18,7 +18,7 @@ class TrainingRows(Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.labels_RT = next_tokens(rows.tokens_RT, rows.taught_RT, rows.positions_RT)
+        self.labels_RT = next_tokens(rows.tokens_RT, rows.loss_mask_RT, rows.positions_RT)
 
     def __len__(self) -> int:
         return len(self.rows)

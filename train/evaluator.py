@@ -1,5 +1,5 @@
-"""The truth while training: what the exits are worth on held-out text, and how far a trained trunk
-has gone from its base."""
+"""Evaluation during training: what the exits are worth on held-out text, and how far a trained
+trunk has drifted from its base."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from train.distributed import gather
 from train.trunk import Trunk
 
 
-class Judge:
-    """Measures a model in training on the same rows of text every time.
+class Evaluator:
+    """Evaluates a model in training, on the same rows of text every time.
 
     Args:
         rows: held-out documents.
@@ -30,14 +30,19 @@ class Judge:
 
     @torch.no_grad()
     def remember_base(self, model: ExitModel) -> None:
-        """Note what the untouched base says, before the first step changes it."""
+        """Keep the predictions of the base; called before the first step changes the trunk."""
         if self.trunk.trained:
             normed = final_states(model, self.rows)
             with gather(model.hf.lm_head):
                 self._base = Reference(normed, model.hf.lm_head.weight.detach().clone())
 
     def __call__(self, model: ExitModel) -> dict[str, Any]:
-        """Figures by name, for the history and the checkpoint."""
+        """Measure the model.
+
+        Returns:
+            `agreement` (one dict per pair of depths), `expected` (the fastest two-level ladder)
+            and, for a trained trunk, `drift` (KL to the base in nats) and `loss` of the full model.
+        """
         pairs = ladder_pairs(model.exits.depths, model.num_layers)
         measured = agreement(model, self.rows, pairs)
         speed = expected_speed(model, measured)
@@ -49,7 +54,7 @@ class Judge:
 
 
 def shown(found: dict[str, Any]) -> str:
-    """One line of the figures."""
+    """An evaluation as one line."""
     parts = [
         f"{m['shallow']}->{m['deep']} agreement {m['top1']:.3f} acceptance {m['acceptance']:.3f}"
         for m in found["agreement"]
@@ -61,5 +66,15 @@ def shown(found: dict[str, Any]) -> str:
         f"expected {best['speed']:.2f}x"
     )
     if "drift" in found:
-        parts.append(f"final rung: loss {found['loss']:.3f}, KL to the base {found['drift']:.4f}")
+        parts.append(f"full model: loss {found['loss']:.3f}, KL to the base {found['drift']:.4f}")
     return "  ".join(parts)
+
+
+def logged(found: dict[str, Any]) -> dict[str, float]:
+    """An evaluation as the values that a tracker gets, by name."""
+    values = {f"held out {name}": value for name, value in found["expected"].items()}
+    for pair in found["agreement"]:
+        for key, name in (("top1", "agreement"), ("acceptance", "acceptance")):
+            values[f"held out {pair['shallow']}->{pair['deep']} {name}"] = pair[key]
+    values.update({f"held out {key}": found[key] for key in ("drift", "loss") if key in found})
+    return values

@@ -1,7 +1,7 @@
-"""Softmax, divergence and gradient of a chunk in one kernel each: Liger's, written in Triton.
+"""Losses in one GPU kernel each (Liger's, written in Triton): softmax, divergence and gradient.
 
-The plain way goes over the logits in memory once for every operation: to float32, softmax, product,
-sum, and back. Hsu et al., 2410.10989.
+Separate operations would read the logits from memory once each: the cast to float32, the softmax,
+the product, the sum, and the way back. Source: Hsu et al., 2410.10989.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import torch
 from hispec.utils.settings import check
 
 FUSED = ("forward_kl", "tv")
-"""The divergences that there is a kernel for."""
-_LEAST = 1e-10  # probability below which the kernel takes a target's logarithm for that of this
+"""The divergences that have a kernel."""
+_LEAST = 1e-10  # the kernel raises smaller target probabilities to this before it takes their log
 
 
 def check_kernels(device: torch.device) -> None:
-    """Raises ValueError where the kernels are not installed or do not run.
+    """Check that the kernels are installed and run on `device`.
 
-    On a CPU that is anywhere but in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+    On a CPU they only run in Triton's interpreter (TRITON_INTERPRET=1), which is meant for tests.
+
+    Raises:
+        ValueError: they are not installed, or the device is a CPU.
     """
     check(
         find_spec("liger_kernel") is not None,
@@ -39,9 +42,9 @@ def check_kernels(device: torch.device) -> None:
 
 
 class _SoftTargets(torch.autograd.Function):
-    """Cross-entropy to soft targets [N, V], summed; the kernel has the gradient at once.
+    """Summed cross-entropy to soft targets [N, V]; the kernel computes the gradient with it.
 
-    What it gives is the divergence from the targets, so their entropy is added.
+    The kernel returns the divergence from the targets, so their entropy is added.
     """
 
     @staticmethod
@@ -50,9 +53,9 @@ class _SoftTargets(torch.autograd.Function):
 
         loss_N, grad_NV = dispatch(
             "kl_loss_and_grad",
-            logits_NV.clone(),  # the gradient takes its place; a soft cap still needs its logits
+            logits_NV.clone(),  # the kernel writes the gradient here; a soft cap needs its logits
             target_NV,
-            None,  # all rows: a target of zeros teaches nothing
+            None,  # no row is ignored: a row of zero targets has no gradient
             -100,
             1.0,  # temperature
             _LEAST,
@@ -68,13 +71,13 @@ class _SoftTargets(torch.autograd.Function):
 
 
 def soft_cross_entropy(logits_NV: torch.Tensor, target_NV: torch.Tensor) -> torch.Tensor:
-    """Sum of -target log softmax(logits), as a scalar. The rows of targets may have any sum."""
+    """Sum of -target log softmax(logits), a scalar. A row of targets may have any sum."""
     loss: torch.Tensor = _SoftTargets.apply(logits_NV, target_NV)
     return loss
 
 
 def cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Sum of -log softmax(logits) at the labels, as a scalar; where they are -100 there is none."""
+    """Sum of -log softmax(logits) at the labels, a scalar; labels of -100 are left out."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     loss: torch.Tensor = liger_cross_entropy(logits_NV.clone(), labels_N, reduction="sum")
@@ -82,10 +85,11 @@ def cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tens
 
 
 def total_variation(
-    logits_NV: torch.Tensor, law_NV: torch.Tensor, labels_N: torch.Tensor
+    logits_NV: torch.Tensor, teacher_NV: torch.Tensor, labels_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of softmax(logits), summed over the labelled rows: (0.5 sum |p - law|, cross-entropy)."""
+    """Sums over the labelled rows, with q = softmax(logits): (0.5 sum |q - teacher|,
+    cross-entropy)."""
     from liger_kernel.transformers.fused_ce_tvd import LigerFusedCETVDLoss
 
-    hard_N, distance_N = LigerFusedCETVDLoss()(logits_NV, law_NV.log(), labels_N)
+    hard_N, distance_N = LigerFusedCETVDLoss()(logits_NV, teacher_NV.log(), labels_N)
     return distance_N.sum(), hard_N.sum()

@@ -151,12 +151,17 @@ class Recipe:
     # watching
     eval_every: int = 200
     eval_sequences: int = 16
+    timeout_minutes: float = 30.0
+    """Longest time that a process waits for the others before the run ends with an error."""
     log_with: str | None = None
     """`tensorboard`, `wandb` or `trackio`, if it is installed; logs go to `OUTPUT.run/logs`."""
     save_every: int = 100
     """Steps between two states that a killed run resumes from."""
     export_full: bool = False
     """Write the base's weights into the checkpoint too."""
+    export_diverged: bool = False
+    """If the run diverges (a loss, gradient, drift or weight is not finite), export the best
+    checkpoint from before; otherwise it ends with an error and exports nothing."""
 
     def validate(self) -> None:
         """Raises ValueError naming the key, the value and what is allowed."""

@@ -1,4 +1,4 @@
-"""The state of an unfinished run: written whole or not at all, and checked before it is used."""
+"""The state of an unfinished run: written whole or not at all, and checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -8,43 +8,77 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from hispec.utils.files import read_json, swap_in, write_json
 from hispec.utils.settings import differences
+from train.distributed import on_all, on_first
 from train.recipe import Recipe
 
 PROGRESS = "progress.json"
-# A resumed run may change these: they do not touch what a step computes.
-_FREE_KEYS = {"max_minutes", "save_every", "export_full", "threads", "log_with"}
+# A resumed run may change these: no step depends on them.
+_FREE_KEYS = {
+    *("max_minutes", "save_every", "export_full", "export_diverged", "threads", "log_with"),
+    "timeout_minutes",
+}
 
 
 def save_state(
     accelerator: Accelerator, folder: Path, recipe: Recipe, progress: dict[str, Any]
 ) -> None:
-    """Write weights, optimizer, random states and `progress` to `folder`.
+    """Write the trained weights, optimizer, random states and `progress` to `folder`.
 
-    Every process takes part: each has random states of its own to save.
+    Every process must call it: each has random states of its own to save.
+
+    Raises:
+        ValueError: it could not be written; the state before this one is kept.
     """
     staging = folder.with_name(f"{folder.name}.new")  # one name for all processes
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(staging), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def finish() -> None:
         about = {"processes": accelerator.num_processes, "recipe": asdict(recipe)}
         write_json(staging / PROGRESS, {**progress, **about})
         swap_in(staging, folder)
-    accelerator.wait_for_everyone()
+
+    on_first(accelerator, begin)
+    kinds = {"exclude_frozen_parameters": True} if _uses_deepspeed(accelerator) else {}
+    on_all(lambda: accelerator.save_state(str(staging), safe_serialization=True, **kinds))
+    on_first(accelerator, finish)
 
 
 def load_state(accelerator: Accelerator, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Bring back what `save_state` wrote; returns its `progress`, None if there is no state.
+    """Load what `save_state` wrote.
+
+    Whether there is a state, and which, is decided by the first process for all of them.
+
+    Returns:
+        The `progress` that was saved; None if there is no state.
 
     Raises:
-        ValueError: it is the state of a run with other settings; the message names them.
+        ValueError: the state belongs to a run with other settings (the message names them), or
+            another process does not see it.
     """
+    progress = on_first(accelerator, lambda: _read_progress(accelerator, folder, recipe))
+    if progress is None:
+        return None
+
+    def check_seen() -> None:
+        if not (folder / PROGRESS).is_file():
+            raise ValueError(
+                f"process {accelerator.process_index} does not see {folder}, from which the first "
+                "one resumes: output= must lie on a disk that all machines share"
+            )
+
+    on_all(check_seen)
+    accelerator.load_state(str(folder))
+    return progress
+
+
+def _read_progress(accelerator: Accelerator, folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not (folder / PROGRESS).is_file():
         return None
     progress = read_json(folder / PROGRESS)
@@ -55,5 +89,8 @@ def load_state(accelerator: Accelerator, folder: Path, recipe: Recipe) -> dict[s
             f"{folder} belongs to a run with other settings ({'; '.join(changed)}); "
             f"remove {folder.parent} or choose another output="
         )
-    accelerator.load_state(str(folder))
     return progress
+
+
+def _uses_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED

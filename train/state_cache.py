@@ -1,8 +1,8 @@
 """The frozen trunk's states on disk: computed once, read in every epoch.
 
-A frozen trunk says the same about the same row of text every time. So its states at the exits and
-the top of its final law are written to files, row by row, and training reads them instead of
-running the trunk: what is left of a step are the exits and the LM head.
+A frozen trunk gives the same states for the same row of text every time. So its states at the exits
+and the full model's top-k probabilities are written to files, row by row, and training reads them
+instead of running the trunk: a step then runs the exits and the LM head only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from hispec.models.exit_model import ExitModel
 from hispec.utils.console import Output
 from hispec.utils.files import clear_leftovers, new_file, read_json, write_json
 from train.data import TrainingRows
-from train.losses import StoredLaw
+from train.distributed import on_all, on_first
+from train.losses import StoredProbs
 from train.recipe import Recipe
 
 ABOUT = "states.json"
@@ -36,13 +37,13 @@ _SHARD = 2**28  # bytes of one file, about
 
 @dataclass
 class StateSizes:
-    """What is kept per token, and so how much it is."""
+    """Which tensors are stored per token, and how many bytes they take."""
 
     depths: list[int]
     top_k: int
     hidden: int
     final: bool
-    """Whether the normed state of the full depth is kept too, for heads that read it."""
+    """Whether the normed state at full depth is stored too, for heads that read it."""
     dtype: torch.dtype
 
     @property
@@ -59,7 +60,7 @@ class StateSizes:
 
 
 def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
-    """What a recipe keeps of a model of that width and vocabulary."""
+    """What a recipe stores of a model with this hidden size and vocabulary."""
     return StateSizes(
         depths=list(recipe.exits),
         top_k=min(recipe.states_top_k, vocab_size),
@@ -71,18 +72,18 @@ def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
 
 @dataclass
 class StoredStates:
-    """What the trunk said to a batch of rows."""
+    """The stored states of a batch of rows."""
 
     states: dict[int, torch.Tensor]
     """[B, T, H] by depth."""
     tokens_BTK: torch.Tensor
-    log_p_BTK: torch.Tensor
+    log_probs_BTK: torch.Tensor
     final_BTH: torch.Tensor | None = None
     """Normed, at full depth."""
 
     @classmethod
     def of(cls, row: dict[str, torch.Tensor]) -> StoredStates | None:
-        """Those of a collated batch, None if it has none."""
+        """The states of a collated batch, None if it has none."""
         if "top.tokens" not in row:
             return None
         depths = {name.removeprefix("depth."): t for name, t in row.items() if name[:6] == "depth."}
@@ -93,9 +94,9 @@ class StoredStates:
             row.get("final"),
         )
 
-    def law(self) -> StoredLaw:
-        """The final rung's law at all N = B * T places."""
-        return StoredLaw(self.tokens_BTK.flatten(0, 1).long(), self.log_p_BTK.flatten(0, 1))
+    def probs(self) -> StoredProbs:
+        """The full model's top-k probabilities at all N = B * T tokens."""
+        return StoredProbs(self.tokens_BTK.flatten(0, 1).long(), self.log_probs_BTK.flatten(0, 1))
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def compute_states(
     sizes: StateSizes,
     chunk: int,
 ) -> dict[str, torch.Tensor]:
-    """The tensors [B, T, ...] that are kept of some rows, on the CPU, by name."""
+    """The tensors [B, T, ...] to store for some rows, on the CPU, by name."""
     states = model.states(tokens_BT, [*sizes.depths, model.num_layers], positions_BT)
     final_BTH = model.normed(model.num_layers, states[model.num_layers])
     found = {f"depth.{depth}": states[depth] for depth in sizes.depths}
@@ -129,9 +130,9 @@ class StateStore(Dataset[dict[str, Any]]):
     """Training rows with the trunk's states for them; `fill` comes before the first row is read.
 
     Args:
-        folder: of the files. Runs with the same base, text, depths and precision share it.
-        rows: what training would read without states.
-        base: hashes of the base's weights.
+        folder: where the files are. Runs with the same base, text, depths and precision share it.
+        rows: the training rows.
+        base: SHA-256 of the base's weight files.
     """
 
     def __init__(
@@ -183,30 +184,28 @@ class StateStore(Dataset[dict[str, Any]]):
         chunk: int,
         say: Callable[[str], None],
     ) -> None:
-        """Compute and write what is not there yet; files are written whole or not at all.
+        """Compute and write the missing files; each is written whole or not at all.
 
         Every process computes its share. Where the trunk is spread over processes each of them
         must take part in every pass, so all make as many passes as the one with most to do.
 
         Raises:
-            ValueError: the folder holds other states, or there is no room for these.
+            ValueError: the folder holds other states, or the disk has no room for these.
         """
-        if accelerator.is_main_process:
-            self._prepare(say)
-        accelerator.wait_for_everyone()
-        missing = [n for n in range(self.files) if not self._file(n).is_file()]
-        accelerator.wait_for_everyone()  # before anybody changes what is missing
+        missing = on_first(accelerator, lambda: self._prepare(say))
         processes, rank = accelerator.num_processes, accelerator.process_index
         rounds = range(0, len(missing), processes)
         shown = accelerator.is_main_process and bool(missing)
         for first in track(rounds, "trunk states", disable=not shown, console=Output(stderr=True)):
             number = missing[min(first + rank, len(missing) - 1)]
             tensors = self._compute(accelerator, on_model, number, batch_size, chunk)
-            if first + rank < len(missing):
-                self._write(self._file(number), tensors)
+            if first + rank >= len(missing):  # computed with the others, who write it
+                tensors = {}
+            on_all(partial(self._write, self._file(number), tensors))
         accelerator.wait_for_everyone()
 
-    def _prepare(self, say: Callable[[str], None]) -> None:
+    def _prepare(self, say: Callable[[str], None]) -> list[int]:
+        """Check the folder and the room on its disk; returns the numbers of the missing files."""
         about = self.folder / ABOUT
         if about.is_file():
             there = read_json(about)
@@ -222,20 +221,22 @@ class StateStore(Dataset[dict[str, Any]]):
             )
         for number in range(self.files):
             clear_leftovers(self._file(number))
-        missing = sum(not self._file(n).is_file() for n in range(self.files)) / self.files
+        missing = [n for n in range(self.files) if not self._file(n).is_file()]
+        share = len(missing) / self.files
         parent = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(parent).free
         say(
             f"trunk states: {decimal(self.bytes)} in {self.folder} for {len(self)} rows of text, "
-            f"{100 * (1 - missing):.0f}% are there; {decimal(free)} are free"
+            f"{100 * (1 - share):.0f}% are there; {decimal(free)} are free"
         )
-        if missing * self.bytes > free:
+        if share * self.bytes > free:
             raise ValueError(
-                f"states={str(self.folder)!r}: {decimal(round(missing * self.bytes))} are needed "
+                f"states={str(self.folder)!r}: {decimal(round(share * self.bytes))} are needed "
                 f"and {decimal(free)} are free; set a smaller max_rows or name another disk"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(about, self.about)
+        return missing
 
     def _compute(
         self,
@@ -245,7 +246,7 @@ class StateStore(Dataset[dict[str, Any]]):
         batch_size: int,
         chunk: int,
     ) -> dict[str, torch.Tensor]:
-        """The tensors of one file."""
+        """Compute the tensors of one file."""
         first = number * self.rows_per_file
         stop = min(first + self.rows_per_file, len(self.rows))
         parts: list[dict[str, torch.Tensor]] = []
@@ -256,11 +257,13 @@ class StateStore(Dataset[dict[str, Any]]):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if not tensors:
+            return
         try:
             with new_file(path) as temporary:
                 save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"states={str(self.folder)!r}: {path.name} could not be written: {error}; what is "
-                "there already is whole and will be used"
+                f"states={str(self.folder)!r}: {path.name} could not be written: {error}; the "
+                "files that are there already are whole and will be used"
             ) from error

@@ -1,4 +1,4 @@
-"""One training step's forward pass: trunk with layer dropout, exits, the loss of every rung."""
+"""One training step's forward pass: trunk with layer dropout, exits, the loss of every student."""
 
 from __future__ import annotations
 
@@ -12,45 +12,67 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hispec.data.packing import positions_if_packed
-from hispec.models.exit_model import ExitModel, of_token_before
+from hispec.models.exit_model import ExitModel, LayerInputs, of_token_before
 from train.layer_dropout import rates, skipped, warmed_up
-from train.losses import ExitLoss, Pupil, StoredLaw, Teacher, exit_loss
+from train.losses import ExitLoss, StoredProbs, Student, Teacher, exit_loss
 from train.recipe import Recipe
 from train.schedule import active_exits, exit_weights
 from train.state_cache import StoredStates
 from train.trunk import Trunk
 
-# Of the tokens that a head which reads the token before is trained on, the shares that are shown
-# the full model's state of it, and nothing; the rest are shown the head's own.
+# A head that reads the previous token's state is trained on three kinds of it, chosen per token:
+# this share sees the full model's state, this share sees zeros, the rest see the head's own state.
 _SHOWN_FINAL, _SHOWN_NOTHING = 0.5, 0.15
 
 
-class Wrapped(nn.Module):
-    """What accelerate wraps: the trained part, and the frozen trunk too where it must be sharded.
+@dataclass
+class Outcome:
+    """What a job returned from `Wrapped.forward`.
 
-    Everything that touches the model runs inside `forward`, as a job that is handed the model, so
-    that the hooks of DDP, FSDP and ZeRO see it.
+    Under mixed precision accelerate turns all tensors that a forward pass returns into float32. It
+    does not look into a dataclass, so that results keep their dtype.
     """
 
-    def __init__(self, model: ExitModel, *, with_trunk: bool) -> None:
+    value: Any
+
+
+class Wrapped(nn.Module):
+    """The module that accelerate wraps: what is trained, and what is frozen where it is sharded.
+
+    Everything that touches the model runs inside `forward`, as a job that receives the model, so
+    that the hooks of DDP, FSDP and ZeRO see it.
+
+    Args:
+        with_trunk: whether the trunk belongs to it: it is trained, or sharded.
+        base: an untouched base that is sharded too.
+    """
+
+    def __init__(
+        self, model: ExitModel, *, with_trunk: bool, base: ExitModel | None = None
+    ) -> None:
         super().__init__()
         self.heads = model.heads
         if with_trunk:
             self.trunk = model.hf
+        if base is not None:
+            self.base = base.hf
         self._model = (model,)  # in a tuple: a frozen trunk must not become a submodule
-        self._no_split_modules = model.hf._no_split_modules  # where FSDP may cut
+        self._no_split_modules = model.hf._no_split_modules  # the units that FSDP shards
 
     def tie_weights(self) -> None:
-        """Make the LM head the embedding again where it was: accelerate's FSDP asks for it."""
+        """Tie the LM head to the embedding again where they were tied; accelerate's FSDP calls it
+        after it has moved the parameters."""
         self._model[0].hf.tie_weights()
+        if hasattr(self, "base"):
+            self.base.tie_weights()
 
-    def forward(self, job: Callable[..., Any], *args: Any) -> Any:
-        return job(self._model[0], *args)
+    def forward(self, job: Callable[..., Any], *args: Any) -> Outcome:
+        return Outcome(job(self._model[0], *args))
 
 
 @dataclass
 class Batch:
-    """Rows of tokens and what they teach."""
+    """Rows of tokens and their labels."""
 
     tokens_BT: torch.Tensor
     labels_BT: torch.Tensor
@@ -59,22 +81,26 @@ class Batch:
     micro: int = 0
     """Number of this batch within its step."""
     positions_BT: torch.Tensor | None = None
-    """Places of the tokens in their documents; None where every row is one document."""
+    """Positions of the tokens in their documents; None where every row is one document."""
     stored: StoredStates | None = None
-    """What the trunk says to it, if that is known already."""
+    """The trunk's states, if they were computed before."""
 
     @classmethod
     def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0) -> Batch:
-        """That of a collated dict of `TrainingRows` or `StateStore`."""
+        """The batch of a collated dict of `TrainingRows` or `StateStore`."""
         positions_BT = positions_if_packed(row["positions"])
         return cls(row["tokens"], row["labels"], step, micro, positions_BT, StoredStates.of(row))
+
+    def labels(self) -> torch.Tensor:
+        """Number of labelled tokens, a float32 scalar."""
+        return (self.labels_BT >= 0).sum().float()
 
 
 class TrainingStep:
     """The loss of a batch under a recipe.
 
     Args:
-        base: an untouched copy of the base, where the recipe holds a fully trained trunk to it.
+        base: an untouched copy of the base, for a fully trained trunk with `base_kl`.
         rank: number of this process among `processes`.
     """
 
@@ -97,9 +123,9 @@ class TrainingStep:
         recipe = self.recipe
         chosen = active_exits(recipe.curriculum, len(recipe.exits), batch.step, recipe.steps)
         depths = [recipe.exits[e] for e in chosen]
-        final: torch.Tensor | StoredLaw
+        final: torch.Tensor | StoredProbs
         if batch.stored is not None:
-            states, final = batch.stored.states, batch.stored.law()
+            states, final = batch.stored.states, batch.stored.probs()
             final_BTH = batch.stored.final_BTH
         else:
             with torch.set_grad_enabled(self.trunk.trained):
@@ -117,8 +143,8 @@ class TrainingStep:
             e_scale=recipe.e_scale,
             final=model.num_layers if self.trunk.trained else None,
         )
-        pupils = [
-            Pupil(
+        students = [
+            Student(
                 normed[depth],
                 weights[i],
                 recipe.ce_weight,
@@ -129,11 +155,11 @@ class TrainingStep:
             for i, depth in enumerate(depths)
         ]
         if self.trunk.trained:
-            kept_to = [self._base_law(model, batch)] if recipe.base_kl else []
-            pupils.append(Pupil(final_NH, weights[-1], 1.0, kept_to, recipe.base_kl))
+            teachers = [self._base_teacher(model, batch)] if recipe.base_kl else []
+            students.append(Student(final_NH, weights[-1], 1.0, teachers, recipe.base_kl))
         return exit_loss(
             model.project,
-            pupils,
+            students,
             final,
             batch.labels_BT.flatten(),
             chunk=recipe.loss_chunk,
@@ -149,24 +175,24 @@ class TrainingStep:
         hidden_BTH: torch.Tensor,
         final_BTH: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What the LM head reads at an exit, [B, T, H].
+        """Input of the LM head at an exit, [B, T, H].
 
-        A head that reads the token before is shown what it will meet in decoding: the full model's
-        state, or its own of an earlier pass, or nothing, by chance for each token (the
-        training-time test of EAGLE-3, 2503.01840, in one pass).
+        A head that reads the previous token's state is shown what it will meet in decoding: the
+        full model's state, or its own from an earlier pass, or zeros, chosen at random for each
+        token (the training-time test of EAGLE-3, 2503.01840, in one pass).
         """
         if model.head(depth).mix is None:
             return model.normed(depth, model.run_head(depth, hidden_BTH, batch.positions_BT))
         assert final_BTH is not None
-        places_BT = batch.positions_BT
-        known_BTH = of_token_before(final_BTH.detach(), places_BT)
+        positions_BT = batch.positions_BT
+        known_BTH = of_token_before(final_BTH.detach(), positions_BT)
         with torch.no_grad():
-            own_BTH = model.run_head(depth, hidden_BTH, places_BT, previous_BTH=known_BTH)
-            own_BTH = of_token_before(model.normed(depth, own_BTH), places_BT)
+            own_BTH = model.run_head(depth, hidden_BTH, positions_BT, previous_BTH=known_BTH)
+            own_BTH = of_token_before(model.normed(depth, own_BTH), positions_BT)
         chance_BT1 = self._chance(batch, depth)[..., None].to(hidden_BTH.device)
         previous_BTH = torch.where(chance_BT1 < _SHOWN_FINAL, known_BTH, own_BTH)
         previous_BTH = torch.where(chance_BT1 < 1 - _SHOWN_NOTHING, previous_BTH, 0.0)
-        head_BTH = model.run_head(depth, hidden_BTH, places_BT, previous_BTH=previous_BTH)
+        head_BTH = model.run_head(depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH)
         return model.normed(depth, head_BTH)
 
     def _chance(self, batch: Batch, depth: int) -> torch.Tensor:
@@ -175,13 +201,13 @@ class TrainingStep:
         return torch.from_numpy(np.random.default_rng(key).random(tuple(batch.tokens_BT.shape)))
 
     def _teachers(
-        self, final: torch.Tensor | StoredLaw, deeper_NH: Sequence[torch.Tensor]
-    ) -> list[Teacher] | StoredLaw:
-        """Who an exit imitates: the final rung, and by a share the next deeper exit if any."""
+        self, final: torch.Tensor | StoredProbs, deeper_NH: Sequence[torch.Tensor]
+    ) -> list[Teacher] | StoredProbs:
+        """The teachers of an exit: the full model, and by a share the next deeper exit if any."""
         share = self.recipe.neighbour_share if deeper_NH else 0.0
         if not self.recipe.distill_weight:
             return []
-        if isinstance(final, StoredLaw):
+        if isinstance(final, StoredProbs):
             return final
         if not share:
             return [Teacher(final)]
@@ -191,12 +217,13 @@ class TrainingStep:
         ]
 
     def _states(self, model: ExitModel, batch: Batch, depths: list[int]) -> dict[int, torch.Tensor]:
-        """States [B, T, H] at some depths and at the end."""
+        """Hidden states [B, T, H] at some depths and at the full one."""
         wanted = {*depths, model.num_layers}
         if not self.trunk.trained:
             return model.states(batch.tokens_BT, wanted, batch.positions_BT)
         recipe = self.recipe
         hidden_BTH = model.embed(batch.tokens_BT)
+        inputs = model.layer_inputs(hidden_BTH, batch.positions_BT)
         found: dict[int, torch.Tensor] = {}
         warm = warmed_up(batch.step, recipe.dropout_warmup * recipe.steps)
         layer_rates = rates(recipe.dropout_schedule, model.num_layers, recipe.layer_dropout)
@@ -215,7 +242,9 @@ class TrainingStep:
             skip = of_step[first : first + pass_rows]
             if not skip.all():  # on any process: all of them enter, or the collectives would hang
                 kept_K = (~skip[own]).nonzero()[0]
-                hidden_BTH = self._layer(model, layer, hidden_BTH, batch.positions_BT, kept_K)
+                hidden_BTH = self._layer(
+                    model, layer, hidden_BTH, batch.positions_BT, inputs, kept_K
+                )
             if layer + 1 in wanted:
                 found[layer + 1] = hidden_BTH
         return found
@@ -226,32 +255,37 @@ class TrainingStep:
         layer: int,
         hidden_BTH: torch.Tensor,
         positions_BT: torch.Tensor | None,
+        inputs: dict[str, LayerInputs],
         kept_K: np.ndarray,
     ) -> torch.Tensor:
-        """One layer over the samples that do not skip it; the others are not computed."""
+        """Run one layer over the samples `kept_K`; the others pass through."""
 
-        def run(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        def run(
+            hidden: torch.Tensor,
+            positions: torch.Tensor | None,
+            inputs: dict[str, LayerInputs] | None,
+        ) -> torch.Tensor:
+            args = (hidden, layer, layer + 1, positions, None, inputs)
             if self.recipe.gradient_checkpointing:
-                again = checkpoint(
-                    model.run, hidden, layer, layer + 1, positions, use_reentrant=False
-                )
-                assert isinstance(again, torch.Tensor)
-                return again
-            return model.run(hidden, layer, layer + 1, positions)
+                output = checkpoint(model.run, *args, use_reentrant=False)
+                assert isinstance(output, torch.Tensor)
+                return output
+            return model.run(*args)
 
         if len(kept_K) == len(hidden_BTH):
-            return run(hidden_BTH, positions_BT)
-        if len(kept_K) == 0:  # enters for the others' sake
-            return hidden_BTH + 0.0 * run(hidden_BTH[:1], None).sum()
+            return run(hidden_BTH, positions_BT, inputs)
+        if len(kept_K) == 0:  # enters because another process does
+            return hidden_BTH + 0.0 * run(hidden_BTH[:1], None, None).sum()
         rows_K = torch.from_numpy(kept_K).to(hidden_BTH.device)
         positions_KT = None if positions_BT is None else positions_BT[rows_K]
-        ran_KTH = run(hidden_BTH.index_select(0, rows_K), positions_KT)
+        kind = model.layer_types[layer]
+        of_rows = {kind: inputs[kind].rows(rows_K)}
+        ran_KTH = run(hidden_BTH.index_select(0, rows_K), positions_KT, of_rows)
         return hidden_BTH.index_copy(0, rows_K, ran_KTH.to(hidden_BTH.dtype))
 
     @torch.no_grad()
-    def _base_law(self, model: ExitModel, batch: Batch) -> Teacher:
-        """What the untouched base says to the batch."""
-
+    def _base_teacher(self, model: ExitModel, batch: Batch) -> Teacher:
+        """The untouched base as the full model's teacher."""
         if self.base is not None:
             normed_NH = self.base.final(batch.tokens_BT, batch.positions_BT).flatten(0, 1)
             return Teacher(normed_NH, read=self.base.project)

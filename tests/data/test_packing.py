@@ -24,7 +24,7 @@ from hispec.data.packing import (
 from hispec.metrics.agreement import LONGEST_RUN, run_shares
 from hispec.models.architectures import SLIDING
 from train.data import TrainingRows
-from train.evaluator import Judge
+from train.evaluator import Evaluator
 from train.recipe import Recipe, load_recipe
 from train.trainer import Trainer
 from train.training_step import Batch, TrainingStep
@@ -47,7 +47,7 @@ def test_rows_carry_the_places_of_their_tokens():
     rows = packed([([7] * 3, [True] * 3), ([8] * 5, [False] * 5), ([9] * 4, [True] * 4)], 5, 2)
     assert rows.tokens_RT.tolist() == [[7, 7, 7, 8, 8], [8, 8, 8, 9, 9]]
     assert rows.positions_RT.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]
-    assert rows.taught_RT.tolist() == [[True] * 3 + [False] * 2, [False] * 3 + [True] * 2]
+    assert rows.loss_mask_RT.tolist() == [[True] * 3 + [False] * 2, [False] * 3 + [True] * 2]
     whole = Rows.whole(rows.tokens_RT)
     assert whole.positions_RT.tolist() == [list(range(5))] * 2
     assert positions_if_packed(whole.positions_RT) is None
@@ -182,15 +182,15 @@ def test_the_judge_measures_each_document_on_its_own(family):
 
 
 def judged(model, rows: Rows, trunk) -> dict:
-    """What the judge finds after the trunk has moved a little and back again."""
-    judge = Judge(rows, trunk)
+    """What the evaluator finds after the trunk has moved a little and back again."""
+    evaluator = Evaluator(rows, trunk)
     weight = model.hf.model.layers[3].mlp.down_proj.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.neg_()
-        judge.remember_base(model)
+        evaluator.remember_base(model)
         weight.copy_(kept)
-    return judge(model)
+    return evaluator(model)
 
 
 def test_runs_stay_in_their_document():
@@ -264,7 +264,7 @@ def test_every_kind_of_trunk_trains_on_packed_rows(tiny_base, tmp_path, trunk):
         **dict(trunk=trunk, steps=30, eval_every=15, lr=0.003, head_blocks=1),
     )
     trainer = Trainer(load_recipe(words))
-    assert positions_if_packed(trainer.judge.rows.positions_RT) is not None
+    assert positions_if_packed(trainer.evaluator.rows.positions_RT) is not None
     assert positions_if_packed(next(trainer._batches())["positions"]) is not None
     trainer.train()
     before, after = trainer.history[0], trainer.history[-1]

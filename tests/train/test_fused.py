@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import LAUNCH, history, run
-from test_losses import H, N, V, problem, pupils_of
+from test_losses import H, N, V, problem, students_of
 from test_trainer import settings
 
 from train.losses import exit_loss
@@ -32,9 +32,9 @@ def test_kernels_give_the_plain_loss(train_head, capped, kind, distill, ce, neig
     read = soft_capped(head) if capped else head
     found = []
     for kernels in (False, True):
-        pupils = pupils_of(exits, final, kind, distill, ce, neighbour)
+        students = students_of(exits, final, kind, distill, ce, neighbour)
         result = exit_loss(
-            read, pupils, final, labels, chunk=8, train_head=train_head, kernels=kernels
+            read, students, final, labels, chunk=8, train_head=train_head, kernels=kernels
         )
         inputs = [*exits, head.weight] if train_head else exits
         found.append((result, torch.autograd.grad(result.loss * 3, inputs)))
@@ -57,8 +57,8 @@ def test_kernels_read_bf16_logits():
     labels[3] = -100
     found = []
     for kernels in (False, True):
-        pupils = pupils_of(exits, final, "forward_kl", 1.0, 0.1)
-        result = exit_loss(head, pupils, final, labels, chunk=8, kernels=kernels)
+        students = students_of(exits, final, "forward_kl", 1.0, 0.1)
+        result = exit_loss(head, students, final, labels, chunk=8, kernels=kernels)
         found.append((result.loss, *torch.autograd.grad(result.loss, exits)))
     (plain, exact), (fused, gradient) = found
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from train.layer_dropout import SCHEDULES, rates, skipped, warmed_up
-from train.losses import Pupil, StoredLaw, Teacher, exit_loss
+from train.losses import StoredProbs, Student, Teacher, exit_loss
 from train.schedule import CURRICULA, EXIT_WEIGHTS, active_exits, exit_weights, learning_rate
 
 N, H, V, E = 11, 6, 13, 3
@@ -28,8 +28,8 @@ def problem(dtype=torch.float64):
     return head, exits, rand(N, H), labels
 
 
-def pupils_of(exits, final, kind, distill, ce, neighbour=0.0):
-    pupils = []
+def students_of(exits, final, kind, distill, ce, neighbour=0.0):
+    students = []
     for e, hidden in enumerate(exits):
         teachers = [Teacher(final)]
         if neighbour and e + 1 < len(exits):
@@ -37,10 +37,10 @@ def pupils_of(exits, final, kind, distill, ce, neighbour=0.0):
                 Teacher(final, 1 - neighbour),
                 Teacher(exits[e + 1].detach(), neighbour),
             ]
-        pupils.append(
-            Pupil(hidden, WEIGHTS[e], ce, teachers if distill else [], distill, divergence=kind)
+        students.append(
+            Student(hidden, WEIGHTS[e], ce, teachers if distill else [], distill, divergence=kind)
         )
-    return pupils
+    return students
 
 
 def by_hand(head, exits, final, labels, kind, distill, ce, neighbour=0.0):
@@ -81,9 +81,9 @@ def test_loss_and_gradients_equal_the_plain_computation(
     head, exits, final, labels = problem()
     expected = by_hand(head, exits, final, labels, kind, distill, ce, neighbour)
     wanted = torch.autograd.grad(expected, [*exits, head.weight])
-    pupils = pupils_of(exits, final, kind, distill, ce, neighbour)
-    result = exit_loss(head, pupils, final, labels, chunk=chunk, train_head=train_head)
-    # the laws are float32 by design
+    students = students_of(exits, final, kind, distill, ce, neighbour)
+    result = exit_loss(head, students, final, labels, chunk=chunk, train_head=train_head)
+    # probabilities are float32 by design
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-6, atol=1e-6)
     weighted = sum(w * loss for w, loss in zip(WEIGHTS, result.loss_P, strict=True))
     torch.testing.assert_close(weighted, result.loss.detach().to(weighted.dtype))
@@ -93,26 +93,26 @@ def test_loss_and_gradients_equal_the_plain_computation(
         torch.testing.assert_close(gradient, 3 * exact, rtol=1e-4, atol=1e-6)
 
 
-def stored_law(head, final, k):
-    log_p = head(final).log_softmax(-1).detach()
-    tokens = log_p.topk(k).indices
-    return StoredLaw(tokens, log_p.gather(1, tokens))
+def stored_probs(head, final, k):
+    log_probs = head(final).log_softmax(-1).detach()
+    tokens = log_probs.topk(k).indices
+    return StoredProbs(tokens, log_probs.gather(1, tokens))
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tv"])
 @pytest.mark.parametrize("ce", [0.0, 0.4])
-def test_a_stored_law_with_every_token_teaches_what_the_final_rung_teaches(kind, ce):
+def test_stored_probs_of_every_token_teach_what_the_full_model_teaches(kind, ce):
     head, exits, final, labels = problem()
-    law = stored_law(head, final, V)
+    probs = stored_probs(head, final, V)
     taught = [
         exit_loss(
             head,
-            [Pupil(h, WEIGHTS[e], ce, teachers, 0.7, kind) for e, h in enumerate(exits)],
+            [Student(h, WEIGHTS[e], ce, teachers, 0.7, kind) for e, h in enumerate(exits)],
             judged,
             labels,
             chunk=4,
         )
-        for teachers, judged in (([Teacher(final)], final), (law, law))
+        for teachers, judged in (([Teacher(final)], final), (probs, probs))
     ]
     (dense, stored) = taught
     torch.testing.assert_close(stored.loss, dense.loss, rtol=1e-6, atol=1e-6)
@@ -123,14 +123,14 @@ def test_a_stored_law_with_every_token_teaches_what_the_final_rung_teaches(kind,
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "tv"])
-def test_what_is_not_stored_of_a_law_is_one_outcome(kind):
-    """By hand: the laws of four tokens and of all others together."""
+def test_tokens_outside_the_stored_top_k_are_one_outcome(kind):
+    """By hand: the probabilities of four tokens and of all others together."""
     head, (hidden, *_), final, labels = problem()
-    law, labelled = stored_law(head, final, 4), labels >= 0
+    probs, labelled = stored_probs(head, final, 4), labels >= 0
     p, q = head(final).softmax(-1).detach(), head(hidden).softmax(-1)
-    outside = torch.ones(N, V, dtype=torch.bool).scatter(1, law.tokens_NK, False)
+    outside = torch.ones(N, V, dtype=torch.bool).scatter(1, probs.tokens_NK, False)
     p, q = (
-        torch.cat([x.gather(1, law.tokens_NK), (x * outside).sum(1, keepdim=True)], 1)
+        torch.cat([x.gather(1, probs.tokens_NK), (x * outside).sum(1, keepdim=True)], 1)
         for x in (p, q)
     )
     distance = {
@@ -139,7 +139,7 @@ def test_what_is_not_stored_of_a_law_is_one_outcome(kind):
         "tv": 1 - torch.minimum(p, q).sum(-1),
     }[kind]
     expected = distance[labelled].mean()
-    result = exit_loss(head, [Pupil(hidden, 1.0, 0.0, law, 1.0, kind)], law, labels, chunk=4)
+    result = exit_loss(head, [Student(hidden, 1.0, 0.0, probs, 1.0, kind)], probs, labels, chunk=4)
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     got, exact = (torch.autograd.grad(loss, hidden)[0] for loss in (result.loss, expected))
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6)
@@ -151,19 +151,19 @@ def test_agreement_counts_equal_argmaxes_of_labelled_tokens():
     top, labelled = head(final).argmax(-1), labels >= 0
     expected = [(head(h).argmax(-1) == top)[labelled].double().mean().item() for h in exits]
     for train_head in (False, True):
-        pupils = pupils_of(exits, final, "forward_kl", 1.0, 0.0)
-        result = exit_loss(head, pupils, final, labels, chunk=4, train_head=train_head)
+        students = students_of(exits, final, "forward_kl", 1.0, 0.0)
+        result = exit_loss(head, students, final, labels, chunk=4, train_head=train_head)
         assert result.agreement_P.tolist() == pytest.approx(expected)
     assert expected[1] == 1
 
 
 def test_a_teacher_with_a_head_of_its_own():
-    """What the final rung is held to: the base as it was."""
+    """What the full model is held to: the base as it was."""
     head, _, final, labels = problem()
     other = torch.nn.Linear(H, V, bias=False, dtype=torch.float64)
     own = final.clone().requires_grad_()
-    pupil = Pupil(own, 1.0, 1.0, [Teacher(final, read=other)], 0.5)
-    result = exit_loss(head, [pupil], final, labels, chunk=4)
+    student = Student(own, 1.0, 1.0, [Teacher(final, read=other)], 0.5)
+    result = exit_loss(head, [student], final, labels, chunk=4)
     log_q, p = head(own).log_softmax(-1), other(final).softmax(-1)
     labelled = labels >= 0
     expected = 0.5 * -(p * log_q).sum(-1)[labelled].mean() + F.cross_entropy(head(own), labels)
@@ -173,8 +173,8 @@ def test_a_teacher_with_a_head_of_its_own():
 def test_no_gradient_reaches_a_teacher():
     head, exits, final, labels = problem()
     for train_head in (False, True):
-        pupils = pupils_of(exits[:1], exits[1], "forward_kl", 1.0, 1.0)
-        exit_loss(head, pupils, final, labels, chunk=4, train_head=train_head).loss.backward()
+        students = students_of(exits[:1], exits[1], "forward_kl", 1.0, 1.0)
+        exit_loss(head, students, final, labels, chunk=4, train_head=train_head).loss.backward()
         assert exits[0].grad is not None
         assert exits[1].grad is None
 
@@ -186,8 +186,8 @@ def test_logits_of_all_tokens_and_exits_are_never_held_at_once(train_head):
     head, exits, final, labels = problem()
     seen = []
     head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    pupils = pupils_of(exits, final, "forward_kl", 1.0, 0.0)
-    exit_loss(head, pupils, final, labels, chunk=4, train_head=train_head).loss.backward()
+    students = students_of(exits, final, "forward_kl", 1.0, 0.0)
+    exit_loss(head, students, final, labels, chunk=4, train_head=train_head).loss.backward()
     assert set(seen) == {(4, V), (3, V)}
     if not train_head:
         assert len(seen) == (E + 1) * 3

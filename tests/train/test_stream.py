@@ -88,7 +88,7 @@ def test_an_epoch_brings_the_rows_of_the_text_in_another_order():
             block = slice(start, start + 6)
             assert Counter(got[block]) == Counter(wanted[block])
         assert got != wanted
-        assert all(rows.taught_RT.flatten().tolist())
+        assert all(rows.loss_mask_RT.flatten().tolist())
     assert not same(epochs[0], epochs[1])
     assert not same(epochs[1], epochs[2])
     assert not same(stream_of(seed=1).take(count), epochs[0])
@@ -284,7 +284,7 @@ def test_what_is_measured_was_held_out(finished, texts):
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
     measured = json.loads(line)["agreement"]
     figures = checkpoint.read_config(finished)["figures"]["agreement"]
-    for got, expected in zip(measured, figures, strict=True):  # the judge's own rows
+    for got, expected in zip(measured, figures, strict=True):  # the evaluator's own rows
         assert got["top1"] == pytest.approx(expected["top1"], abs=1e-6)
         assert got["acceptance"] == pytest.approx(expected["acceptance"], abs=1e-4)
 

@@ -92,7 +92,7 @@ def test_a_trained_trunk_is_exported_with_what_it_learned(tiny_base, texts, tmp_
         **dict(trunk=trunk, head="block", lr=0.01, steps=6, eval_every=6),
     )
     trainer.train()
-    rows_RT = trainer.judge.rows.tokens_RT
+    rows_RT = trainer.evaluator.rows.tokens_RT
     with torch.no_grad():
         trained = trainer.model.hf(rows_RT).logits
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ee")(rows_RT).logits
@@ -126,8 +126,8 @@ def test_drift_is_the_kl_to_the_base(tiny_base, texts, tmp_path):
     trainer.train()
     assert trainer.history[0]["drift"] == pytest.approx(0, abs=1e-6)
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
-    texts = [text for row in documents_of(trainer.judge.rows) for text in row]
-    assert len(texts) > len(trainer.judge.rows)
+    texts = [text for row in documents_of(trainer.evaluator.rows) for text in row]
+    assert len(texts) > len(trainer.evaluator.rows)
     kl = []
     with torch.no_grad():
         for text_1T in texts:
@@ -169,7 +169,7 @@ def test_no_checkpoint_within_the_drift_is_said(tiny_base, texts, tmp_path):
         *(tiny_base, texts, tmp_path / "ee"),
         **dict(trunk="full", head="shared", lr=0.02, max_drift=1e-9),
     )
-    with pytest.raises(ValueError, match="max_drift=1e-09: the final rung was further"):
+    with pytest.raises(ValueError, match="max_drift=1e-09: the full model was further"):
         trainer.train()
     assert not (tmp_path / "ee").exists()
 
