@@ -1,4 +1,4 @@
-"""Chats as text: what the tokenizer's template makes of them, and what of it the assistant said."""
+"""Chats as text and tokens: the tokenizer's chat template applied, the assistant's part marked."""
 
 from __future__ import annotations
 
@@ -6,39 +6,31 @@ from collections.abc import Sequence
 from typing import Any
 
 Message = dict[str, str]
-
-
-def is_chat(value: Any) -> bool:
-    """Whether a value of a row is a list of messages, each with `role` and `content`."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) > 0
-        and all(isinstance(message, dict) for message in value)
-        and all(isinstance(m.get(key), str) for m in value for key in ("role", "content"))
-    )
+"""`role` and `content`."""
 
 
 def render(
     messages: Sequence[Message], tokenizer: Any, name: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """(text of a chat, the stretches [start, stop) of characters that the assistant wrote).
-
-    What ends a turn is part of it; what opens one is not.
+    """Render a chat with the tokenizer's template.
 
     Args:
         name: of the chat, for messages.
 
+    Returns:
+        The text, and the spans [start, stop) of its characters that the assistant wrote. A span
+        includes what the template writes at the end of a turn, but not what it writes before it.
+
     Raises:
-        ValueError: the tokenizer has no chat template, the assistant says nothing, or the template
-            rewrites earlier turns, so that they cannot be told from the chat's text.
+        ValueError: the tokenizer has no chat template, no message is the assistant's, or the
+            template rewrites earlier turns, so that a span cannot be located.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"{name} is a chat, but the base's tokenizer has no chat template")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{name}: a chat without a turn of the role 'assistant' teaches nothing")
     whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    spoken = []
+    spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -51,29 +43,33 @@ def render(
                 f"{name}: the chat template writes turn {turn + 1} otherwise once more turns "
                 "follow; give one exchange per row"
             )
-        spoken.append((len(before), len(after)))
-    return whole, spoken
+        spans.append((len(before), len(after)))
+    return whole, spans
 
 
 def encode(messages: Sequence[Message], tokenizer: Any, name: str) -> tuple[list[int], list[bool]]:
-    """(token ids of a chat, for each whether the assistant wrote it). Raises as `render`."""
-    text, spoken = render(messages, tokenizer, name)
+    """Tokenize a chat: (its token ids, for each whether the assistant wrote it).
+
+    Raises:
+        ValueError: as `render`.
+    """
+    text, spans = render(messages, tokenizer, name)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    said = [  # a token may begin with the space before the first word
-        any(start < stop and first < end for first, stop in spoken)
+    by_assistant = [  # a token may begin with the space before the first word
+        any(start < stop and first < end for first, stop in spans)
         for start, end in encoded["offset_mapping"]
     ]
-    return encoded["input_ids"], said
+    return encoded["input_ids"], by_assistant
 
 
 def user_turn(tokenizer: Any) -> tuple[str, str]:
-    """(what the template writes before the user's first words, from their end to the assistant's).
+    """What the chat template writes (before a user's first message, between it and the answer).
 
-    Spaces at the end of the opening are left out: tokenizers write a space with the word after it,
-    so a model that is to go on there would never have seen one alone.
+    Spaces at the end of the first part are left out: tokenizers join a space with the word after
+    it, so a model has hardly ever seen a space alone there.
 
     Raises:
-        ValueError: no chat template, or one that does not write a user's turn once, as it is.
+        ValueError: there is no chat template, or it does not write a user's message unchanged.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")

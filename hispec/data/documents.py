@@ -1,8 +1,7 @@
-"""Text to train and measure on: documents, all at once or one by one, and who is held out."""
+"""Text to train and measure on: documents, read at once or as a stream, and the held-out ones."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import sysconfig
@@ -10,22 +9,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
-from hispec.data.chat import Message, is_chat
+from pydantic import Field
 
-T = TypeVar("T")
+from hispec.data.chat import Message
+from hispec.data.rows import ChatMessage, hub_rows, local_rows, parquet_rows, readable
+from hispec.utils.schema import validate
 
 STDLIB = "stdlib"
 _PLAIN = (".txt", ".md", ".rst", ".py")
 _READ = (*_PLAIN, ".jsonl", ".parquet")
 SEARCHED = 100_000
-"""Documents at a stream's beginning among which those to measure on are looked for."""
+"""Documents at the beginning of a stream among which the held-out ones are looked for."""
 _PIECE = 8_000  # characters of one document cut from a long plain text file
 
-# Tests would outweigh everything else, and the rest of these are generated tables, not writing.
-_NOT_WRITING = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
-                "pydoc_data", "__pycache__"}  # fmt: skip
+# Tests would outweigh everything else, and the others are generated tables, not written code.
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings",
+             "pydoc_data", "__pycache__"}  # fmt: skip
+
+_CHAT_COLUMN = dict[str, Annotated[list[ChatMessage], Field(min_length=1)]]
+_TEXT_COLUMN = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,21 @@ class Document:
 
     name: str
     text: str
+    """Empty for a chat."""
     chat: tuple[Message, ...] = ()
 
 
 def documents(source: str, text_column: str = "text", hub_split: str = "train") -> list[Document]:
-    """All documents of a source: `stdlib`, a local file or folder, or a Hub dataset id.
+    """Read all documents of a source: `stdlib`, a local file or folder, or a Hub dataset id.
 
-    A row's `text_column` holds a text, or a chat: a list of messages with `role` and `content`.
+    Args:
+        text_column: column of a row that holds a text, or a chat: a list of messages with `role`
+            and `content`.
+        hub_split: split of a Hub dataset.
 
     Raises:
-        ValueError: nothing of that name, no text in it, or rows without `text_column`.
+        ValueError: the source does not exist or holds no text, or a row has no text or chat in
+            `text_column`; the message names the file and the line.
     """
     if source == STDLIB:
         return stdlib_documents()
@@ -55,16 +64,17 @@ def documents(source: str, text_column: str = "text", hub_split: str = "train") 
 def stream_documents(
     source: str, text_column: str = "text", hub_split: str = "train", skip: int = 0
 ) -> Iterator[Document]:
-    """The documents of a source one by one, each read when it is asked for.
+    """Yield the documents of a source one by one; each is read when it is needed.
 
-    A Hub dataset is streamed, JSONL is read line by line, Parquet in groups of rows. `stdlib` and
-    plain text work too, but gain little: `stdlib` is read at once, plain text a file at a time.
+    A Hub dataset is streamed, JSONL is read line by line, Parquet in batches of rows. `stdlib` and
+    plain text can be streamed too but gain little: `stdlib` is read at once, plain text file by
+    file.
 
     Args:
         skip: documents to leave out at the beginning.
 
     Raises:
-        ValueError: as `documents`, but only once the row in question is reached.
+        ValueError: as `documents`, but only when the row in question is reached.
     """
     if source != STDLIB and not Path(source).exists():
         return _hub_stream(source, text_column, hub_split, skip)
@@ -76,22 +86,22 @@ def stream_documents(
 def held_out_stream(
     source: str, text_column: str, hub_split: str, held_out: float
 ) -> Iterator[Document]:
-    """The held-out documents among the first 100,000 of a stream, see `is_held_out`."""
+    """Yield the held-out documents among the first 100,000 of a stream, see `is_held_out`."""
     searched = islice(stream_documents(source, text_column, hub_split), SEARCHED)
     return (document for document in searched if is_held_out(document, held_out))
 
 
 def is_held_out(document: Document, held_out: float) -> bool:
-    """Whether a document of a stream is held out: by the hash of what it says, and nothing else.
+    """Whether a document of a stream is held out; only the hash of its content decides.
 
-    So every process and every later evaluation knows it at once, and all copies of a text are on
-    the same side.
+    So every process and every later evaluation agrees on it without seeing the other documents,
+    and all copies of a text are on the same side.
 
     Args:
-        held_out: share of all documents, above 0 and below 1.
+        held_out: share of all documents that is held out, above 0 and below 1.
     """
-    said = json.dumps(document.chat) if document.chat else document.text
-    digest = hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()
+    content = json.dumps(document.chat) if document.chat else document.text
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < held_out * 2**64
 
 
@@ -101,21 +111,22 @@ def stdlib_documents() -> list[Document]:
     documents = []
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root)
-        if _NOT_WRITING.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+        if _LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
             documents.append(Document(name.as_posix(), file.read_text("utf-8", errors="replace")))
     return documents
 
 
 def local_documents(path: Path, text_column: str) -> list[Document]:
-    """Documents of a JSONL or Parquet file (one row each), a folder of files (one text file each,
-    every row of the others), or of one plain text file, which is cut into pieces of about 8,000
-    characters.
+    """Read the documents of a local file or folder.
+
+    Each row of a JSONL or Parquet file is one document, and so is each plain text file in a
+    folder. A plain text file that is named itself is cut into pieces of about 8,000 characters.
 
     Raises:
         ValueError: nothing readable there, a broken line, or a row without `text_column`.
     """
     documents = list(_local_stream(path, text_column))
-    if len(documents) == 1 and path.is_file() and path.suffix not in _PLAIN:  # those are in pieces
+    if len(documents) == 1 and path.is_file() and path.suffix not in _PLAIN:  # those are cut there
         documents = list(_pieces(documents[0]))
     return documents
 
@@ -123,7 +134,7 @@ def local_documents(path: Path, text_column: str) -> list[Document]:
 def _local_stream(path: Path, text_column: str) -> Iterator[Document]:
     documents = _documents_of(path, Path(path.name), text_column)
     if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.suffix in _READ]
+        files = [f for f in sorted(path.rglob("*")) if f.suffix in _READ and not f.is_dir()]
         documents = (d for f in files for d in _documents_of(f, f.relative_to(path), text_column))
     elif path.suffix in _PLAIN:
         documents = (piece for document in documents for piece in _pieces(document))
@@ -139,32 +150,40 @@ def _documents_of(file: Path, name: Path, text_column: str) -> Iterator[Document
     if file.suffix not in _READ:
         raise ValueError(f"data={str(file)!r}: a file must end in {', '.join(_READ)}")
     if file.suffix in _PLAIN:
-        yield Document(name.as_posix(), file.read_text("utf-8", errors="replace"))
+        try:
+            text = file.read_text("utf-8", errors="replace")
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+        yield Document(name.as_posix(), text)
         return
     rows = local_rows(file) if file.suffix == ".jsonl" else parquet_rows(file)
     for number, row in rows:
         where = f"{file}, line {number}"
-        yield _document(
-            f"{name.as_posix()}:{number}", row.get(text_column), text_column, where, row
+        yield _document(f"{name.as_posix()}:{number}", row, text_column, where)
+
+
+def _document(name: str, row: dict[str, Any], text_column: str, where: str) -> Document:
+    """The document in a column of a row.
+
+    Args:
+        where: what messages call the row.
+
+    Raises:
+        ValueError: there is no such column, or it holds neither a text nor a chat.
+    """
+    if text_column not in row:
+        raise ValueError(
+            f"text_column={text_column!r}: {where} has no such column; it has: {', '.join(row)}"
         )
-
-
-def _document(
-    name: str, value: Any, text_column: str, where: str, columns: Iterable[str]
-) -> Document:
-    """The text or chat that stands in a column of a row. Raises ValueError if it is neither."""
-    if isinstance(value, str):
-        return Document(name, value)
-    if is_chat(value):
-        chat = tuple({"role": m["role"], "content": m["content"]} for m in value)
-        return Document(name, "", chat)
-    raise ValueError(
-        f"text_column={text_column!r}: {where} has no such text and no such chat (a list of "
-        f"messages with role and content); it has: {', '.join(columns)}"
-    )
+    value = row[text_column]
+    if isinstance(value, list):
+        chat = validate(_CHAT_COLUMN, {text_column: value}, where)[text_column]
+        return Document(name, "", tuple(message.model_dump() for message in chat))
+    return Document(name, validate(_TEXT_COLUMN, {text_column: value}, where)[text_column])
 
 
 def _pieces(document: Document) -> Iterator[Document]:
+    """A long document in pieces that end at the end of a line."""
     piece, size = [], 0
     for number, line in enumerate(document.text.splitlines(keepends=True)):
         piece.append(line)
@@ -176,90 +195,21 @@ def _pieces(document: Document) -> Iterator[Document]:
         yield Document(f"{document.name}:end", "".join(piece))
 
 
-def local_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row) of a JSONL file.
-
-    Raises:
-        ValueError: no such file, it is no UTF-8, or a line is no JSON object.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist")
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(_readable(lines, f"{file} cannot be read"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number} is no JSON object: {line.strip()[:80]}")
-            yield number, row
-
-
-def parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1 on, row) of a Parquet file, read in groups of rows.
-
-    Raises:
-        ValueError: it cannot be read as one.
-    """
-    from datasets import load_dataset  # slow to import, and seldom wanted
-
-    def rows() -> Iterator[dict[str, Any]]:
-        name = glob.escape(str(file))  # the library takes it for a pattern
-        yield from load_dataset("parquet", data_files=name, split="train", streaming=True)
-
-    yield from enumerate(_readable(rows(), f"{file} cannot be read as Parquet"), start=1)
-
-
-def _readable(rows: Iterable[T], message: str) -> Iterator[T]:
-    """The rows as they come. Raises ValueError with `message` where reading fails."""
-    try:
-        yield from rows
-    except Exception as error:  # the libraries raise a dozen unrelated types here
-        raise ValueError(f"{message}: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of what a library says, or the name of the error where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def hub_documents(source: str, text_column: str, hub_split: str) -> list[Document]:
-    """The rows of a dataset on the Hugging Face Hub."""
-    rows = _hub_rows(source, text_column, hub_split)
+    """Read all rows of a dataset on the Hugging Face Hub. Raises as `documents`."""
+    rows = hub_rows(source, text_column, hub_split)
+    column: Iterable[Any] = readable(rows[text_column], f"data={source!r} cannot be read on")
     return [
-        _document(f"{source}:{i}", value, text_column, f"row {i} of {source}", rows.column_names)
-        for i, value in enumerate(rows[text_column])
+        _document(f"{source}:{i}", {text_column: value}, text_column, f"row {i} of {source}")
+        for i, value in enumerate(column)
     ]
 
 
 def _hub_stream(source: str, text_column: str, hub_split: str, skip: int) -> Iterator[Document]:
-    rows = _hub_rows(source, text_column, hub_split, streaming=True).skip(skip)
-    read = _readable(rows, f"data={source!r} cannot be read on")
+    rows = hub_rows(source, text_column, hub_split, streaming=True).skip(skip)
+    read = readable(rows, f"data={source!r} cannot be read on")
     for i, row in enumerate(read, start=skip):
-        where = f"row {i} of {source}"
-        yield _document(f"{source}:{i}", row.get(text_column), text_column, where, row)
-
-
-def _hub_rows(source: str, text_column: str, hub_split: str, streaming: bool = False) -> Any:
-    """A dataset of the Hub. Raises ValueError: there is none, or it has no such column."""
-    from datasets import load_dataset  # slow to import, and seldom wanted
-
-    try:
-        rows = load_dataset(source, split=hub_split, streaming=streaming)
-    except Exception as error:  # the library raises a dozen unrelated types here
-        raise ValueError(
-            f"data={source!r} is neither {STDLIB!r} nor a local file or folder, and the Hub gave "
-            f"no dataset of that name: {reason(error)}"
-        ) from error
-    columns = rows.column_names  # of a stream they may be unknown until its first row
-    if columns is not None and text_column not in columns:
-        raise ValueError(
-            f"text_column={text_column!r}: the dataset {source} has the columns "
-            f"{', '.join(columns)}"
-        )
-    return rows
+        yield _document(f"{source}:{i}", row, text_column, f"row {i} of {source}")
 
 
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
@@ -275,6 +225,8 @@ def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document
     """
     if len(documents) < 2:
         raise ValueError(f"{len(documents)} document(s) cannot be split: whole ones are held out")
-    ordered = sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest())
+    ordered = sorted(
+        documents, key=lambda d: hashlib.sha256(d.name.encode("utf-8", "surrogatepass")).digest()
+    )
     count = min(max(1, round(held_out * len(ordered))), len(ordered) - 1)
     return ordered[count:], ordered[:count]

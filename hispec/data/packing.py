@@ -1,4 +1,4 @@
-"""Rows of tokens: documents laid one after another, each of them a text of its own."""
+"""Rows of tokens: documents packed one after another, each computed as a text of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENTS_AT_ONCE = 64
 
 T = TypeVar("T")
 Tokens = tuple[list[int], list[bool]]
-"""Token ids of a document, and whether each is to be learned."""
+"""Token ids of a document, and whether each of them counts in the loss."""
 
 
 @dataclass(frozen=True)
@@ -25,34 +25,37 @@ class Rows:
     """Packed documents, and where each of them begins."""
 
     tokens_RT: torch.Tensor
-    taught_RT: torch.Tensor
-    """Whether each token is to be learned, bool: in a chat only what the assistant wrote."""
+    """Token ids."""
+    loss_mask_RT: torch.Tensor
+    """Whether each token counts in the loss, bool: in a chat only what the assistant wrote."""
     positions_RT: torch.Tensor
-    """Places of the tokens, from 0 on in each document and in each row."""
+    """Positions of the tokens, counted from 0 in each document and in each row."""
 
     @classmethod
     def whole(cls, tokens_RT: torch.Tensor) -> Rows:
-        """Rows each of which is one text."""
-        places_RT = torch.arange(tokens_RT.shape[1], device=tokens_RT.device).expand_as(tokens_RT)
-        return cls(tokens_RT, torch.ones_like(tokens_RT, dtype=torch.bool), places_RT)
+        """Rows that are one text each."""
+        positions_RT = torch.arange(tokens_RT.shape[1], device=tokens_RT.device)
+        loss_mask_RT = torch.ones_like(tokens_RT, dtype=torch.bool)
+        return cls(tokens_RT, loss_mask_RT, positions_RT.expand_as(tokens_RT))
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
         """All rows of the parts."""
         return cls(
             torch.cat([part.tokens_RT for part in parts]),
-            torch.cat([part.taught_RT for part in parts]),
+            torch.cat([part.loss_mask_RT for part in parts]),
             torch.cat([part.positions_RT for part in parts]),
         )
 
     def __len__(self) -> int:
         return len(self.tokens_RT)
 
-    def __getitem__(self, picked: slice | torch.Tensor) -> Rows:
-        return Rows(self.tokens_RT[picked], self.taught_RT[picked], self.positions_RT[picked])
+    def __getitem__(self, index: slice | torch.Tensor) -> Rows:
+        return Rows(self.tokens_RT[index], self.loss_mask_RT[index], self.positions_RT[index])
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token ids [R, T], and positions [R, T] if any row has a border, for `ExitModel.run`."""
+        """Token ids [R, T], and positions [R, T] if any row is packed, as `ExitModel.run` takes
+        them."""
         positions_RT = positions_if_packed(self.positions_RT)
         if positions_RT is not None:
             positions_RT = positions_RT.to(device)
@@ -61,15 +64,15 @@ class Rows:
     def one_by_one(
         self, device: torch.device
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Each row on its own, see `on`."""
+        """Yield (token ids [1, T], positions [1, T] or None) of each row, see `on`."""
         for r in range(len(self)):
             yield self[r : r + 1].on(device)
 
 
 def positions_if_packed(positions_BT: torch.Tensor) -> torch.Tensor | None:
-    """The positions, or None where no row holds more than one document and no mask is needed.
+    """The positions, or None if no row holds more than one document, so that no mask is needed.
 
-    On a GPU this waits for the device: ask once per pass, not once per layer.
+    On a GPU this waits for the device: call it once per pass, not once per layer.
     """
     return positions_BT if bool((positions_BT[:, 1:] == 0).any()) else None
 
@@ -81,16 +84,16 @@ def windows(
     most: int | None = None,
     name: str = "text",
 ) -> Rows:
-    """Documents one after another, cut into rows of `seq_len` tokens.
+    """Tokenize documents and pack them one after another into rows of `seq_len` tokens.
 
-    A text is ended by EOS; a chat ends as its template ends it.
+    EOS is added after a text; a chat ends as its template ends it.
 
     Args:
         most: rows wanted; only as many documents are read and tokenized as they need.
         name: of the documents, for messages.
 
     Raises:
-        ValueError: less text than one row, or a chat that cannot be rendered.
+        ValueError: the documents do not fill one row, or a chat cannot be rendered.
     """
     parts: list[Tokens] = []
     tokens = 0
@@ -108,14 +111,14 @@ def windows(
 
 
 def in_parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last one shorter."""
+    """Yield the items in lists of `size`; the last one may be shorter."""
     rest = iter(items)
     while part := list(islice(rest, size)):
         yield part
 
 
 def encoded(documents: Sequence[Document], tokenizer: Any) -> list[Tokens]:
-    """What each document is as tokens. Raises ValueError: a chat that cannot be rendered."""
+    """Tokenize documents. Raises ValueError: a chat that cannot be rendered."""
     texts = [d.text for d in documents if not d.chat]
     tokenized = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
     found: list[Tokens] = []
@@ -129,38 +132,41 @@ def encoded(documents: Sequence[Document], tokenizer: Any) -> list[Tokens]:
 
 
 def packed(parts: Sequence[Tokens], seq_len: int, rows: int) -> Rows:
-    """The first `rows` rows of documents (or ends of such) laid one after another."""
+    """Pack tokenized documents (or ends of documents) and return the first `rows` rows."""
     total = rows * seq_len
     tokens_N = torch.cat([torch.tensor(ids, dtype=torch.long) for ids, _ in parts])[:total]
-    taught_N = torch.cat([torch.tensor(taught, dtype=torch.bool) for _, taught in parts])[:total]
+    mask_N = torch.cat([torch.tensor(mask, dtype=torch.bool) for _, mask in parts])[:total]
     begins_N = torch.zeros(total, dtype=torch.bool)
     begin = 0
     for ids, _ in parts:
         if begin < total:
             begins_N[begin] = True
         begin += len(ids)
-    places_T = torch.arange(seq_len)
-    begin_RT = torch.where(begins_N.view(rows, seq_len), places_T, 0).cummax(1).values
+    column_T = torch.arange(seq_len)
+    begin_RT = torch.where(begins_N.view(rows, seq_len), column_T, 0).cummax(1).values
     shape = rows, seq_len
-    return Rows(tokens_N.view(shape), taught_N.view(shape), places_T - begin_RT)
+    return Rows(tokens_N.view(shape), mask_N.view(shape), column_T - begin_RT)
 
 
 def evenly_spaced(rows: Rows, count: int) -> Rows:
-    """`count` of the rows (or all, if there are fewer), spread over the whole of them."""
+    """Select `count` rows (or all, if fewer) at even distances, first and last included."""
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
 
 
 def next_tokens(
     rows_RT: torch.Tensor,
-    taught_RT: torch.Tensor | None = None,
+    loss_mask_RT: torch.Tensor | None = None,
     positions_RT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The token after each; -100 where it is not to be learned, or not known: at the end of the row
-    and of each document in it."""
+    """Labels [R, T]: the token after each one, or -100.
+
+    -100 stands at the end of a row and of each document in it, where the next token is unknown,
+    and where the next token is masked out.
+    """
     labels_RT = torch.full_like(rows_RT, -100)
     labels_RT[:, :-1] = rows_RT[:, 1:]
-    if taught_RT is not None:
-        labels_RT[:, :-1][~taught_RT[:, 1:]] = -100
+    if loss_mask_RT is not None:
+        labels_RT[:, :-1][~loss_mask_RT[:, 1:]] = -100
     if positions_RT is not None:
         labels_RT[:, :-1][positions_RT[:, 1:] == 0] = -100
     return labels_RT

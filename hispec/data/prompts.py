@@ -1,4 +1,4 @@
-"""Prompts: what a row of a JSONL file asks for, a set of our own, and how to take a few of many."""
+"""Prompts: read from rows of JSONL files, those that come with the package, an even selection."""
 
 from __future__ import annotations
 
@@ -8,44 +8,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hispec.data.chat import Message, is_chat
-from hispec.data.documents import local_rows
+from pydantic import Field
+
+from hispec.data.chat import Message
+from hispec.data.rows import ChatMessage, NonEmpty, Row, local_rows
+from hispec.utils.schema import validate
 from hispec.utils.settings import check
 
 BUILTIN = Path(__file__).with_name("prompts.jsonl")
+_KINDS = ("turns", "question", "messages", "prompt")
+"""Columns that hold a prompt; the first one that a row has is used."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A turn to answer, or a text to continue."""
+    """A question to answer or a text to continue."""
 
     line: int
-    """Where it stands in its file, from 1 on."""
+    """Number of its line in its file, from 1 on."""
     text: str
-    """What is continued as it is; empty where `messages` are answered."""
+    """Text to continue as it is; empty where `messages` are to be answered."""
     messages: tuple[Message, ...] = ()
-    """What is answered in the chat template; its last turn is the user's."""
+    """Messages to put in the chat template; the last one is the user's."""
     task: str = ""
 
     def raw(self, tokenizer: Any) -> bool:
-        """Whether it is continued as it is: a text, or a question to a base without a template."""
+        """Whether no chat template is applied: to a text, or with a tokenizer that has none."""
         return not self.messages or not tokenizer.chat_template
 
     def encode(self, tokenizer: Any, chat: bool | None = None) -> list[int]:
         """Token ids of the prompt.
 
         Args:
-            chat: put it in the chat template, a text as the user's turn, or in none; None does what
-                suits it, see `raw`.
+            chat: whether to apply the chat template (a text becomes the user's turn); default: to
+                questions, if the tokenizer has a template, see `raw`.
 
         Raises:
-            ValueError: `chat` without a template, or more than one turn without it.
+            ValueError: `chat` without a template, or more than one message without it.
         """
         if chat is None:
             chat = not self.raw(tokenizer)
         if chat:
             check(bool(tokenizer.chat_template), "chat", chat, "the tokenizer has no chat template")
-            messages = self.messages or _asked(self.text, f"line {self.line}")
+            messages = self.messages or _question(self.text)
             return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)[
                 "input_ids"
             ]
@@ -57,61 +62,78 @@ class Prompt:
         return tokenizer(self.messages[0]["content"] if self.messages else self.text)["input_ids"]
 
 
+class PromptRow(Row):
+    """A row of a prompt file; it has one of the columns in `_KINDS`."""
+
+    # empty stands for a missing column: a column that is there may be neither null nor empty
+    task: str = ""
+    turns: list[NonEmpty] = Field(default_factory=list, min_length=1)
+    question: NonEmpty = ""
+    messages: list[ChatMessage] = Field(default_factory=list, min_length=1)
+    prompt: NonEmpty = ""
+
+
 def read_prompts(path: Path) -> Iterator[Prompt]:
-    """The prompts of a JSONL file, see `to_prompt`.
+    """Yield the prompts of a JSONL file, see `to_prompt`.
 
     Raises:
-        ValueError: no such file, a line that is no JSON object, or a row that asks nothing.
+        ValueError: there is no such file, a line is no JSON object, or a row has no prompt; the
+            message names the file and the line.
     """
     for line, row in local_rows(path):
         yield to_prompt(row, line, f"{path}, line {line}")
 
 
 def to_prompt(row: Mapping[str, Any], line: int, where: str) -> Prompt:
-    """What a row asks for.
+    """The prompt in a row.
 
-    It is a Spec-Bench question (`turns`: the first one is asked; `task`), a `question`, a chat
-    (`messages`: what stands up to the user's first turn), or a `prompt`, continued as it is.
+    It is the first of `turns` (Spec-Bench), a `question`, the `messages` of a chat up to the
+    user's first one, or a `prompt` to continue as it is. Columns that are null count as missing
+    where another one holds the prompt, as tables have them. `task` names its task.
 
     Args:
         where: what messages call the row.
 
     Raises:
-        ValueError: it is none of these, or empty.
+        ValueError: the row has none of these columns, or no text in it.
     """
-    task = str(row.get("task", ""))
-    turns = row.get("turns")
-    if isinstance(turns, Sequence) and turns:
-        return Prompt(line, "", _asked(turns[0], where), task)
-    if "question" in row:
-        return Prompt(line, "", _asked(row["question"], where), task)
-    if is_chat(row.get("messages")):
-        return Prompt(line, "", _first_turn(row["messages"], where), task)
-    if "prompt" in row:
-        return Prompt(line, _filled(row["prompt"], where), (), task)
-    raise ValueError(
-        f"{where} has none of turns, question, messages, prompt; it has: {', '.join(row)}"
-    )
+    given = {key: value for key, value in row.items() if value is not None}
+    kind = next((key for source in (given, row) for key in _KINDS if key in source), None)
+    if kind is None:
+        raise ValueError(f"{where} has none of {', '.join(_KINDS)}; it has: {', '.join(row)}")
+    columns = {key: given[key] for key in ("task",) if key in given}
+    found = validate(PromptRow, {**columns, kind: row[kind]}, where)
+    if kind == "turns":
+        return Prompt(line, "", _question(found.turns[0]), found.task)
+    if kind == "question":
+        return Prompt(line, "", _question(found.question), found.task)
+    if kind == "messages":
+        return Prompt(line, "", _first_turn(found.messages, where), found.task)
+    return Prompt(line, found.prompt, (), found.task)
 
 
 def builtin() -> list[Prompt]:
-    """The prompts that come with the package, eight each of chat, code, math, summarization,
-    translation and retrieval: single turns that a base without a chat template can take too."""
+    """The prompts that come with the package: eight each of chat, code, math, summarization,
+    translation and retrieval, of one turn, so that a base without a chat template takes them."""
     return list(read_prompts(BUILTIN))
 
 
 def some(data: Path | None, count: int) -> tuple[list[Prompt], str]:
-    """(`count` prompts of a JSONL file, or of our own set, see `spread`; where they come from)."""
+    """Select `count` prompts of a JSONL file, or of the package's own: (prompts, their source).
+
+    Raises:
+        ValueError: as `read_prompts` and `spread`.
+    """
     if data is None:
         return spread(builtin(), count), "hispec's own prompts"
     return spread(read_prompts(data), count), data.name
 
 
 def spread(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
-    """`count` of the prompts, or all if they are fewer, task after task.
+    """Select `count` prompts, or all if there are fewer, ordered by task.
 
-    As many of each task, as far as it has them, at even distances in it, so that the choice
-    depends on nothing but the number.
+    Every task gives the same number as far as it has them, at even distances, so that the
+    selection depends on nothing but the count.
 
     Raises:
         ValueError: a count below 1.
@@ -134,20 +156,17 @@ def spread(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
     ]
 
 
-def _filled(text: Any, where: str) -> str:
-    if not str(text):
-        raise ValueError(f"{where} has an empty prompt")
-    return str(text)
+def _question(text: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": text},)
 
 
-def _asked(question: Any, where: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": _filled(question, where)},)
-
-
-def _first_turn(messages: Sequence[dict[str, Any]], where: str) -> tuple[Message, ...]:
-    asked: list[Message] = []
-    for message in messages:
-        asked.append({"role": message["role"], "content": _filled(message["content"], where)})
-        if message["role"] == "user":
-            return tuple(asked)
+def _first_turn(messages: Sequence[ChatMessage], where: str) -> tuple[Message, ...]:
+    """The messages up to the user's first one."""
+    found: list[Message] = []
+    for number, message in enumerate(messages):
+        if not message.content:
+            raise ValueError(f"{where}: messages[{number}].content is an empty prompt")
+        found.append(message.model_dump())
+        if message.role == "user":
+            return tuple(found)
     raise ValueError(f"{where}: its messages have no turn of the role 'user'")

@@ -49,7 +49,7 @@ def test_local_files_and_folders(tmp_path):
     with pytest.raises(ValueError, match=r"text_column='text': .*b.jsonl, line 1 .*it has: body"):
         documents(str(tmp_path / "b.jsonl"))
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{broken\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match="line 2 is not valid JSON"):
         documents(str(tmp_path / "b.jsonl"))
     with pytest.raises(ValueError, match=r"a file must end in \.txt"):
         documents(str(tmp_path / "ignored.bin"))
@@ -88,9 +88,9 @@ def test_in_a_chat_only_what_the_assistant_says_is_taught(tmp_path):
     found = documents(str(file), "messages")
     assert [list(document.chat) for document in found] == [CHAT] * 3
     rows = windows(found[:1], tokenizer, 1)
-    said = rows.tokens_RT[rows.taught_RT].tolist()
+    said = rows.tokens_RT[rows.loss_mask_RT].tolist()
     assert tokenizer.decode(said) == " return 1\n def f\n"
-    unsaid = rows.tokens_RT[~rows.taught_RT].tolist()
+    unsaid = rows.tokens_RT[~rows.loss_mask_RT].tolist()
     assert tokenizer.decode(unsaid).startswith("user: import os\nassistant:user: and then?")
 
 
@@ -98,7 +98,7 @@ def test_texts_and_chats_may_be_mixed():
     tokenizer = tiny_tokenizer()
     mixed = [Document("a", "import os\n"), Document("b", "", tuple(CHAT)), Document("c", "x = 1")]
     rows = windows(mixed, tokenizer, 1)
-    taught = rows.taught_RT.flatten()
+    taught = rows.loss_mask_RT.flatten()
     text = tokenizer.decode(rows.tokens_RT.flatten().tolist())
     assert text.startswith("import os\n</s>user: import os\nassistant: return 1\n")
     assert text.endswith("def f\nx = 1</s>")
@@ -130,7 +130,7 @@ def test_parquet_files_are_read_as_jsonl_files_are(tmp_path):
     Dataset.from_dict({"body": [CHAT, CHAT]}).to_parquet(str(tmp_path / "c.parquet"))
     assert [d.text for d in documents(str(tmp_path / "t.parquet"), "body")] == ["one", "two"]
     assert list(documents(str(tmp_path / "c.parquet"), "body")[0].chat) == CHAT
-    with pytest.raises(ValueError, match=r"text_column='text': .*line 1 has no such text"):
+    with pytest.raises(ValueError, match=r"text_column='text': .*line 1 has no such column"):
         documents(str(tmp_path / "t.parquet"))
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"broken.parquet cannot be read as Parquet"):
@@ -161,12 +161,12 @@ def test_local_files_are_read_lazily_and_broken_lines_named(tmp_path):
         end.write("{broken\n")
     stream = stream_documents(str(file), "body")
     assert [next(stream).text, next(stream).text] == ["one", "two"]
-    with pytest.raises(ValueError, match=r"a.jsonl, line 3 is not JSON"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 3 is not valid JSON"):
         next(stream)
     with pytest.raises(ValueError, match=r"text_column='text': .*line 1 .* it has: body"):
         next(stream_documents(str(file)))
     file.write_bytes(b'{"body": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a.jsonl cannot be read: .*utf-8"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1 is not valid JSON: invalid unicode"):
         next(stream_documents(str(file), "body"))
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"b.parquet cannot be read as Parquet"):

@@ -89,9 +89,9 @@ def test_evenly_spaced_rows_reach_both_ends():
 def test_labels_do_not_cross_a_border():
     rows = rows_of([(2, 3)])
     tokens = rows.tokens_RT[0].tolist()
-    lesson = TrainingRows(rows)[:]
-    assert lesson["labels"].tolist() == [[tokens[1], -100, tokens[3], tokens[4], -100]]
-    assert torch.equal(lesson["positions"], rows.positions_RT)
+    batch = TrainingRows(rows)[:]
+    assert batch["labels"].tolist() == [[tokens[1], -100, tokens[3], tokens[4], -100]]
+    assert torch.equal(batch["positions"], rows.positions_RT)
 
 
 @torch.inference_mode()
@@ -151,12 +151,12 @@ def test_transformers_packs_by_positions_alike():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_the_judge_measures_each_document_on_its_own(family):
+def test_the_evaluator_measures_each_document_on_its_own(family):
     """Agreement, acceptance, runs, loss and drift of packed rows, and of the documents alone."""
     model, rows = tiny_model(family, exits=(2, 4), head="block"), rows_of([(9, 10), (12, 7)])
     trunk = SimpleNamespace(trained=True)
-    alone = [judged(model, Rows.whole(text), trunk) for row in documents_of(rows) for text in row]
-    packed_rows = judged(model, rows, trunk)
+    alone = [evaluated(model, Rows.whole(text), trunk) for row in documents_of(rows) for text in row]
+    packed_rows = evaluated(model, rows, trunk)
     tokens = [9, 10, 12, 7]
     labels = [n - 1 for n in tokens]
 
@@ -177,11 +177,11 @@ def test_the_judge_measures_each_document_on_its_own(family):
         for k, share in enumerate(pair["runs"]):
             runs = [f["agreement"][i]["runs"][k] for f in alone[:3]]
             assert share == pytest.approx(mean(runs, starts[:3]), abs=1e-6)
-    whole = judged(model, Rows.whole(rows.tokens_RT), trunk)
+    whole = evaluated(model, Rows.whole(rows.tokens_RT), trunk)
     assert abs(whole["loss"] - packed_rows["loss"]) > 1e-3
 
 
-def judged(model, rows: Rows, trunk) -> dict:
+def evaluated(model, rows: Rows, trunk) -> dict:
     """What the evaluator finds after the trunk has moved a little and back again."""
     evaluator = Evaluator(rows, trunk)
     weight = model.hf.model.layers[3].mlp.down_proj.weight
@@ -205,7 +205,7 @@ def test_runs_stay_in_their_document():
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_loss_and_gradients_of_packed_rows_are_those_of_the_documents(family, again, rate):
-    """Trained trunk, block heads, layer dropout, recomputation, the base's law: all packed.
+    """Trained trunk, block heads, layer dropout, recomputation, the base's KL: all packed.
 
     Each document runs as a row of its own, skips the layers that its packed row skips, and adds to
     the loss by its labels.

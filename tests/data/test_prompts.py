@@ -49,7 +49,7 @@ def test_every_kind_of_row(tmp_path):
     ("row", "message"),
     [
         ({"text": "x"}, "line 1 has none of turns, question, messages, prompt; it has: text"),
-        ({"question": ""}, "line 1 has an empty prompt"),
+        ({"question": ""}, "line 1: question=.. is not possible: a text that is not empty"),
         ({"messages": [SYSTEM]}, "no turn of the role 'user'"),
     ],
 )
