@@ -155,7 +155,9 @@ def test_the_evaluator_measures_each_document_on_its_own(family):
     """Agreement, acceptance, runs, loss and drift of packed rows, and of the documents alone."""
     model, rows = tiny_model(family, exits=(2, 4), head="block"), rows_of([(9, 10), (12, 7)])
     trunk = SimpleNamespace(trained=True)
-    alone = [evaluated(model, Rows.whole(text), trunk) for row in documents_of(rows) for text in row]
+    alone = [
+        evaluated(model, Rows.whole(text), trunk) for row in documents_of(rows) for text in row
+    ]
     packed_rows = evaluated(model, rows, trunk)
     tokens = [9, 10, 12, 7]
     labels = [n - 1 for n in tokens]
