@@ -262,6 +262,18 @@ def test_the_map_names_every_package():
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == graph.keys()
 
 
+def test_every_shape_letter_is_in_the_legend():
+    text = (DOCS / "concepts.md").read_text("utf-8").split("## Shape letters", 1)[1]
+    legend = re.findall(r"^\| ([A-Z]) \|", text, re.MULTILINE)
+    assert len(legend) == len(set(legend))
+    for folder in ("hispec", "train", "eval"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            words = set(re.findall(r"\b[a-z]\w*_([A-Z][A-Z0-9]*)\b", path.read_text("utf-8")))
+            for suffix in words:
+                letters = re.sub(r"\d", "", suffix)
+                assert set(letters) <= set(legend), f"{name_of(path)}: _{suffix}"
+
+
 def test_drawings_are_those_that_make_docs_draws():
     """They are tracked, so that the pages show them wherever they are read."""
     graph = import_graph.import_graph(ROOT / "hispec")
