@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 from transformers import (
-    AutoTokenizer,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
@@ -20,11 +19,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hispec.base_models.local import find_base, load_base
-from hispec.checkpoint.io import is_checkpoint, load_checkpoint
+from hispec.base_models.model_folder import load_tokenizer
+from hispec.checkpoint.format import is_checkpoint
+from hispec.checkpoint.io import load_checkpoint
 from hispec.config import DecodeConfig, ExitConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
-from hispec.hub.transfer import locate
+from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.planner.plan_file import Machine, Plan, Setting, read_plan, shown
 from hispec.utils.settings import check
@@ -35,12 +36,14 @@ PLANNED = {
     *("lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
     *("buffer", "buffer_threshold"),
 }
-"""What a plan may choose, besides the ladder."""
+"""Settings that a plan may choose, besides the ladder."""
+_FREE = {"drafter", "lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"}
+"""Those of drafts that no exit makes."""
 
 
 @dataclass
 class DecodeResult:
-    """What one `generate` call gave; lists hold one entry per row."""
+    """The output of one `generate` call; lists hold one entry per row."""
 
     text: list[str]
     tokens: list[list[int]]
@@ -52,7 +55,7 @@ class DecodeResult:
 
 @dataclass
 class Piece:
-    """A committed token of a stream, and the text that it completed (maybe none)."""
+    """A committed token of a stream, and the text that it completed (possibly empty)."""
 
     token: int
     depth: int
@@ -66,23 +69,28 @@ class EarlyExitLM:
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
-        """What `hispec plan` found for the checkpoint, on this machine or another."""
+        """The checkpoint's plan, made by `hispec plan` on this machine or another."""
 
     def ladder(self, ladder: str | Sequence[int] | None = None) -> list[int]:
         """Depths of a ladder: as given, `plain` for the full model alone, or `auto`, the same as
-        None: all trained exits. (`decode` asks the plan first.)"""
+        None, for all trained exits and the full model."""
         full = self.model.num_layers
         if ladder is None or ladder == AUTO:
             return [*self.model.exits.depths, full]
         if ladder == PLAIN:
             return [full]
-        check(not isinstance(ladder, str), "ladder", ladder, f"depths, {AUTO!r} or {PLAIN!r}")
-        return [int(depth) for depth in ladder]
+        if isinstance(ladder, str):
+            raise ValueError(f"ladder={ladder!r} is not possible: depths, {AUTO!r} or {PLAIN!r}")
+        return list(ladder)
 
     def planned(self) -> tuple[Setting | None, str]:
-        """(the plan's setting, if it was made on a machine like this one, what there is to say)."""
+        """(the plan's setting, or None if there is none for this model and machine; a sentence
+        that says which)."""
         if self.plan is None:
             return None, "no plan: `hispec plan` finds the fastest setting for this machine"
+        if (layers := self.plan.num_layers) != self.model.num_layers:
+            other = f"a model of {layers} layers, this one has {self.model.num_layers}"
+            return None, f"the plan is for {other}: `hispec plan` makes one for it"
         here = Machine.here(self.model.device, self.model.hf.dtype)
         if differences := self.plan.machine.differences(here):
             return None, f"the plan is not for this machine ({'; '.join(differences)})"
@@ -91,15 +99,34 @@ class EarlyExitLM:
 
     def choose(
         self, ladder: str | Sequence[int] | None, settings: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The settings with a ladder among them: the plan's, where nothing that a plan chooses was
-        named and its drafter can keep the law."""
-        if ladder in (None, AUTO) and not PLANNED & settings.keys():
-            setting, _ = self.planned()
-            trees = setting is not None and "recycle" in setting.get("drafter", "")
-            if setting is not None and not (trees and settings.get("verification") == "rejection"):
-                return {**setting, **settings}
-        return {"ladder": self.ladder(ladder), **settings}
+    ) -> tuple[dict[str, Any], str]:
+        """Choose what the caller left open.
+
+        A ladder that was given stays. Without one, and if nothing else was given that a plan
+        chooses, the plan's setting is taken if it was made for this model and machine; without a
+        plan, the full model verifies prompt lookups. Settings of exits without a ladder mean all
+        trained exits.
+
+        Returns:
+            (the settings, with a ladder among them; a sentence that says why these, empty if the
+            caller chose).
+        """
+        if ladder not in (None, AUTO):
+            return {"ladder": self.ladder(ladder), **settings}, ""
+        named = PLANNED & settings.keys()
+        by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
+        if by_exits:
+            return {"ladder": self.ladder(), **settings}, ""
+        lookup = {"ladder": self.ladder(PLAIN), "drafter": "lookup", **settings}
+        if named:
+            return lookup, ""
+        setting, words = self.planned()
+        if setting is not None:
+            trees = "recycle" in setting.get("drafter", "")
+            if not trees or settings.get("verification", "match") == "match":
+                return {**setting, **settings}, words
+            words = "the plan drafts trees, which verification 'rejection' cannot verify"
+        return lookup, f"{words}; decoded plainly with prompt lookup"
 
     @classmethod
     def from_transformers(
@@ -108,12 +135,12 @@ class EarlyExitLM:
         """Wrap a loaded transformers model, every depth read through its final norm (LayerSkip).
 
         Args:
-            exits: the depths that a ladder has unless it is given.
+            exits: the depths that `ladder()` returns, besides the full model's.
 
         Raises:
             ValueError: an architecture that is not supported, or depths that it does not have.
         """
-        model = ExitModel(hf, ExitConfig(sorted(exits), head="shared"))
+        model = ExitModel(hf, ExitConfig(list(exits), head="shared"))
         return cls(model.eval(), tokenizer)
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
@@ -157,9 +184,9 @@ class EarlyExitLM:
         """A decode that has not run yet.
 
         Args:
-            ladder: depths, `plain`, or `auto`, the same as None: the plan's setting if one was
-                made on a machine like this (`planned`), and all exits where there is none or where
-                `settings` name what a plan would choose.
+            ladder: depths, `plain`, or `auto`, the same as None: the plan's setting if there is
+                one for this model and machine, else the full model with prompt lookup; all exits
+                if `settings` holds any that concern exits (see `choose`).
             chat: see `encode`.
             stop_strings: a text ends with the token that completes one of them.
             seeds: one of each prompt, in place of `seed`: equal prompts get texts of their own.
@@ -182,7 +209,7 @@ class EarlyExitLM:
         stopping = StoppingCriteriaList(stopping_criteria or [])
         if strings:
             stopping.append(StopStringCriteria(self.tokenizer, strings))
-        config = DecodeConfig(**{"eos": self.eos(), **self.choose(ladder, settings)})
+        config = DecodeConfig(**{"eos": self.eos(), **self.choose(ladder, settings)[0]})
         return Decode(
             self.model,
             [self.encode(prompt, chat) for prompt in prompts],
@@ -266,21 +293,21 @@ def load(
         folder = locate(str(path)) or folder
     if is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
-        loaded = load_checkpoint(folder, dtype=dtype, device=device, base=base)
-        return EarlyExitLM(*loaded, _plan(folder))
+        model, tokenizer = load_checkpoint(folder, dtype=dtype, device=device, base=base)
+        return EarlyExitLM(model, tokenizer, _plan(folder, model.num_layers))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = find_base(str(path)).folder
-    tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
+    tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
     lm = EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
-    lm.plan = _plan(home) if exits is None else None
+    lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
     return lm
 
 
-def _plan(folder: Path) -> Plan | None:
+def _plan(folder: Path, num_layers: int) -> Plan | None:
     try:
-        return read_plan(folder)
+        return read_plan(folder, num_layers)
     except ValueError as error:  # a model decodes without one
-        warnings.warn(str(error), stacklevel=3)
+        warnings.warn(f"{error}; the plan is not used", stacklevel=3)
         return None

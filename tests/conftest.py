@@ -351,3 +351,19 @@ def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list
     from hispec.decoding.decoder import Decode
 
     return Decode(model, [prompt], DecodeConfig(list(ladder), **config)).finish()[0]
+
+
+@pytest.fixture
+def hispec_command(monkeypatch, capfd):
+    """Runs `hispec WORDS` in this process; returns what `subprocess.run` would."""
+
+    def call(*words):
+        from hispec.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["hispec", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(words, ended.value.code or 0, said.out, said.err)
+
+    return call

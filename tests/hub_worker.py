@@ -17,7 +17,7 @@ PROMPT = "def main():\n    return"
 WORKER = """
 import contextlib, io, json, os, sys, time
 time.sleep = lambda seconds: None
-from hispec.cli.commands import main
+from hispec.cli import main
 for line in sys.stdin:
     words, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)

@@ -1,5 +1,28 @@
-"""The `hispec` command."""
+"""The `hispec` command. Nothing here imports torch before a command needs it."""
 
-from hispec.cli.commands import app, main
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hispec.cli.checkpoints import export, inspect, report
+from hispec.cli.decode import generate, plan
+from hispec.cli.hub import fetch, pull, push
+from hispec.utils.command_line import run_cleanly
 
 __all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Early-exit models and hierarchical speculative decoding.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (fetch, generate, plan, report, export, inspect, push, pull):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; the console script calls this."""
+    sys.exit(run_cleanly(app))

@@ -1,4 +1,4 @@
-"""How the command shows a decode: streamed text, tokens coloured by rung, tables, a comparison."""
+"""Shows a decode in the terminal: the text as it comes, colours, statistics, a comparison."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FINAL, _FREE = "green", "bright_black"
 
 
 def colour(depth: int, ladder: tuple[int, ...]) -> str:
-    """Style of the tokens that the rung at `depth` produced; the full model has its own, and so
-    have free drafts, which no rung made (depth 0)."""
+    """Style of tokens from the rung at `depth`. The full model has its own, and so have free drafts
+    (depth 0)."""
     if depth == 0:
         return _FREE
     if depth == ladder[-1]:
@@ -60,14 +60,14 @@ def stats_table(out: Output, stats: DecodeStats) -> None:
     for rung in stats.rungs:
         rate = "" if rung.acceptance is None else f" ({rung.acceptance:.0%})"
         head = f" + {rung.head_layers}" if rung.head_layers else ""
-        judged = rung is not stats.rungs[-1]
+        proposes = rung is not stats.rungs[-1]
         table.add_row(
             f"depth {rung.depth}",
             f"{rung.layers}{head}",
             str(rung.passes),
             str(rung.tokens_run),
-            str(rung.proposed) if judged else "",
-            f"{rung.accepted}{rate}" if judged else "",
+            str(rung.proposed) if proposes else "",
+            f"{rung.accepted}{rate}" if proposes else "",
             f"{rung.seconds:.2f}",
         )
     out.print(table)
@@ -82,12 +82,12 @@ def stats_table(out: Output, stats: DecodeStats) -> None:
 def comparison(out: Output, lm: EarlyExitLM, run: Decode, tokens: list[int]) -> None:
     """Decode plainly too and say whether the text is the same.
 
-    Greedy text is compared with transformers' `generate`; sampled text, which `generate` draws
-    from other noise, with our own plain decoding at the same seed.
+    Greedy text is compared with transformers' `generate`. Sampled text is compared with our own
+    plain decoding at the same seed, because `generate` draws from other noise.
     """
     config = run.config
     if config.verification == "rejection" and config.temperature > 0:
-        out.say("law 'rejection' keeps the distribution, not the text: nothing to compare")
+        out.say("verification 'rejection' keeps the distribution, not the text: nothing to compare")
         return
     prompt = run.state.tokens_BN[0, : run.state.prompt_B[0]].tolist()
     if config.temperature == 0:

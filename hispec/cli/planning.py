@@ -1,44 +1,45 @@
-"""The `hispec plan` command: prompts in; a table, `plan.json` and its picture out."""
+"""`hispec plan`: run the planner on some prompts, write its plan, print a table."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
-from hispec.data.prompts import some
+from hispec.data.prompts import Prompt
 from hispec.lm import EarlyExitLM
 from hispec.planner.heatmap import draw
 from hispec.planner.plan_file import PICTURE, Plan, is_plain, shown
 from hispec.planner.planner import WORTH_IT, Planner
 from hispec.utils.console import Output, bar
-from hispec.utils.settings import check
 
 _BUSY = 1.2
-"""How far the prediction for plain decoding, the simplest of all, may be off on an idle machine."""
+"""Largest error of the prediction for plain decoding on an idle machine."""
 
 
 def plan_checkpoint(
     out: Output,
     lm: EarlyExitLM,
     folder: Path,
+    chosen: Sequence[Prompt],
+    source: str,
     *,
-    data: Path | None,
-    count: int,
     exits: list[int] | None,
     new_tokens: int,
     confirm: int,
     repeats: int,
 ) -> Plan:
-    """Plan, write the plan and its picture to `folder`, and say what was found.
+    """Plan, write `plan.json` and its picture to `folder`, and print the result.
+
+    Args:
+        source: where the chosen prompts come from, for the plan.
 
     Raises:
-        ValueError: no such folder, no prompts, or numbers that are not possible.
+        ValueError: depths that the model does not have, or prompts that it cannot encode.
     """
-    check(folder.is_dir(), "output", str(folder), "an existing folder")
-    chosen, source = some(data, count)
     prompts = [prompt.encode(lm.tokenizer) for prompt in chosen]
     planner = Planner(lm.model, prompts, exits=exits, new_tokens=new_tokens, eos=lm.eos())
     text = {"source": source, "tasks": sorted({prompt.task for prompt in chosen})}
@@ -56,14 +57,14 @@ def plan_checkpoint(
 
 
 def json_line(plan: Plan) -> str:
-    """What was chosen and confirmed, without the long tables."""
+    """The plan as one line of JSON, without its two long tables."""
     found = asdict(plan)
     del found["settings"], found["latency"]
     return json.dumps({**found, "tried": len(plan.settings), "speedup": plan.speedup})
 
 
 def report(out: Output, plan: Plan) -> None:
-    """Say what was confirmed and chosen, and warn where it is not to be trusted or no gain."""
+    """Print the confirmed settings and the choice, and warn if timings disagree or none gains."""
     text = plan.text
     table = Table(title=f"{text['prompts']} prompts, {text['new_tokens']} new tokens of each")
     for title in (

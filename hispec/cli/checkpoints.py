@@ -1,0 +1,107 @@
+"""Commands that read checkpoints or write new ones: export, inspect, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hispec.cli.options import Base, Data, Device, Dtype, out
+from hispec.utils.command_line import parse_depths, parse_device, parse_dtype
+from hispec.utils.console import quiet_transformers
+from hispec.utils.settings import check
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
+    target: Annotated[Path, typer.Argument(help="folder to write, or FILE.gguf for --as gguf")],
+    full: Annotated[bool, typer.Option(help="include the base: plain transformers loads it")] = (
+        False
+    ),
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            help="for other tools: draft-model (the exit as a causal LM of its own) or gguf "
+            "(for llama.cpp: the full model, or with --exit the draft model)",
+        ),
+    ] = None,
+    exit_depth: Annotated[
+        int | None, typer.Option("--exit", help="with --as: the exit to write")
+    ] = None,
+    base: Base = None,
+    exits: Annotated[
+        str | None, typer.Option(help="for a plain model: depths read through its final norm")
+    ] = None,
+) -> None:
+    """Write a verified copy of an EE checkpoint, with or without its base, or for other tools."""
+    from hispec.checkpoint.model_card import accepted
+    from hispec.export import exporter
+    from hispec.utils.files import clear_leftovers
+
+    quiet_transformers()
+    if form is not None:
+        check(not full, "full", full, "--as writes for another tool, not an EE checkpoint")
+        check(exits is None, "exits", exits, "--as writes one exit: name it with --exit DEPTH")
+    else:
+        check(exit_depth is None, "exit", exit_depth, "only with --as; a checkpoint has all exits")
+    depths = parse_depths("exits", exits)
+    if clear_leftovers(target):
+        out.say(f"an earlier export to {target} was interrupted: cleaned up")
+    if form is not None:
+        note = exporter.export_as(form, checkpoint, target, depth=exit_depth, base=base)
+        out.say(f"{form}: {target}" + (f"; {note}" if note else ""))
+        return
+    if depths:
+        found = exporter.export_untrained(checkpoint, depths, target, full=full)
+    else:
+        found = exporter.export(Path(checkpoint), target, full=full, base=base)
+    out.say(
+        f"EE checkpoint: {target}; verified: {found['prompts']} prompts, {found['new_tokens']} new "
+        f"tokens, accepted of the drafts {accepted(found)}"
+    )
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="EE checkpoint, plain model, or a fetched name")],
+    base: Base = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, for programs")] = False,
+) -> None:
+    """Describe a checkpoint or model without loading it: exits, sizes, license, figures, plan."""
+    import json
+
+    from hispec.checkpoint import inspect as inspection
+
+    quiet_transformers()
+    found = inspection.inspect(model, base)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for line in inspection.lines(found):
+        out.say(line)
+
+
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of an EE checkpoint")],
+    output: Annotated[
+        Path | None, typer.Option(help="the HTML file; default: CHECKPOINT/report.html")
+    ] = None,
+    data: Data = None,
+    prompts: Annotated[int, typer.Option(help="how many are decoded, evenly over their tasks")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="new tokens per prompt")] = 64,
+    decode: Annotated[bool, typer.Option(help="decode prompts; otherwise load no model")] = True,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Write all that was measured on a checkpoint, with pictures, into one HTML file."""
+    from hispec.lm import load
+    from hispec.report import page
+
+    quiet_transformers()
+    found = page.gather(checkpoint)
+    if decode:
+        lm = load(checkpoint, dtype=parse_dtype(dtype), device=parse_device(device), base=base)
+        page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
+    page.write(out, found, output or checkpoint / page.REPORT)

@@ -1,0 +1,167 @@
+"""Commands that decode: generate, and plan, which looks for the fastest way to do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hispec.cli.options import Base, Data, Device, Dtype, out
+from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, read_prompt
+from hispec.utils.console import quiet_transformers
+from hispec.utils.settings import check
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a base with --exits")],
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input")],
+    ladder: Annotated[
+        str,
+        typer.Option(
+            help="depths such as 6,12,30, 'plain', or 'auto': as planned, else prompt lookup"
+        ),
+    ] = "auto",
+    drafter: Annotated[
+        str | None, typer.Option(help="exit, lookup, recycle, lookup+exit, recycle+exit")
+    ] = None,
+    draft_length: Annotated[
+        int | None, typer.Option(help="tokens an exit drafts per round (2)")
+    ] = None,
+    max_draft_length: Annotated[
+        int | None, typer.Option(help="let the draft length follow acceptance, up to this")
+    ] = None,
+    draft_threshold: Annotated[
+        float | None, typer.Option(help="an exit's draft ends below this top probability")
+    ] = None,
+    lookup_length: Annotated[int | None, typer.Option(help="tokens a lookup proposes (8)")] = None,
+    tree_tokens: Annotated[int | None, typer.Option(help="tokens of a recycled tree (15)")] = None,
+    buffer: Annotated[
+        int | None, typer.Option(help="pending tokens that start the next deeper rung (4)")
+    ] = None,
+    buffer_threshold: Annotated[
+        float | None, typer.Option(help="a verifier's top probability that starts it too")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="longest continuation")] = 128,
+    max_time: Annotated[float | None, typer.Option(help="seconds")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a string that ends the text")] = None,
+    verification: Annotated[
+        str, typer.Option(help="match: one text per seed; rejection: same distribution only")
+    ] = "match",
+    law: Annotated[str | None, typer.Option(hidden=True)] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off")] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off")] = 0,
+    seed: Annotated[int, typer.Option(help="fixes the text at any temperature")] = 0,
+    exits: Annotated[
+        str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    raw: Annotated[bool, typer.Option(help="continue the prompt as it is: no chat template")] = (
+        False
+    ),
+    stats: Annotated[bool, typer.Option(help="print counts, acceptance and time per rung")] = (
+        False
+    ),
+    show_rungs: Annotated[bool, typer.Option(help="colour each token by its rung")] = False,
+    compare: Annotated[bool, typer.Option(help="decode plainly as well, and compare")] = False,
+) -> None:
+    """Decode a prompt and stream the text."""
+    from hispec.cli import display
+    from hispec.lm import AUTO, PLAIN, load
+
+    quiet_transformers()
+    depths = ladder if ladder in (AUTO, PLAIN) else parse_depths("ladder", ladder)
+    named = {
+        "drafter": drafter,
+        "draft_length": draft_length,
+        "max_draft_length": max_draft_length,
+        "draft_threshold": draft_threshold,
+        "lookup_length": lookup_length,
+        "tree_tokens": tree_tokens,
+        "buffer": buffer,
+        "buffer_threshold": buffer_threshold,
+        "max_time": max_time,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
+    settings: dict[str, Any] = {
+        **{key: value for key, value in named.items() if value is not None},
+        "max_new_tokens": max_new_tokens,
+        "verification": verification if law is None else law,
+        "temperature": temperature,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "seed": seed,
+    }
+    text = read_prompt(prompt)
+    lm = load(
+        checkpoint,
+        dtype=parse_dtype(dtype),
+        device=parse_device(device),
+        exits=parse_depths("exits", exits),
+        base=base,
+    )
+    chosen, source = lm.choose(depths, settings)
+    run = lm.decode([text], **chosen, stop_strings=stop or (), chat=False if raw else None)
+    tokens = display.stream(out, lm, run, show_rungs)
+    if stats:
+        display.stats_table(out, run.stats)
+        if source:
+            out.say(source)
+    if compare:
+        display.comparison(out, lm, run, tokens)
+
+
+def plan(
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a plain model's folder")],
+    data: Data = None,
+    prompts: Annotated[int, typer.Option(help="how many of them, evenly over their tasks")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="new tokens per prompt")] = 32,
+    exits: Annotated[
+        str | None, typer.Option(help="depths to try, e.g. 4,8,12; default: the trained exits")
+    ] = None,
+    confirm: Annotated[int, typer.Option(help="settings that are really decoded")] = 4,
+    repeats: Annotated[int, typer.Option(help="how often; the median counts")] = 2,
+    base: Base = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of plan.json and plan.png; default: CHECKPOINT")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON line at the end")] = False,
+) -> None:
+    """Find the fastest setting for this model, machine and kind of text."""
+    from hispec.cli import planning
+    from hispec.data.prompts import some
+    from hispec.lm import load
+
+    quiet_transformers()
+    folder = output or Path(checkpoint)
+    allowed = "an existing folder" if output else "no folder of that name: name one with --output"
+    check(folder.is_dir(), "output", str(folder), allowed)
+    check(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, "2 or more")
+    check(confirm >= 1, "confirm", confirm, "1 or more")
+    check(repeats >= 1, "repeats", repeats, "1 or more")
+    depths = parse_depths("exits", exits)
+    chosen, source = some(data, prompts)
+    lm = load(checkpoint, dtype=parse_dtype(dtype), device=parse_device(device), base=base)
+    found = planning.plan_checkpoint(
+        out,
+        lm,
+        folder,
+        chosen,
+        source,
+        exits=depths,
+        new_tokens=max_new_tokens,
+        confirm=confirm,
+        repeats=repeats,
+    )
+    if as_json:
+        print(planning.json_line(found))

@@ -1,0 +1,19 @@
+"""What the commands share: the terminal, and options that several of them have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hispec.utils.console import Output
+
+out = Output()
+
+Base = Annotated[str | None, typer.Option(help="where the checkpoint's base is")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Data = Annotated[
+    Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
+]
