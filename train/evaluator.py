@@ -10,7 +10,7 @@ import torch
 
 from hispec.data.packing import Rows
 from hispec.metrics.agreement import agreement, expected_speed, ladder_pairs
-from hispec.metrics.perplexity import Reference, final_states, fit
+from hispec.metrics.perplexity import ReferenceStates, final_states, perplexity
 from hispec.models.exit_model import ExitModel
 from train.distributed import gather
 from train.trunk import Trunk
@@ -26,7 +26,7 @@ class Evaluator:
     def __init__(self, rows: Rows, trunk: Trunk) -> None:
         self.rows = rows
         self.trunk = trunk
-        self._base: Reference | None = None
+        self._base: ReferenceStates | None = None
 
     @torch.no_grad()
     def remember_base(self, model: ExitModel) -> None:
@@ -34,7 +34,7 @@ class Evaluator:
         if self.trunk.trained:
             normed = final_states(model, self.rows)
             with gather(model.hf.lm_head):
-                self._base = Reference(normed, model.hf.lm_head.weight.detach().clone())
+                self._base = ReferenceStates(normed, model.hf.lm_head.weight.detach().clone())
 
     def __call__(self, model: ExitModel) -> dict[str, Any]:
         """Measure the model.
@@ -48,7 +48,7 @@ class Evaluator:
         speed = expected_speed(model, measured)
         found = {"agreement": [asdict(m) for m in measured], "expected": asdict(speed)}
         if self.trunk.trained:
-            (final,) = fit(model, self.rows, [model.num_layers], self._base)
+            (final,) = perplexity(model, self.rows, [model.num_layers], self._base)
             found["drift"], found["loss"] = final.kl, final.loss
         return found
 

@@ -1,4 +1,4 @@
-"""Comparison with plain decoding: is the text the same, and if not, what is the matter?"""
+"""Comparison of two decoded texts: where they first differ, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from hispec.config import DecodeConfig
-from hispec.decoding.sampling import gumbel_noise, processors, to_log_law
+from hispec.decoding.sampling import gumbel_noise, processors, to_log_probs
 
 TIE, PROCESSOR, BUG = "tie", "processor", "bug"
 
@@ -20,25 +20,27 @@ TIE, PROCESSOR, BUG = "tie", "processor", "bug"
 class Difference:
     """The first position at which two texts differ.
 
-    Scores are what tokens are chosen by: the full model's logits after the common prefix in one
-    pass, processed; at a temperature the log of their law and the noise of the position.
+    The token with the highest score is chosen. Scores are the full model's logits after the common
+    prefix, from one pass, after the logits processors; at a temperature above 0 they are log
+    probabilities plus the position's Gumbel noise.
     """
 
     position: int
     """Index among the new tokens."""
     ours: int | None
-    """Token id there; None where the text has ended."""
+    """Token id of the first text there; None if it has ended."""
     theirs: int | None
+    """Token id of the second text there; None if it has ended."""
     gap: float
-    """Top score minus the second one."""
+    """Highest score minus the second highest."""
     behind: float | None = None
-    """Top score minus the lower one of the two tokens'; None where a text has ended or a processor
-    rules a token out."""
+    """Highest score minus the lower score of the two tokens; None if a text has ended or a
+    processor has excluded one of the tokens."""
     rounding: float = 0.0
-    """How much the scores depend on how the pass is cut, see `rounding`."""
+    """How much rounding may change a score, see `rounding`."""
     kind: str = BUG
-    """`tie`: both tokens are within `rounding` of the top. `processor`: they are not, but a
-    processor has changed the score of one of them. `bug`: neither."""
+    """`tie`: both tokens are within `rounding` of the highest score. `processor`: they are not, and
+    a processor has changed the score of one of them. `bug`: neither."""
 
 
 def hf_generate(
@@ -52,12 +54,15 @@ def hf_generate(
 ) -> list[int]:
     """New token ids of transformers' own greedy `generate`.
 
-    A model's generation config may name penalties and samplers that `generate` would add unasked;
-    they are set aside for the call, and `settings` take their place.
+    The model's generation config may name penalties and samplers that `generate` would apply; it is
+    replaced for the call.
 
     Args:
-        assisted: arguments of the call itself, such as `assistant_model`. In the config, where the
-            assistant looks too, it would be assisted itself.
+        prompt: token ids.
+        eos: token ids that end the text.
+        assisted: arguments of the call itself, such as `assistant_model`. In the generation config
+            the assistant would read them too and be assisted itself.
+        settings: other fields of the generation config.
     """
     tokens_1T = torch.tensor([list(prompt)], device=hf.device)
     own = hf.generation_config
@@ -78,7 +83,7 @@ def hf_generate(
 
 
 def same_weights(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    """Whether two models have the same weights, bit for bit, under the same names."""
+    """Whether two models have the same parameter names and bitwise equal weights."""
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name].to(tensor.device))
@@ -94,11 +99,14 @@ def first_difference(
     theirs: Sequence[int],
     config: DecodeConfig | None = None,
 ) -> Difference | None:
-    """Where two continuations of a prompt part and why, or None if they are the same.
+    """The first difference between two continuations of a prompt, or None if they are the same.
 
     Args:
-        config: what both were decoded with, as far as it decides on tokens: processors,
-            temperature, seed. Default: greedy.
+        prompt: token ids.
+        ours: new token ids of the first text.
+        theirs: new token ids of the second text.
+        config: settings that both were decoded with; logits processors, temperature and seed
+            count. Default: greedy.
     """
     if list(ours) == list(theirs):
         return None
@@ -112,26 +120,26 @@ def first_difference(
     if config is not None:
         scores_V = processors(config)(prefix_1T, logits_V[None])[0]
     changed_V = scores_V != logits_V
-    noise = rounding(hf, prefix_1T, logits_V)
+    tolerance = rounding(hf, prefix_1T, logits_V)
     if config is not None and config.temperature:
-        noise /= config.temperature
-        law_V = to_log_law(scores_V[None], config)[0]
-        seeded_V = gumbel_noise(config.seed, prefix_1T.shape[1], len(law_V))
-        scores_V = law_V + seeded_V.to(law_V.device)
+        tolerance /= config.temperature
+        log_probs_V = to_log_probs(scores_V[None], config)[0]
+        noise_V = gumbel_noise(config.seed, prefix_1T.shape[1], len(log_probs_V))
+        scores_V = log_probs_V + noise_V.to(log_probs_V.device)
     first, second = scores_V.topk(2).values.tolist()
     found = Difference(
         position,
         ours[position] if position < len(ours) else None,
         theirs[position] if position < len(theirs) else None,
         first - second,
-        rounding=noise,
+        rounding=tolerance,
     )
     if found.ours is None or found.theirs is None:
         return found
     tokens = [found.ours, found.theirs]
     behind = first - scores_V[tokens].min().item()
     found.behind = behind if math.isfinite(behind) else None
-    if behind <= noise:
+    if behind <= tolerance:
         found.kind = TIE
     elif changed_V[tokens].any():
         found.kind = PROCESSOR
@@ -139,14 +147,15 @@ def first_difference(
 
 
 def rounding(hf: Any, prefix_1T: torch.Tensor, logits_V: torch.Tensor) -> float:
-    """How far apart logits may be and still change places by rounding alone.
+    """The largest difference between two logits that rounding alone may reverse.
 
-    That is measured: the largest change of any logit when the last token gets a pass of its own, as
-    in decoding, instead of one with the whole prefix. And it is not less than two units in the last
-    place of the top logit, in the dtype of the model.
+    It is measured: the largest change of any logit when the last token is computed in a pass of its
+    own with a KV cache, as in decoding, instead of in one pass with the whole prefix. It is at
+    least two units in the last place of the highest logit, in the model's dtype.
 
     Args:
-        logits_V: after the prefix, in one pass.
+        prefix_1T: token ids.
+        logits_V: logits after the prefix, from one pass.
     """
     units = 2 * torch.finfo(hf.dtype).eps * logits_V.max().abs().item()
     if prefix_1T.shape[1] == 1:

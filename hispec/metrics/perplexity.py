@@ -1,4 +1,4 @@
-"""How well a depth predicts given text, and how far it is from another model."""
+"""How well a depth predicts given text, and how far its probabilities are from another model's."""
 
 from __future__ import annotations
 
@@ -15,59 +15,67 @@ from hispec.models.exit_model import ExitModel
 
 
 @dataclass
-class Reference:
-    """What a model says of rows of text, kept for a comparison with one that was trained."""
+class ReferenceStates:
+    """What gives a reference model's logits of rows of text, kept to compare another model with.
+
+    States take far less memory than logits; the logits are computed again chunk by chunk.
+    """
 
     normed: list[torch.Tensor]
-    """Normed states [1, T, H] at full depth, row by row."""
+    """States [1, T, H] at full depth after the final norm, one tensor per row."""
     head_VH: torch.Tensor
-    """Weights of its LM head."""
+    """Weights of the LM head."""
 
 
 @torch.no_grad()
 def final_states(model: ExitModel, rows: Rows) -> list[torch.Tensor]:
-    """Normed states [1, T, H] of each row at full depth."""
+    """States [1, T, H] of each row at full depth, after the final norm."""
     return [model.final(*row) for row in rows.one_by_one(model.device)]
 
 
 @dataclass
-class Fit:
-    """How well a depth predicts given text, and how far its law is from another model's."""
+class Perplexity:
+    """How well a depth predicts given text, and its divergence from a reference model."""
 
     depth: int
     loss: float
-    """Cross-entropy of the next token within its document, nats."""
+    """Cross-entropy of the next token within its document, nats per token."""
     kl: float | None
-    """KL(other model || this depth), nats per token, if there is another model."""
+    """KL(reference || this depth), nats per token; None without a reference."""
     tokens: int
+    """Tokens of the text."""
 
     @property
     def perplexity(self) -> float:
+        """exp(loss)."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @torch.no_grad()
-def fit(
-    model: ExitModel, rows: Rows, depths: Sequence[int], reference: Reference | None = None
-) -> list[Fit]:
+def perplexity(
+    model: ExitModel,
+    rows: Rows,
+    depths: Sequence[int],
+    reference: ReferenceStates | None = None,
+) -> list[Perplexity]:
     """Measure depths on rows of documents; an exit is read with the whole LM head.
 
     Args:
-        reference: of the same rows, by a model with the same vocabulary.
+        reference: of the same rows, from a model with the same vocabulary.
     """
     loss, kl = dict.fromkeys(depths, 0.0), dict.fromkeys(depths, 0.0)
     labels_RT = next_tokens(rows.tokens_RT, positions_RT=rows.positions_RT).to(model.device)
     for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
         states = normed_states(model, tokens_1T, positions_1T, depths)
         for start in range(0, tokens_1T.shape[1], CHUNK):
-            part = slice(start, start + CHUNK)
+            chunk = slice(start, start + CHUNK)
             if reference is not None:
-                logits_NV = model.project(reference.normed[r][0, part], reference.head_VH)
+                logits_NV = model.project(reference.normed[r][0, chunk], reference.head_VH)
                 log_p_NV = logits_NV.float().log_softmax(-1)
             for depth in depths:
-                logits_NV = model.project(states[depth].first_BTH[0, part])
+                logits_NV = model.project(states[depth].first_BTH[0, chunk])
                 log_q_NV = logits_NV.float().log_softmax(-1)
-                labels_N = labels_RT[r, part]
+                labels_N = labels_RT[r, chunk]
                 loss[depth] += F.nll_loss(
                     log_q_NV, labels_N, ignore_index=-100, reduction="sum"
                 ).item()
@@ -75,7 +83,7 @@ def fit(
                     kl[depth] += (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum().item()
     count, labels = rows.tokens_RT.numel(), int((labels_RT >= 0).sum())
     return [
-        Fit(
+        Perplexity(
             depth,
             loss=loss[depth] / labels,
             kl=None if reference is None else kl[depth] / count,

@@ -21,7 +21,7 @@ from hispec.data.packing import (
     positions_if_packed,
     windows,
 )
-from hispec.metrics.agreement import LONGEST_RUN, run_shares
+from hispec.metrics.agreement import LONGEST_RUN
 from hispec.models.architectures import SLIDING
 from train.data import TrainingRows
 from train.evaluator import Evaluator
@@ -193,14 +193,6 @@ def evaluated(model, rows: Rows, trunk) -> dict:
         evaluator.remember_base(model)
         weight.copy_(kept)
     return evaluator(model)
-
-
-def test_runs_stay_in_their_document():
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
-    same = torch.tensor([[True, True, True, True, False, True, True, True]])
-    # four places in a row lie in one document only once, from place 3 on: right, wrong, ...
-    assert run_shares(same, same, positions) == [1.0, 0.0, 0.0, 0.0]
-    assert run_shares(same, same, torch.arange(8)[None]) == [1.0] * 4 + [0.0] * 4
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.6])

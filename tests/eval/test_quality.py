@@ -8,7 +8,6 @@ import re
 import sys
 
 import pytest
-import torch
 from conftest import run
 from lm_eval.tasks import TaskManager
 
@@ -20,8 +19,6 @@ from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint import io as checkpoint
 from hispec.config import DecodeConfig, ExitConfig
 from hispec.data.documents import local_rows
-from hispec.data.packing import Rows
-from hispec.metrics.perplexity import Reference, final_states, fit
 from hispec.models.exit_model import ExitModel
 
 QUICK = ("sequences=2", "seq_len=32", "limit=6", "max_new_tokens=8")
@@ -144,28 +141,6 @@ def test_an_exit_that_cannot_write_alone_is_only_scored(tiny_base, tmp_path, cap
     full, alone = json.loads(out.splitlines()[-1])["columns"]
     assert {f["task"] for f in full["figures"]} == {"local/common", "local/word_problems"}
     assert {f["task"] for f in alone["figures"]} == {"local/common"}
-
-
-def test_loss_and_kl_by_hand(lm):
-    """Against whole-sequence logits of transformers; the other model is this one at 0.98."""
-    rows = torch.randint(3, 320, (2, 150), generator=torch.Generator().manual_seed(3))
-    packed = Rows.whole(rows)
-    reference = Reference(
-        [0.98 * state for state in final_states(lm.model, packed)], lm.model.hf.lm_head.weight
-    )
-    at_2, at_6 = fit(lm.model, packed, [2, 6], reference)
-    with torch.inference_mode():
-        out = lm.model.hf(rows, output_hidden_states=True)
-        p = (0.98 * out.logits).log_softmax(-1)
-        for found, logits in (
-            (at_2, lm.model.read(2, out.hidden_states[2])),
-            (at_6, out.logits),
-        ):
-            q = logits.log_softmax(-1)
-            loss = -q[:, :-1].gather(-1, rows[:, 1:, None]).mean().item()
-            assert found.loss == pytest.approx(loss, abs=1e-4)
-            assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-4)
-    assert fit(lm.model, packed, [6])[0].kl is None
 
 
 def test_the_difference_is_paired():
