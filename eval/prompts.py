@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.prompt_sets import task_prompts
-from hispec.checkpoint.io import is_checkpoint, read_config
+from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.data.documents import STDLIB, Document, documents, held_out_stream, split
 from hispec.data.packing import Rows, evenly_spaced, windows
 from hispec.data.prompts import spread

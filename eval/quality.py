@@ -20,10 +20,11 @@ from omegaconf import MISSING
 from rich.table import Table
 
 from eval.prompts import TextSource, held_out_rows
-from hispec.checkpoint.io import is_checkpoint, own_base, read_config
+from hispec.checkpoint.format import is_checkpoint, read_config
+from hispec.checkpoint.io import own_base
 from hispec.config import DecodeConfig
 from hispec.export.draft_model import check_expressible
-from hispec.hub.transfer import locate
+from hispec.hub.pull import locate
 from hispec.lm import AUTO, PLAIN, EarlyExitLM, load
 from hispec.metrics.equivalence import same_weights
 from hispec.metrics.perplexity import Fit, Reference, final_states, fit
@@ -212,7 +213,7 @@ def _decoding(settings: Settings, lm: EarlyExitLM) -> DecodeConfig:
     named = settings.ladder in (AUTO, PLAIN)
     ladder = settings.ladder if named else parse_depths("ladder", settings.ladder)
     drafter = {} if settings.drafter is None else {"drafter": settings.drafter}
-    return DecodeConfig(**lm.choose(ladder, drafter))
+    return DecodeConfig(**lm.choose(ladder, drafter)[0])
 
 
 def _run(

@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> None:
     from eval.presets import preset, presets
     from eval.speed_plot import draw
     from eval.timing import measure
-    from hispec.checkpoint.io import is_checkpoint
+    from hispec.checkpoint.format import is_checkpoint
     from hispec.lm import load
     from hispec.utils.files import write_json
 

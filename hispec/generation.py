@@ -1,13 +1,17 @@
-"""`model.generate(custom_generate=DIR)` of plain transformers, decoded with the exits in DIR.
+"""`model.generate(custom_generate=FOLDER)` of plain transformers, decoded through early exits.
 
 transformers prepares everything as for its own decoding: generation config, inputs, processors,
 criteria. Only the loop is ours.
+
+transformers runs a copy of `FOLDER/custom_generate/generate.py` and does not say where the original
+lies. The file therefore names its exits by their SHA-256. The checkpoint that has them is looked
+for where the model was loaded from, then below `checkpoints/`; `exits_from=` names another place.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -33,11 +37,12 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hispec.base_models.local import EXITS
-from hispec.checkpoint.io import attach_exits, is_checkpoint
+from hispec.base_models.model_folder import EXITS
+from hispec.checkpoint.format import is_checkpoint, read_config
+from hispec.checkpoint.io import attach_exits
 from hispec.config import OLD_NAMES, DecodeConfig, current_names
 from hispec.decoding.decoder import Decode
-from hispec.hub.transfer import locate
+from hispec.hub.pull import ROOT, locate
 from hispec.models.exit_model import ExitModel
 from hispec.utils.settings import check
 
@@ -59,6 +64,19 @@ _MODES = ("greedy_search", "sample")
 _KEPT = "_hispec_exits"
 
 
+def generate_with_exits(
+    model: PreTrainedModel, exits_sha256: str, **arguments: Any
+) -> torch.Tensor:
+    """`generate` with the exits that have this hash; called by the code in exported folders.
+
+    Raises:
+        ValueError: no checkpoint with these exits is found, or see `generate`.
+    """
+    if arguments.get("exits_from") is None:
+        arguments["exits_from"] = str(_find(model, exits_sha256))
+    return generate(model, **arguments)
+
+
 def generate(
     model: PreTrainedModel,
     *,
@@ -70,19 +88,22 @@ def generate(
     assistant_model: Any = None,
     **arguments: Any,
 ) -> torch.Tensor:
-    """Token ids [B, T] as `model.generate(**arguments)` gives them, left padding included.
+    """Decode as `model.generate(**arguments)` does, through early exits.
 
     Greedy text is that of `model.generate`. Sampled text has the same distribution, but is drawn
-    with noise of our own: it follows `seed`, or torch's global seed where that is not given.
+    with other noise: it follows `seed`, or torch's global seed if that is not given.
 
     Args:
         model: any plain model of the base that the exits belong to.
-        exits_from: the EE checkpoint, a folder or `ORG/NAME` on the Hub; by default what is named
-            as `custom_generate`, or what `model` was loaded from.
+        exits_from: the EE checkpoint, a folder or `ORG/NAME` on the Hub; by default what `model`
+            was loaded from.
         streamer: for one row.
         stop_strings: as in `generate`; they need `tokenizer`.
         arguments: those of `generate`, and the settings of `DecodeConfig` that have no counterpart
             there, `ladder`, `drafter`, `draft_length`, `buffer`, `seed` and so on.
+
+    Returns:
+        Token ids [B, T] of prompts and new text, left padding included.
 
     Raises:
         HubError: a checkpoint on the Hub that cannot be had.
@@ -92,7 +113,10 @@ def generate(
     check(assistant_model is None, "assistant_model", "given", "the exits draft; leave it out")
     named = {key: arguments.pop(key) for key in sorted(_NAMES & arguments.keys())}
     settings = current_names(named)
-    ee = _with_exits(model, _folder(model, exits_from))
+    folder = _find(model) if exits_from is None else _at(exits_from)
+    if folder is None:
+        raise _not_found(exits_from)
+    ee = _with_exits(model, folder)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings:
         check(tokenizer is not None, "tokenizer", None, "stop_strings need it")
@@ -111,7 +135,7 @@ def generate(
 def _loop(
     ee: ExitModel, settings: dict[str, Any], streamer: BaseStreamer | None
 ) -> Callable[..., torch.Tensor]:
-    """The decoding loop as transformers calls it once everything is prepared."""
+    """The decoding loop, which transformers calls once everything is prepared."""
 
     def decode(
         model: PreTrainedModel,
@@ -201,7 +225,7 @@ def _refuse_counting(processors: LogitsProcessorList, mask_BT: torch.Tensor | No
 
 
 def _seeds(settings: dict[str, Any], rows: int, config: DecodeConfig) -> list[int] | None:
-    """One of every row: from the setting `seed`, or torch's global generator."""
+    """A seed for every row: from the setting `seed`, or torch's global generator."""
     generator = None
     if "seed" in settings:
         generator = torch.Generator().manual_seed(settings["seed"])
@@ -217,8 +241,9 @@ def _ids(tensor: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def _with_exits(model: PreTrainedModel, folder: Path) -> ExitModel:
-    """The model with its exits, built once and kept with it."""
-    key = str(folder.resolve()), (folder / EXITS).stat().st_mtime_ns
+    """The model with its exits. They are kept with it, and read again if the file has changed or
+    the model has another dtype or device than before."""
+    key = str(folder.resolve()), (folder / EXITS).stat().st_mtime_ns, model.dtype, model.device
     kept = vars(model).get(_KEPT)
     if kept is None or kept[0] != key:
         kept = key, attach_exits(model, folder).eval()
@@ -227,34 +252,47 @@ def _with_exits(model: PreTrainedModel, folder: Path) -> ExitModel:
     return ee
 
 
-def _folder(model: PreTrainedModel, given: str | None) -> Path:
-    """The EE checkpoint that is meant. Raises ValueError if there is none."""
-    named = [given] if given else [_custom_generate(), model.config._name_or_path]
-    names = [name for name in named if name]
-    for name in names:
-        if is_checkpoint(Path(name)):
-            return Path(name)
-    if names and (found := _on_the_hub(names[0])):
-        return found
-    raise ValueError(
-        f"no EE checkpoint at {' or '.join(map(repr, names)) or 'any place named'}; name its "
-        "folder, or ORG/NAME on the Hub, as exits_from=..."
+def _find(model: PreTrainedModel, exits_sha256: str | None = None) -> Path:
+    """The checkpoint that a model was loaded from or, if that has other exits than those with the
+    given hash, the one below `checkpoints/` that has them.
+
+    Raises:
+        ValueError: there is none; the message asks for its place.
+    """
+    source = model.config._name_or_path
+    if source and is_checkpoint(Path(source)) and _has(Path(source), exits_sha256):
+        return Path(source)
+    for folder in sorted(ROOT.glob("*")) if exits_sha256 else ():
+        with suppress(ValueError):  # a damaged neighbour is not asked for
+            if is_checkpoint(folder) and _has(folder, exits_sha256):
+                return folder
+    try:
+        found = _on_the_hub(source) if source else None
+    except ValueError as error:
+        raise _not_found(source) from error
+    if found is None or not _has(found, exits_sha256):
+        raise _not_found(source)
+    return found
+
+
+def _has(folder: Path, exits_sha256: str | None) -> bool:
+    """Whether a checkpoint has these exits; any will do if no hash is given."""
+    return exits_sha256 is None or read_config(folder)["files"][EXITS] == exits_sha256
+
+
+def _at(name: str) -> Path | None:
+    """The EE checkpoint of that name: a folder, or one on the Hub."""
+    return Path(name) if is_checkpoint(Path(name)) else _on_the_hub(name)
+
+
+def _not_found(place: str | None) -> ValueError:
+    return ValueError(
+        f"no EE checkpoint at {place or 'any place named'!r} with the exits that are asked for; "
+        "name its folder, or ORG/NAME on the Hub, as exits_from=..."
     )
 
 
 @cache
 def _on_the_hub(name: str) -> Path | None:
-    """See `hub.locate`; the Hub is asked once, not in every call."""
+    """See `hub.pull.locate`; the Hub is asked once, not in every call."""
     return locate(name)
-
-
-def _custom_generate() -> str | None:
-    """What the user named as `custom_generate`: transformers does not hand it on, so it is read
-    where transformers has it, in the call that led here."""
-    frame = sys._getframe(1)
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if frame.f_code.co_name == "generate":
-            value = frame.f_locals.get("custom_generate")
-            if isinstance(value, str):
-                return value
-    return None

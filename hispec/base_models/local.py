@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import safe_open
+from pydantic import Field
 from transformers import AutoModelForCausalLM
 
+from hispec.base_models.model_folder import check_finite, check_model_files, weight_hashes
 from hispec.base_models.registry import BASES
-from hispec.utils.files import read_json, sha256
+from hispec.utils.console import few, one_line
+from hispec.utils.schema import Schema, read_json, validate
 
 DEFAULT_ROOT = Path("checkpoints/base")
-EXITS = "exits.safetensors"
-"""The weights of the exits, which may lie beside those of a base model."""
-# What of a model is downloaded, or goes into a full checkpoint: no pickles, nothing that is run.
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*")
+NOTE = "provenance.json"
+"""Beside a model's files: where they came from."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", re.ASCII)
+
+
+class AbsentError(ValueError):
+    """There is no such model on this machine; the message says how to get it."""
+
+
+class Package(Schema):
+    """A package that carried weights."""
+
+    name: str
+    version: str
+
+
+class Provenance(Schema):
+    """`provenance.json`: the origin of a plain model, as `hispec fetch` or an export noted it."""
+
+    name: str | None = None
+    hub_id: str | None = None
+    origin: str | None = None
+    """The same for a model that came in packages."""
+    revision: str | None = None
+    packages: list[Package] = Field(default_factory=list)
+    license: str | list[str] | None = None
+    trained: bool = False
+    """The weights are no longer those of the name."""
+    draft_of: str | None = None
+    """The checkpoint of whose exit this is a draft model."""
+    exit: Annotated[int, Field(ge=1)] | None = None
+    downloaded: dict[str, str] = Field(default_factory=dict)
+    gguf_sha256: str | None = None
+    dtype: list[str] = Field(default_factory=list)
+    weights: dict[str, str] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass
@@ -32,7 +64,7 @@ class LocalBase:
     """A name that `hispec fetch` knows, a Hub id, or a local folder."""
     folder: Path
     provenance: dict[str, Any]
-    """Where it came from, as `hispec fetch` noted it; empty for a folder made by hand."""
+    """The content of `provenance.json`; empty for a folder made by hand."""
 
     @property
     def revision(self) -> str | None:
@@ -43,7 +75,7 @@ class LocalBase:
 
     @property
     def hub_id(self) -> str | None:
-        """Where the original is on the Hub, if that is known."""
+        """Name of the original on the Hub, if that is known."""
         return self.provenance.get("hub_id") or self.provenance.get("origin")
 
     @property
@@ -64,11 +96,12 @@ def find_base(name: str, near: Path | None = None) -> LocalBase:
     """The base model of that name, which must be on this machine already.
 
     Args:
-        near: a checkpoint's folder; its neighbour `base/` is looked into too, so that a checkpoint
-            is found whole from any working directory.
+        near: a checkpoint's folder; its neighbour `base/` is searched too, so that a checkpoint
+            finds its base from any working directory.
 
     Raises:
-        ValueError: it is not here; the message says how to get it.
+        AbsentError: it is not here; the message says how to get it.
+        ValueError: its `provenance.json` is damaged.
     """
     places = [base_path(name)]
     if near is not None:
@@ -76,60 +109,92 @@ def find_base(name: str, near: Path | None = None) -> LocalBase:
     for folder in places:
         if (folder / "config.json").is_file():
             return LocalBase(name, folder, provenance(folder))
-    raise ValueError(
+    if is_path(name):
+        raise _no_folder(name)
+    if Path(name).is_dir() and name not in BASES:
+        raise AbsentError(f"{name} is no model: it has no config.json")
+    raise AbsentError(
         f"{name!r} is no local folder, and no base model of that name is at "
         f"{' or '.join(map(str, places))}; to get it: hispec fetch {name}"
     )
 
 
 def provenance(folder: Path) -> dict[str, Any]:
-    """What `hispec fetch` noted of a base model; nothing for a folder made by hand."""
-    note = folder / "provenance.json"
-    return read_json(note) if note.is_file() else {}
+    """The content of a model's `provenance.json`; nothing for a folder made by hand.
+
+    Raises:
+        ValueError: it is damaged; the message names the file and the key.
+    """
+    note = folder / NOTE
+    if not note.is_file():
+        return {}
+    found = read_json(note)
+    validate(Provenance, found, note)
+    return found
 
 
 def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     """A plain `...ForCausalLM` from a local folder, in eval mode.
 
     Raises:
-        ValueError: the folder has no weights in safetensors.
+        ValueError: files that are missing, damaged or do not fit together, or weights that are not
+            finite; the message names the file or the folder.
     """
-    if not base_weight_files(folder):
-        raise ValueError(f"{folder} has no *.safetensors with the weights of a base model")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa"
-    )
+    check_model_files(folder)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # a broken file can make transformers raise anything
+        raise ValueError(
+            f"the model in {folder} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    # transformers fills what is missing with random numbers and leaves out layers of no use to it.
+    unused = [name for name in found["unexpected_keys"] if ".layers." in name]
+    for names, problem in (
+        (found["missing_keys"], "its weight files lack"),
+        (unused, "its config.json has no place for"),
+    ):
+        if names:
+            raise ValueError(f"the model in {folder} is not whole: {problem} {few(sorted(names))}")
+    check_finite((*model.named_parameters(), *model.named_buffers()), folder)
     return model.eval()
-
-
-def base_dtype(folder: Path) -> torch.dtype:
-    """The dtype that a base model's weights are stored in."""
-    (file, *_) = base_weight_files(folder)
-    with safe_open(file, framework="pt") as tensors:
-        name = next(iter(tensors.keys()))
-        dtype: torch.dtype = tensors.get_tensor(name).dtype
-        return dtype
-
-
-def base_weight_files(folder: Path) -> list[Path]:
-    """The base's weight files in a folder; those of the exits are not among them."""
-    return [file for file in sorted(folder.glob("*.safetensors")) if file.name != EXITS]
-
-
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every weight file of a base model, by file name."""
-    return {file.name: sha256(file) for file in base_weight_files(folder)}
 
 
 def base_path(name: str, root: Path = DEFAULT_ROOT) -> Path:
     """The folder that base model `name` has, or would have once fetched; a local folder is itself.
 
     Raises:
-        ValueError: `name` is no registered name, no Hub id and no folder.
+        AbsentError: `name` is no registered name, no Hub id and no folder.
     """
     if name not in BASES and Path(name).is_dir():
         return Path(name)
+    if is_path(name) and not _HUB_ID.fullmatch(name):
+        raise _no_folder(name)
     return fetched_path(name, root)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name that is no folder is a mistyped path rather than a name on the Hub.
+
+    It is if it starts as paths do, has more than one slash, or begins with the name of a folder
+    that is here.
+    """
+    repo = name.partition("@")[0]
+    first, slash, _ = repo.partition("/")
+    here = bool(slash) and Path(first).is_dir()
+    return not Path(name).is_dir() and (
+        name.startswith(("/", ".", "~")) or repo.count("/") > 1 or here
+    )
+
+
+def _no_folder(name: str) -> AbsentError:
+    hub = f"; if it is a name on the Hub: hispec fetch {name}" if _HUB_ID.fullmatch(name) else ""
+    return AbsentError(f"no such folder: {name}{hub}")
 
 
 def cached_base(hub_id: str | None, weights: dict[str, str]) -> Path | None:
@@ -155,23 +220,21 @@ def cached_base(hub_id: str | None, weights: dict[str, str]) -> Path | None:
 
 
 def fetched_path(name: str, root: Path) -> Path:
+    """The folder below `root` that `hispec fetch NAME` fills.
+
+    Raises:
+        AbsentError: neither a registered name nor a Hub id.
+    """
     if name in BASES or _HUB_ID.fullmatch(name):
         return root / name.replace("/", "--")
-    raise ValueError(
+    raise AbsentError(
         f"unknown base model {name!r}: allowed are {', '.join(BASES)} and Hugging Face Hub ids "
         "such as ORG/NAME or ORG/NAME@REVISION"
     )
 
 
-def copy_model(source: Path, folder: Path, without: Sequence[str]) -> None:
-    """Copy the files that make a model, but for those whose names match one of `without`."""
-    for file in source.iterdir():
-        if any(map(file.match, MODEL_FILES)) and not any(map(file.match, without)):
-            shutil.copy2(file, folder / file.name)
-
-
 def fetch_names(base: dict[str, Any]) -> list[str]:
-    """What `hispec fetch` calls the base of a checkpoint, the surest name first; maybe nothing.
+    """Names under which `hispec fetch` gets the base of a checkpoint, the surest one first.
 
     Args:
         base: the section of that name in `exit_config.json`.

@@ -5,19 +5,22 @@ Copied into every full EE checkpoint. All the work is done by the package `hispe
 
 from typing import Any
 
+EXITS_SHA256 = ""
+"""Of the exits in the folder that this file was copied to; set by the copying."""
+
 
 def generate(model: Any, **arguments: Any) -> Any:
-    """As transformers' `generate`, with the exits of the checkpoint this file lies in.
+    """Decode as transformers' `generate` does, with the exits of the checkpoint of this file.
 
     Raises:
         ImportError: the package `hispec` is not installed.
     """
     try:
-        from hispec.generation import generate as with_exits
+        from hispec.generation import generate_with_exits
     except ImportError as error:
         raise ImportError(
             "this checkpoint decodes through its early exits with the package hispec, which cannot "
-            f"be imported here ({error}): pip install hispec, or leave out custom_generate to "
-            "decode with the full model alone"
+            f"be imported here ({error}): pip install -U hispec, or leave out custom_generate "
+            "to decode with the full model alone"
         ) from error
-    return with_exits(model, **arguments)
+    return generate_with_exits(model, EXITS_SHA256, **arguments)

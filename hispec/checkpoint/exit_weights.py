@@ -8,22 +8,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from hispec.base_models.model_folder import check_finite, not_safetensors
 from hispec.models.exit_model import ExitModel
 from hispec.utils.console import few
 
 DRAFT_TOKENS = "draft_tokens"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_IDS = (torch.int32, torch.int64)
 
 
 def load_exits(model: ExitModel, file: Path) -> None:
     """Fill the exits of a model from a file.
 
     Raises:
-        ValueError: no safetensors file, or names and shapes other than the model's.
+        ValueError: no safetensors file, names, shapes or types other than the model's, or weights
+            that are not finite.
     """
     try:
         stored = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
+        raise not_safetensors(file, error) from error
     expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
     if model.draft_tokens is not None:
         expected[DRAFT_TOKENS] = model.draft_tokens
@@ -35,13 +39,24 @@ def load_exits(model: ExitModel, file: Path) -> None:
                 f"{file}: {name} has shape {tuple(tensor.shape)}, the model needs "
                 f"{tuple(expected[name].shape)}"
             )
+        types = _IDS if name == DRAFT_TOKENS else _FLOATS
+        if tensor.dtype not in types:
+            raise ValueError(
+                f"{file}: {name} has the type {_name(tensor.dtype)}; possible are "
+                f"{', '.join(map(_name, types))}"
+            )
+    check_finite(stored.items(), file)
     if model.draft_tokens is not None:
-        tokens_K = stored.pop(DRAFT_TOKENS).long()
+        tokens_W = stored.pop(DRAFT_TOKENS).long()
         below, above = torch.tensor([-1]), torch.tensor([model.vocab_size])
-        if tokens_K.diff(prepend=below, append=above).min() < 1:
+        if tokens_W.diff(prepend=below, append=above).min() < 1:
             raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
-        model.draft_tokens.copy_(tokens_K)
+        model.draft_tokens.copy_(tokens_W)
     model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _refuse_names(file: Path, unknown: set[str], missing: set[str]) -> None:

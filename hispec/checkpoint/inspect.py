@@ -1,4 +1,4 @@
-"""What can be read in a folder: an EE checkpoint, a draft model, a plain model and its depths."""
+"""Describes what lies in a folder: an EE checkpoint, a draft model or a plain model."""
 
 from __future__ import annotations
 
@@ -9,27 +9,35 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from hispec.base_models.local import EXITS, LocalBase, base_weight_files, find_base
-from hispec.checkpoint.io import base_folder, check_hashes, is_checkpoint, read_config
+from hispec.base_models.local import LocalBase, find_base
+from hispec.base_models.model_folder import (
+    EXITS,
+    base_weight_files,
+    not_safetensors,
+    read_model_config,
+)
+from hispec.checkpoint.format import is_checkpoint, read_config
+from hispec.checkpoint.io import base_folder, check_hashes
 from hispec.checkpoint.model_card import accepted
 from hispec.models.architectures import check_supported
 from hispec.planner.plan_file import PLAN, parse, shown
-from hispec.utils.files import read_json
+from hispec.utils.console import one_line
+from hispec.utils.schema import read_json
 
 Report = dict[str, Any]
 
 
 def inspect(name: str, base: str | None = None) -> Report:
-    """What is at `name`, as plain values for JSON; `kind` says which of the other keys there are.
+    """Describe the folder at `name` in plain values for JSON; `kind` decides the other keys.
 
-    Nothing is loaded, but the files of an EE checkpoint and of its base are hashed.
+    No model is loaded, but the files of an EE checkpoint and of its base are hashed.
 
     Args:
         name: a folder, or a name that `hispec fetch` knows.
         base: where a checkpoint's base is, if not where its name says.
 
     Raises:
-        ValueError: nothing there that can be read; the message says what there is.
+        ValueError: no such folder, or none that can be read; the message says what is there.
     """
     folder = Path(name)
     if is_checkpoint(folder):
@@ -72,7 +80,7 @@ def _checkpoint(folder: Path, base: str | None) -> Report:
 
 def _plain(base: LocalBase) -> Report:
     folder = base.folder
-    raw = read_json(folder / "config.json")
+    raw = read_model_config(folder)
     layers = raw.get("num_hidden_layers")
     draft = base.provenance.get("draft_of")
     reason = _why_not(folder)
@@ -105,18 +113,18 @@ def suggested_exits(layers: int) -> list[int]:
 
 
 def _why_not(folder: Path) -> str | None:
-    """Why a plain model cannot be decoded here, or None if it can."""
+    """The reason why a plain model cannot be decoded here, or None if it can."""
     if not base_weight_files(folder):
         return f"{folder} {_what_it_is(folder)}"
     try:
         check_supported(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (ValueError, KeyError, OSError) as error:
-        return " ".join(str(error).split())
+    except Exception as error:  # a broken config can make transformers raise anything
+        return one_line(error)
     return None
 
 
 def _what_it_is(folder: Path) -> str:
-    """What a folder that is no model holds, as the end of a sentence."""
+    """What lies in a folder that is no model, as the end of a sentence."""
     if folder.is_file():
         return "is a file; name the folder of a checkpoint or of a model"
     if (folder / "adapter_config.json").is_file():
@@ -131,13 +139,13 @@ def _what_it_is(folder: Path) -> str:
 
 
 def _is_layerskip(base: LocalBase) -> bool:
-    """Whether it is one of the published LayerSkip checkpoints: nothing but the name says so."""
+    """Whether it is one of the published LayerSkip checkpoints; only the name tells."""
     names = (base.id, base.hub_id or "", base.folder.name)
     return any("layerskip" in name.lower() for name in names)
 
 
 def _tensors(folder: Path) -> tuple[int, list[str]]:
-    """(number of stored parameters, their dtypes), from the heads of the files alone."""
+    """(number of stored parameters, their dtypes), read from the headers of the files."""
     count, dtypes = 0, set()
     for file in base_weight_files(folder):
         try:
@@ -147,7 +155,7 @@ def _tensors(folder: Path) -> tuple[int, list[str]]:
                     count += prod(part.get_shape())
                     dtypes.add(part.get_dtype())
         except SafetensorError as error:
-            raise ValueError(f"{file} is no safetensors file: {error}") from error
+            raise not_safetensors(file, error) from error
     return count, sorted(dtypes)
 
 
@@ -156,7 +164,7 @@ def _size(files: list[Path]) -> int:
 
 
 def lines(report: Report) -> list[str]:
-    """The report for people."""
+    """The report as lines of text."""
     model = report["model"]
     shape = f"{model['model_type']}, {model['num_hidden_layers'] or 'unknown'} layers"
     if report["kind"] == "ee-checkpoint":
@@ -214,13 +222,13 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
             f"checked: {check['prompts']} prompts, {check['new_tokens']} new tokens, accepted of "
             f"the drafts {accepted(check)}"
         )
-    plan = report["plan"]
-    found.append("plan: none yet" if plan is None else _plan(plan))
+    plan, layers = report["plan"], report["model"]["num_hidden_layers"]
+    found.append("plan: none yet" if plan is None else _plan(plan, layers))
     return found
 
 
 def heads_in_words(exits: dict[str, Any]) -> str:
-    """Section `exits` of `exit_config.json`, but for the depths."""
+    """Section `exits` of `exit_config.json` in words, without the depths."""
     kind: str = exits["head"]
     if kind == "block":
         kind += f", {exits['blocks']} block(s) each"
@@ -231,9 +239,9 @@ def heads_in_words(exits: dict[str, Any]) -> str:
     return kind
 
 
-def _plan(content: dict[str, Any]) -> str:
+def _plan(content: dict[str, Any], layers: int) -> str:
     try:
-        plan = parse(content, PLAN)
+        plan = parse(content, PLAN, layers)
     except ValueError as error:
         return f"plan: {error}"
     return f"plan: {shown(plan.setting)}, {plan.speedup:.2f}x plain decoding on {plan.machine}"

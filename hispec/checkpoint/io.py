@@ -10,7 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,43 +18,49 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hispec.base_models.local import (
-    EXITS,
+    NOTE,
+    AbsentError,
     LocalBase,
-    base_dtype,
-    base_weight_files,
     cached_base,
-    copy_model,
     fetch_names,
     find_base,
     load_base,
+)
+from hispec.base_models.model_folder import (
+    EXITS,
+    base_dtype,
+    base_weight_files,
+    check_finite,
+    copy_model,
+    load_tokenizer,
     weight_hashes,
 )
 from hispec.checkpoint import custom_generate
 from hispec.checkpoint.exit_weights import DRAFT_TOKENS, load_exits
+from hispec.checkpoint.format import (
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    GENERATE,
+    SHAPE_KEYS,
+    file_fault,
+    is_checkpoint,
+    pinned,
+    read_config,
+    stored_files,
+)
 from hispec.checkpoint.model_card import model_card
 from hispec.config import ExitConfig
 from hispec.models.exit_model import ExitModel
-from hispec.utils.files import new_folder, read_json, sha256, write_json, write_text
+from hispec.utils.files import new_folder, output_path, sha256, write_json, write_text
 
-FORMAT_VERSION = 1
 SHARD = "5GB"
 """Largest file of weights."""
-CONFIG, CARD = "exit_config.json", "README.md"
-GENERATE = "custom_generate/generate.py"
-"""What `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
-_SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
-
-_SECTIONS = {
-    "exits": ("depths", "head", "blocks"),
-    "model": _SHAPE_KEYS,
-    "base": ("id", "hub_id", "revision", "license", "included", "weights"),
-    "files": (EXITS,),
-    "recipe": (),
-    "figures": (),
-}
+_REST = 1 << 20
+"""Bytes, at most, of the files that a checkpoint has besides weights and tokenizer."""
 
 
 def save_checkpoint(
@@ -83,34 +89,43 @@ def save_checkpoint(
             `check`, and if it raises, nothing is written.
 
     Raises:
-        ValueError: `folder` holds something that is no EE checkpoint, or the base itself.
+        ValueError: `folder` may not be replaced (see `check_target`) or is the base itself, or a
+            weight is NaN or infinite.
+        DiskFullError: the checkpoint does not fit on the disk.
     """
     check_target(folder)
     if folder.resolve() == base.folder.resolve():
         raise ValueError(f"{folder} is the base model itself; name another folder")
     dtype = base_dtype(base.folder)
+    included = full or trunk is not None
     tensors = {
         f"exits.{name}": tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in (model.heads.state_dict() if exits is None else exits).items()
     }
     if model.draft_tokens is not None:
         tensors[DRAFT_TOKENS] = model.draft_tokens.to("cpu", torch.int32)
-    with new_folder(folder) as temporary:
+    weights: dict[str, torch.Tensor] = {}
+    if trunk is not None:
+        tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
+        weights = {name: trunk[name].to("cpu", dtype) for name in trunk if name not in tied}
+    check_finite((*tensors.items(), *weights.items()), f"{folder} is not written")
+    need = _REST + sum(tensor.nbytes for tensor in (*tensors.values(), *weights.values()))
+    if included:
+        replaced = ("*.safetensors*",) if trunk is not None else ()
+        need += sum(file.stat().st_size for file in base.folder.iterdir() if file.is_file())
+        need -= sum(f.stat().st_size for f in base_weight_files(base.folder)) * bool(replaced)
+    with new_folder(folder, need) as temporary:
         save_file(tensors, temporary / EXITS, metadata={"format": "pt"})
-        included = full or trunk is not None
         if included:
-            replaced = ("*.safetensors*",) if trunk is not None else ()
-            copy_model(base.folder, temporary, without=(CONFIG, EXITS, *replaced))
-            (temporary / GENERATE).parent.mkdir()
-            shutil.copy2(Path(custom_generate.__file__), temporary / GENERATE)
-        if trunk is not None:
-            tied = {"lm_head.weight"} if model.hf.config.tie_word_embeddings else set()
-            weights = {name: trunk[name].to("cpu", dtype) for name in trunk if name not in tied}
+            copy_model(base.folder, temporary, without=(EXITS, *replaced))
+            _write_origin(temporary, base, trained=trunk is not None)
+            _write_generate(temporary)
+        if weights:
             save_torch_state_dict(weights, temporary, max_shard_size=SHARD)
         config = {
             "format_version": FORMAT_VERSION,
             "exits": asdict(model.exits),
-            "model": {key: getattr(model.hf.config, key) for key in _SHAPE_KEYS},
+            "model": {key: getattr(model.hf.config, key) for key in SHAPE_KEYS},
             "base": {
                 "id": base.id,
                 "hub_id": base.hub_id,
@@ -138,22 +153,41 @@ def save_checkpoint(
             write_json(temporary / CONFIG, config)
 
 
+def _write_origin(folder: Path, base: LocalBase, *, trained: bool) -> None:
+    """Note where an included base comes from, for those who read the folder as a plain model."""
+    about = {"hub_id": base.hub_id, "revision": base.revision, "license": base.license}
+    write_json(folder / NOTE, {**about, "trained": trained or base.trained})
+
+
+def _write_generate(folder: Path) -> None:
+    """Write the code that `custom_generate` runs. It names the exits by hash, because transformers
+    runs a copy of it and does not say where the original lies."""
+    code = Path(custom_generate.__file__).read_text(encoding="utf-8")
+    unset = 'EXITS_SHA256 = ""'
+    assert code.count(unset) == 1
+    digest = sha256(folder / EXITS)
+    (folder / GENERATE).parent.mkdir()
+    write_text(folder / GENERATE, code.replace(unset, f'EXITS_SHA256 = "{digest}"'))
+
+
 def _file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of what lies in a checkpoint besides its base's weights and `CONFIG`.
+    """SHA-256 by name of the files that a checkpoint has besides its base's weights and `CONFIG`.
 
     The card is left out: people edit it, and nothing reads it.
     """
     named_elsewhere = {CONFIG, CARD, *(file.name for file in base_weight_files(folder))}
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    names = {file.relative_to(folder).as_posix(): file for file in files}
-    return {name: sha256(file) for name, file in names.items() if name not in named_elsewhere}
+    return {name: sha256(file) for name, file in stored_files(folder, named_elsewhere).items()}
 
 
 def check_target(folder: Path) -> None:
-    """Raise ValueError unless a checkpoint may be written to `folder`, replacing what is there.
+    """Check before the work that a checkpoint may be written to `folder`.
 
-    Only nothing, an empty folder or another EE checkpoint is ever replaced.
+    Only an empty folder or another EE checkpoint is ever replaced. A link is followed.
+
+    Raises:
+        ValueError: something else is there, or nothing can be written there (see `output_path`).
     """
+    output_path(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -163,48 +197,28 @@ def check_target(folder: Path) -> None:
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Write a checkpoint a second time, whole or not at all.
+    """Write a checkpoint a second time, whole or not at all. What was measured beside it is left
+    where it is.
 
     Raises:
-        ValueError: `source` is none, or `folder` may not be replaced.
+        ValueError: `source` is none or not whole, or `folder` may not be replaced.
+        DiskFullError: it does not fit on the disk.
     """
     check_target(folder)
     config = read_config(source)
-    with new_folder(folder) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-        write_text(temporary / CARD, model_card(folder.name, config))
-
-
-def is_checkpoint(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `exit_config.json` of a checkpoint, of a version that this code reads.
-
-    Raises:
-        ValueError: not a checkpoint, not valid, or of another format version.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} is no EE checkpoint: it has no {CONFIG}")
-    config = read_json(path)
-    found = config.get("format_version")
-    if found != FORMAT_VERSION:
-        advice = "upgrade hispec" if isinstance(found, int) and found > FORMAT_VERSION else ""
-        raise ValueError(
-            f"{path}: format_version={found!r} cannot be read, this hispec reads "
-            f"{FORMAT_VERSION}" + (f"; {advice}" if advice else "")
-        )
-    for section, keys in _SECTIONS.items():
-        content = config.get(section)
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: section {section!r} must be an object, it is {content!r}")
-        if missing := [key for key in keys if key not in content]:
-            raise ValueError(f"{path}: section {section!r} lacks {', '.join(missing)}")
-    if unknown := set(config["exits"]) - {f.name for f in fields(ExitConfig)}:
-        raise ValueError(f"{path}: section 'exits' has the unknown {', '.join(sorted(unknown))}")
-    return config
+    names = {CONFIG, *pinned(config)}
+    if config["base"]["included"]:
+        names |= config["base"]["weights"].keys()
+    if absent := sorted(name for name in names if not (source / name).is_file()):
+        raise ValueError(f"{source} is no whole EE checkpoint: {', '.join(absent)} is missing")
+    need = _REST + sum((source / name).stat().st_size for name in names)
+    with new_folder(folder, need) as temporary:
+        for name in sorted(names - {CONFIG}):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copy2(source / name, temporary / name)
+        if CARD not in names:
+            write_text(temporary / CARD, model_card(folder.name, config))
+        shutil.copy2(source / CONFIG, temporary / CONFIG)
 
 
 def load_checkpoint(
@@ -221,29 +235,33 @@ def load_checkpoint(
         base: where the base is, if not where its name says.
 
     Raises:
-        ValueError: another format version, another base, or weights that differ from the config
-            in hash, name or shape; the message says what differs.
+        ValueError: another format version, another base, weights that differ from the config in
+            hash, name, type or shape or are not finite, or files that cannot be read; the message
+            names the file and what is wrong.
     """
     config = read_config(folder)
     home = base_folder(folder, config, base)
     check_hashes(config, folder, home)
     model = _with_exits(load_base(home, dtype), folder, config, str(home))
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(home, local_files_only=True)
+    return model.to(device).eval(), load_tokenizer(home)
 
 
 def attach_exits(hf: PreTrainedModel, folder: Path) -> ExitModel:
-    """The exits of a checkpoint on a model of its base that is loaded already.
+    """Put the exits of a checkpoint on a model of its base that is loaded already.
 
     Raises:
         ValueError: no checkpoint, exits that are damaged, or a model of another shape.
     """
     config = read_config(folder)
     _check_file(folder, EXITS, config["files"][EXITS])
-    return _with_exits(hf, folder, config, "the model")
+    model = _with_exits(hf, folder, config, "the model")
+    if model.draft_tokens is not None:
+        model.draft_tokens = model.draft_tokens.to(hf.device)
+    return model
 
 
 def _with_exits(hf: PreTrainedModel, folder: Path, config: dict[str, Any], name: str) -> ExitModel:
-    for key in _SHAPE_KEYS:
+    for key in SHAPE_KEYS:
         expected, found = config["model"][key], getattr(hf.config, key)
         if expected != found:
             raise ValueError(f"{name}: {key}={found!r}, but the exits belong to {expected!r}")
@@ -270,7 +288,7 @@ def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
     named = config["base"]
     names = fetch_names(named)
     for name in (*names[:1], named["id"], *names[1:]):
-        with suppress(ValueError):
+        with suppress(AbsentError):
             return find_base(name, near=folder)
     if cached := cached_base(named["hub_id"], named["weights"]):
         return LocalBase(named["id"], cached, {})
@@ -284,7 +302,7 @@ def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
 
 def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
     """Raise ValueError unless a checkpoint and its base hold what its config says."""
-    for name, expected_hash in config["files"].items():
+    for name, expected_hash in pinned(config).items():
         _check_file(folder, name, expected_hash)
     expected, found_of = config["base"]["weights"], weight_hashes(home)
     if found_of != expected:
@@ -302,12 +320,3 @@ def check_hashes(config: dict[str, Any], folder: Path, home: Path) -> None:
 def _check_file(folder: Path, name: str, expected: str) -> None:
     if fault := file_fault(folder, name, expected):
         raise ValueError(f"{folder}: {fault}")
-
-
-def file_fault(folder: Path, name: str, expected: str) -> str | None:
-    """What is wrong with a file that should have the SHA-256 `expected`; None if nothing is."""
-    if not (folder / name).is_file():
-        return f"{name} is missing"
-    if (found := sha256(folder / name)) != expected:
-        return f"{name} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
-    return None

@@ -12,14 +12,14 @@ from hispec.base_models.local import fetch_names
 from hispec.planner.plan_file import PICTURE, Plan, shown
 
 FIGURE = "agreement.png"
-# A card that bears this line is ours to write anew; one without it is somebody's own text.
+# A card with this line is written anew by hispec; one without it is the user's own text.
 WRITTEN = "<!-- Written by hispec, which writes it anew while this line stands. -->"
 _KINDS = {
     "shared": "the final norm",
     "adapter": "norms and low-rank adapters of their own",
     "block": "own transformer blocks",
 }
-# What of a recipe tells how the exits came to be what they are; the rest is in `exit_config.json`.
+# The settings of a recipe that the card shows; `exit_config.json` holds all of them.
 _SETTINGS = (
     *("trunk", "head", "head_blocks", "head_rank", "head_previous", "draft_vocab", "data"),
     *("seq_len", "steps", "batch_size", "lr", "divergence", "neighbour_share", "distill_weight"),
@@ -34,13 +34,13 @@ def model_card(
     files: Collection[str] = (),
     plan: Plan | None = None,
 ) -> str:
-    """Markdown with a YAML head, from the content of `exit_config.json`.
+    """The model card: Markdown with a YAML head, from the content of `exit_config.json`.
 
     Args:
         name: of the checkpoint: a folder's, or on the Hub `ORG/NAME`.
-        files: what lies beside the card; pictures of the agreement and the plan are shown if they
-            are there.
-        plan: what `hispec plan` found, if it has been asked.
+        files: names of the files beside the card; pictures of the agreement and the plan are shown
+            if they are among them.
+        plan: the content of `plan.json`, if there is one.
     """
     base, exits = config["base"], config["exits"]
     metadata = ModelCardData(
@@ -147,7 +147,7 @@ def _figures(figures: dict[str, Any], pictured: bool) -> list[str]:
 
 
 def training_settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, value) of the settings that tell how the exits came to be."""
+    """(key, value) of the settings that decide how the exits were trained."""
     return [(key, public(recipe[key])) for key in _SETTINGS if key in recipe]
 
 
@@ -157,8 +157,7 @@ def _training(recipe: dict[str, Any]) -> list[str]:
 
 
 def _plan(plan: Plan, pictured: bool) -> list[str]:
-    """What was chosen, and what was really decoded beside it; the other settings stay in the
-    file."""
+    """The chosen setting and those that were decoded beside it; the file has the others."""
     text, plain = plan.text, plan.plain_tokens_per_second
     lines = [
         "## Plan",
@@ -182,7 +181,7 @@ def _plan(plan: Plan, pictured: bool) -> list[str]:
 
 
 def public(value: Any) -> str:
-    """A setting for readers elsewhere: of a path on the author's machine only the last part."""
+    """A setting as others may read it: of a path on the author's machine only the last part."""
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
     return str(value)
@@ -194,7 +193,7 @@ def _cell(value: Any) -> str:
 
 
 def _checked(figures: dict[str, Any]) -> list[str]:
-    """What the check of the export found."""
+    """The figures of the check of the export."""
     if not (check := figures.get("check")):
         return []
     ties = f", but for {check['near_ties']} near-ties" if check["near_ties"] else ""
@@ -211,6 +210,6 @@ def _checked(figures: dict[str, Any]) -> list[str]:
 
 
 def accepted(check: dict[str, Any]) -> str:
-    """What share of every exit's drafts was accepted in the check of an export, in words."""
+    """The share of each exit's drafts that was accepted in the check of an export, in words."""
     shares = [f"{s:.3f} at depth {d}" for d, s in check["acceptance"].items() if s is not None]
     return ", ".join(shares) or "none were made"

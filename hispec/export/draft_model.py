@@ -1,5 +1,7 @@
-"""An exit as a causal LM of its own: fewer layers, the exit's head as its last ones, plain
-transformers. Servers that know nothing of exits speculate with it as a draft model."""
+"""Writes an exit as a plain causal LM, which any server can use as a draft model.
+
+It has the layers up to the exit, and the blocks of the exit's head as its last layers.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,16 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from hispec.base_models.local import LocalBase, copy_model
-from hispec.checkpoint.io import CONFIG
+from hispec.base_models.local import NOTE, LocalBase, provenance
+from hispec.base_models.model_folder import check_finite, copy_model
 from hispec.models.architectures import layer_types
 from hispec.models.exit_model import ExitModel
 from hispec.utils.console import few
-from hispec.utils.files import new_folder, read_json, write_json, write_text
+from hispec.utils.files import new_folder, output_path, write_json, write_text
 from hispec.utils.settings import check
 
-NOTE = "provenance.json"
-_NOT_TAKEN_OVER = ("config.json", "generation_config.json", "*.safetensors*", CONFIG, NOTE)
-"""Of a base's files; what belongs to the tokenizer and the license is, byte for byte."""
+_NOT_COPIED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+"""Of a base's files; those of the tokenizer and the license are, byte for byte."""
 _PER_LAYER = ("layer_types", "no_rope_layers")
 """Keys of a config that say something of every layer."""
 _LENGTH = 24
@@ -123,11 +124,13 @@ def export_draft(model: ExitModel, base: LocalBase, source: str, depth: int, fol
     """
     check_target(folder)
     draft = draft_model(model, depth)
-    with new_folder(folder) as temporary:
+    check_finite(draft.named_parameters(), f"{folder} is not written")
+    size = sum(parameter.nbytes for parameter in draft.parameters())
+    with new_folder(folder, size) as temporary:
         draft.save_pretrained(temporary)
         for file in temporary.glob("*.safetensors"):  # written readable for the owner only
             shutil.copymode(temporary / "config.json", file)
-        copy_model(base.folder, temporary, without=_NOT_TAKEN_OVER)
+        copy_model(base.folder, temporary, without=_NOT_COPIED)
         about = {
             "draft_of": source,
             "exit": depth,
@@ -165,15 +168,20 @@ def _same(stored: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def check_target(folder: Path) -> None:
-    """Raise ValueError unless `folder` is new, empty, or an earlier draft model."""
+    """Check before the work that a draft model may be written to `folder`.
+
+    Raises:
+        ValueError: neither new, empty nor an earlier draft model, or nothing can be written there
+            (see `output_path`).
+    """
+    output_path(folder)
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the draft model")
     if not any(folder.iterdir()):
         return
-    note = folder / NOTE
-    if not (note.is_file() and "draft_of" in read_json(note)):
+    if provenance(folder).get("draft_of") is None:
         raise ValueError(f"{folder} is not empty and no draft model; name another folder")
 
 

@@ -1,4 +1,4 @@
-"""Export: EE checkpoints written anew, and what other tools can load of them."""
+"""Exports checkpoints: written anew with or without the base, or in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from hispec.base_models.local import LocalBase, find_base, load_base, provenance
+from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.checkpoint.io import (
     base_folder,
     check_target,
-    is_checkpoint,
     load_checkpoint,
-    read_config,
     save_checkpoint,
 )
 from hispec.config import ExitConfig
@@ -25,13 +24,16 @@ FORMS = ("draft-model", "gguf")
 
 
 def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> Figures:
-    """Write an EE checkpoint of a plain base whose depths are read through its final norm.
+    """Write an EE checkpoint of a plain base whose exits are read through its final norm.
 
-    This is how LayerSkip's own models, trained to be read so at every depth, become checkpoints.
-    Returns what the check found.
+    This turns LayerSkip's own models, which were trained for it, into checkpoints.
+
+    Returns:
+        The figures of the check.
 
     Raises:
         ValueError: no such base, depths that it has not, or a `folder` that may not be replaced.
+        DiskFullError: the checkpoint does not fit on the disk.
     """
     check_target(folder)
     base = find_base(name)
@@ -45,17 +47,19 @@ def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bo
 
 
 def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> Figures:
-    """Write a checkpoint anew, with or without its base; checked before it gets its name.
+    """Write a checkpoint anew, with or without its base, and check it before it gets its name.
 
-    Returns what the check found.
+    Returns:
+        The figures of the check.
 
     Raises:
-        ValueError: `source` fails the checks of `load`, `folder` may not be replaced, or what was
-            written differs from `source` (see `verify`).
+        ValueError: `source` fails the checks of `load`, `folder` may not be replaced, or the
+            written folder differs from `source` (see `verify`).
+        DiskFullError: the checkpoint does not fit on the disk.
     """
+    check_target(folder)
     if folder.resolve() == source.resolve():
         raise ValueError(f"{folder} is the checkpoint itself; name another folder")
-    check_target(folder)
     config = read_config(source)
     origin = base_of(source, config, base)
     if not full and origin.trained:
@@ -85,7 +89,7 @@ def _found(folder: Path) -> Figures:
 
 
 def base_of(source: Path, config: dict[str, Any], base: str | None) -> LocalBase:
-    """What the exits of a checkpoint belong to. Raises ValueError if it is not here."""
+    """The base of a checkpoint. Raises ValueError if it is not on this machine."""
     about, home = config["base"], base_folder(source, config, base)
     kept = ("hub_id", "revision", "license", "trained")
     known = {key: about[key] for key in kept if about.get(key) is not None}
@@ -93,7 +97,7 @@ def base_of(source: Path, config: dict[str, Any], base: str | None) -> LocalBase
 
 
 def open_model(source: str, base: str | None = None) -> tuple[ExitModel, LocalBase]:
-    """An EE checkpoint, or a plain model of which every depth is read through its final norm.
+    """Load an EE checkpoint, or a plain model whose depths are read through its final norm.
 
     Raises:
         ValueError: see `checkpoint.load`; there is nothing of that name.
@@ -109,7 +113,7 @@ def open_model(source: str, base: str | None = None) -> tuple[ExitModel, LocalBa
 def export_as(
     form: str, source: str, target: Path, *, depth: int | None, base: str | None = None
 ) -> str:
-    """Write what other tools can load; returns what is to be said of it.
+    """Write a form that other tools can load; returns a note for the user, or "".
 
     Args:
         form: `draft-model`: the exit at `depth` as a plain transformers folder. `gguf`: the full

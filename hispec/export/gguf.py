@@ -1,7 +1,7 @@
-"""A model as a GGUF file for llama.cpp, in the dtype it has; read back before it gets its name.
+"""Writes a model as a GGUF file for llama.cpp, in its own dtype, and compares what it wrote.
 
-Only what can be written right: architectures whose tensors the `gguf` package names, and byte-level
-BPE tokenizers whose way to cut text into words llama.cpp has under a name. The rest is refused.
+Supported are the architectures whose tensors the `gguf` package names, and byte-level BPE
+tokenizers whose splitting of text into words has a name in llama.cpp. All others are refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from hispec.base_models.local import LocalBase
+from hispec.base_models.model_folder import check_finite
 from hispec.export.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from hispec.models.architectures import SLIDING, layer_types
-from hispec.utils.files import new_file
+from hispec.utils.files import new_file, output_path
 from hispec.utils.settings import check
 
 ARCHITECTURES = {
@@ -27,7 +28,7 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
 }
 _PERMUTED = "llama"
-"""The one whose queries and keys llama.cpp rotates in neighbouring pairs, not in halves."""
+"""The architecture whose queries and keys llama.cpp rotates in neighbouring pairs, not halves."""
 _STORED = {
     torch.float32: gguf.GGMLQuantizationType.F32,
     torch.float16: gguf.GGMLQuantizationType.F16,
@@ -41,7 +42,13 @@ _FILE_TYPE = {
 
 
 def check_target(target: Path) -> None:
-    """Raise ValueError unless `target` may become a GGUF file: new, or another one."""
+    """Check before the work that `target` may become a GGUF file.
+
+    Raises:
+        ValueError: another suffix, a file that is no GGUF, or nothing can be written there (see
+            `output_path`).
+    """
+    output_path(target)
     check(target.suffix == ".gguf", "target", str(target), "the name of the file ends in .gguf")
     if target.is_dir():
         raise ValueError(f"{target} is a folder; name a file")
@@ -85,7 +92,9 @@ def export_gguf(hf: PreTrainedModel, base: LocalBase, target: Path) -> None:
     """
     check_writable(hf)
     tokenizer = read_tokenizer(base.folder, hf)
-    with new_file(target) as temporary:
+    check_finite(hf.named_parameters(), f"{target} is not written")
+    size = sum(parameter.nbytes for parameter in hf.parameters())
+    with new_file(target, size) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURES[hf.config.model_type].name.lower())
         _add_metadata(writer, hf, target.stem, base)
         tokenizer.add_to(writer)

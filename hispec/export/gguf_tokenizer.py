@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as the metadata of a GGUF file, or the reason why it cannot be."""
+"""Describes a byte-level BPE tokenizer in the metadata of a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
+
+from hispec.base_models.model_folder import load_tokenizer
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _AFTER_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -28,8 +30,8 @@ def _split(pattern: str) -> dict[str, Any]:
     }
 
 
-# How the text is cut into words, what llama.cpp calls that, and whether a word that is a token as
-# it stands is taken without merging, which llama.cpp ties to the name.
+# The steps that split text into words, llama.cpp's name for them, and whether a word that is a
+# token as it stands is taken without merging, which llama.cpp ties to the name.
 _CUTS: list[tuple[list[dict[str, Any]], str, bool]] = [
     ([_BYTE_LEVEL], "gpt-2", False),
     ([{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL], "smollm", False),
@@ -40,7 +42,7 @@ _CUTS: list[tuple[list[dict[str, Any]], str, bool]] = [
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What a GGUF file says of its tokenizer."""
+    """The tokenizer of a GGUF file."""
 
     pre: str
     """llama.cpp's name of the way to cut text into words."""
@@ -74,7 +76,7 @@ def read_tokenizer(folder: Path, hf: PreTrainedModel) -> GgufTokenizer:
     Raises:
         ValueError: it is no byte-level BPE, or does something that llama.cpp has no name for.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"the tokenizer in {folder} is none of the library `tokenizers`")

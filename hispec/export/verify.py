@@ -1,8 +1,9 @@
-"""The check of an export, in a process of its own: `python -m hispec.verify SETTINGS`.
+"""Checks an export in a process of its own: `python -m hispec.export.verify REQUEST`.
 
-Loads what was written as anybody would, and compares it with what it was made of: logits at every
-exit in float32, without any difference, and the text of the whole ladder with that of the full
-model alone. Then it measures how well the exits do.
+It loads the written folder as any user would and compares it with its source: the logits at every
+exit in float32, which must be equal, and the text of the whole ladder with that of the full model.
+Then it measures how well the exits do. The result goes to standard output as JSON, so that a killed
+process leaves no file behind.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from hispec.checkpoint.io import read_config
+from hispec.checkpoint.format import read_config
 from hispec.config import DecodeConfig
 from hispec.data.documents import STDLIB, Document, documents, held_out_stream, split
 from hispec.data.packing import Tokens, encoded, packed
@@ -30,7 +30,7 @@ from hispec.lm import EarlyExitLM, load
 from hispec.metrics.agreement import agreement, ladder_pairs
 from hispec.metrics.equivalence import first_difference
 from hispec.utils.console import quiet_transformers
-from hispec.utils.files import read_json, write_json
+from hispec.utils.schema import parse_json
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 24
 ROWS, ROW_TOKENS = 4, 128
@@ -38,7 +38,7 @@ ROWS, ROW_TOKENS = 4, 128
 _CHARACTERS = 4000
 """Read of one document."""
 NEAR_TIE = 1e-3
-"""Gap of two top logits below which float32 may round either way; what differs there is counted."""
+"""Gap of the two top logits below which float32 may round either way; such texts are counted."""
 
 _LINES = (
     "The city lies on both banks of the river, and its oldest bridge is made of stone.",
@@ -54,14 +54,12 @@ _LINES = (
 
 @dataclass
 class Request:
-    """What is compared with what."""
+    """The two folders to compare."""
 
     source: str
     """An EE checkpoint or a plain model."""
     written: str
     """The folder that is to become the export."""
-    result: str
-    """File for what was found."""
     base: str | None = None
     exits: list[int] | None = None
     """For a plain source: the depths that were written as exits."""
@@ -70,22 +68,19 @@ class Request:
 def check_in_fresh_process(
     source: str, written: Path, *, base: str | None = None, exits: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Figures of a folder that was just written, found by a new Python.
+    """Figures of a folder that was just written, found by a new Python process.
 
     Raises:
         ValueError: it cannot be loaded, or differs from `source`; the message says in what.
     """
-    with TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        depths = None if exits is None else list(exits)
-        request = Request(source, str(written), str(result), base, depths)
-        done = subprocess.run(
-            [sys.executable, "-m", "hispec.export.verify", json.dumps(asdict(request))],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        found = read_json(result) if result.is_file() else {}
+    request = Request(source, str(written), base, None if exits is None else list(exits))
+    done = subprocess.run(
+        [sys.executable, "-m", "hispec.export.verify", json.dumps(asdict(request))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    found = parse_json(done.stdout, "the result of the check") if done.stdout else {}
     if done.returncode < 0:
         raise ValueError(
             f"the check of {written} was ended by signal {-done.returncode}; it needs memory for "
@@ -93,7 +88,7 @@ def check_in_fresh_process(
         )
     if done.returncode or "figures" not in found:
         last = found.get("error") or done.stderr.strip()[-500:]
-        raise ValueError(f"what was written failed its check, and was removed: {last}")
+        raise ValueError(f"the export failed its check and was removed: {last}")
     figures: dict[str, Any] = found["figures"]
     return figures
 
@@ -151,7 +146,11 @@ def _compare(wanted: dict[int, torch.Tensor], found: dict[int, torch.Tensor]) ->
 
 
 def _decode(lm: EarlyExitLM, prompts: list[list[int]]) -> dict[str, Any]:
-    """What the ladder of all exits does. Raises ValueError if its text is not the full model's."""
+    """Decode prompts with all exits.
+
+    Raises:
+        ValueError: the text differs from the full model's, and not at a near-tie.
+    """
     full = lm.model.num_layers
     plain = DecodeConfig([full], max_new_tokens=NEW_TOKENS, eos=lm.eos())
     ladder = replace(plain, ladder=[*lm.model.exits.depths, full])
@@ -182,7 +181,7 @@ def _decode(lm: EarlyExitLM, prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def _text(folder: Path, tokenizer: Any) -> tuple[str, list[Tokens]]:
-    """(where it is from, documents as tokens): held-out text of the training, if it is here."""
+    """(name of the text, its documents as tokens): held-out text of the training, if it is here."""
     recipe = read_config(folder)["recipe"]
     data = recipe.get("data")
     lines = [Document(f"line {n}", line) for n, line in enumerate(_LINES)]
@@ -202,7 +201,7 @@ def _text(folder: Path, tokenizer: Any) -> tuple[str, list[Tokens]]:
 
 
 def _prompts(parts: Sequence[Tokens]) -> list[list[int]]:
-    """Beginnings of documents, then what follows these, as many as are wanted or there are."""
+    """Up to `PROMPTS` prompts: the beginnings of the documents, then the parts that follow."""
     longest = max((len(ids) for ids, _ in parts), default=0)
     pieces = (
         ids[start : start + PROMPT_TOKENS]
@@ -215,12 +214,15 @@ def _prompts(parts: Sequence[Tokens]) -> list[list[int]]:
 
 def main(word: str) -> int:
     request = Request(**json.loads(word))
+    result = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else is printed must not mix with the result
     quiet_transformers()
     try:
         found: dict[str, Any] = {"figures": verify(request)}
     except (ValueError, OSError) as error:
         found = {"error": str(error)}
-    write_json(Path(request.result), found)
+    with result:
+        json.dump(found, result)
     return 0 if "figures" in found else 1
 
 

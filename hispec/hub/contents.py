@@ -1,41 +1,68 @@
-"""What of a folder, or of a repository, is an EE checkpoint: its files, whole, and its card."""
+"""Decides which files of a folder or repository belong to a checkpoint, and verifies them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from hispec.base_models.local import MODEL_FILES, base_weight_files
-from hispec.checkpoint.io import CARD, CONFIG, file_fault, read_config
+from huggingface_hub.utils import validate_repo_id
+from pydantic import Field
+
+from hispec.base_models.model_folder import MODEL_FILES, base_weight_files, matches
+from hispec.checkpoint.format import (
+    CARD,
+    CONFIG,
+    PULLED,
+    file_fault,
+    is_inside,
+    pinned,
+    read_config,
+)
 from hispec.checkpoint.model_card import FIGURE, WRITTEN, model_card
 from hispec.planner.plan_file import PICTURE, PLAN, read_plan
+from hispec.utils.schema import Schema, read_json, validate
 
-PULLED = "pulled.json"
-"""Beside a pulled checkpoint's files: from which repository and commit they came."""
 BESIDE = (CARD, FIGURE, "agreement.json", PLAN, PICTURE, "LICENSE*", "custom_generate/*.py")
 """What may lie beside weights and config; of a base that is included, `MODEL_FILES` too."""
+
+
+class Pulled(Schema):
+    """`pulled.json`, beside a pulled checkpoint's files: where they came from."""
+
+    repo: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(min_length=1)]
+    """The commit."""
+
+
+def read_pulled(folder: Path) -> Pulled | None:
+    """The origin of a pulled checkpoint; None for another folder.
+
+    Raises:
+        ValueError: the file is damaged; the message names it and the key.
+    """
+    path = folder / PULLED
+    return validate(Pulled, read_json(path), path) if path.is_file() else None
+
+
+def check_repo(repo: str) -> None:
+    """Raise ValueError unless `repo` is a name of the form ORG/NAME."""
+    if "/" not in repo:
+        raise ValueError(f"{repo!r} is not possible: name the repository as ORG/NAME")
+    validate_repo_id(repo)  # HFValidationError is a ValueError
 
 
 def verify(folder: Path) -> dict[str, Any]:
     """The config of a checkpoint whose files are all there and have the hashes that it names.
 
-    Nothing is loaded, and a base that is not included is not asked for.
+    No model is loaded, and a base that is not included is not looked for.
 
     Raises:
         ValueError: no checkpoint, of another format version, or not whole; it says what is wrong.
     """
     config = read_config(folder)
-    weights = config["base"]["weights"]
-    if not isinstance(weights, dict):
-        raise ValueError(f"{folder / CONFIG}: weights of the base must be an object: {weights!r}")
-    named = {**config["files"], **(weights if included(config) else {})}
-    wrong = []
-    for name, expected in named.items():
-        if not _inside(name):
-            wrong.append(f"{CONFIG} names {name!r}, which is no file of this folder")
-        elif fault := file_fault(folder, name, expected):
-            wrong.append(fault)
+    named = {**pinned(config), **(config["base"]["weights"] if included(config) else {})}
+    faults = [file_fault(folder, name, expected) for name, expected in named.items()]
+    wrong = [fault for fault in faults if fault is not None]
     if included(config):
         stray = {file.name for file in base_weight_files(folder)} - named.keys()
         wrong += [f"{CONFIG} does not name {name}" for name in sorted(stray)]
@@ -54,21 +81,8 @@ def included(config: dict[str, Any]) -> bool:
 def belongs(name: str, config: dict[str, Any]) -> bool:
     """Whether a file of that name is part of the checkpoint, in its folder or on the Hub."""
     patterns = (*BESIDE, *(MODEL_FILES if included(config) else ()))
-    named = name == CONFIG or name in config["files"] or matches(name, patterns)
-    return named and name != PULLED and _inside(name)
-
-
-def _inside(name: str) -> bool:
-    """Whether a name, which may come from anybody, stays in the folder that it is put into."""
-    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-
-
-def matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether one of the patterns is that of `name`; a star does not reach into a folder."""
-    return any(
-        PurePosixPath(name).match(pattern) and name.count("/") == pattern.count("/")
-        for pattern in patterns
-    )
+    named = name == CONFIG or name in pinned(config) or matches(name, patterns)
+    return named and name != PULLED and is_inside(name)
 
 
 def local_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path], list[str]]:
@@ -86,16 +100,17 @@ def local_files(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path], 
 
 
 def card(folder: Path, repo: str, config: dict[str, Any], files: dict[str, Path]) -> bytes:
-    """The card that goes to the Hub: written for it, or the folder's own where that is not ours.
+    """The card for the Hub: written for it, or the folder's own if somebody else wrote that.
 
     Raises:
-        ValueError: a `plan.json` that is no plan, or a card that is no text.
+        ValueError: a `plan.json` that is no plan for this model, or a card that is no text.
     """
     if CARD in files and (
-        CARD in config["files"] or WRITTEN not in files[CARD].read_text(encoding="utf-8")
+        CARD in pinned(config) or WRITTEN not in files[CARD].read_text(encoding="utf-8")
     ):
         return files[CARD].read_bytes()
-    plan = read_plan(files[PLAN].parent) if PLAN in files else None
+    layers = config["model"]["num_hidden_layers"]
+    plan = read_plan(files[PLAN].parent, layers) if PLAN in files else None
     return model_card(repo, config, files=files, plan=plan).encode()
 
 

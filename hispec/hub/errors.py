@@ -1,4 +1,4 @@
-"""What the Hub refuses, in words that say what to do; the token is in none of them."""
+"""Errors of the Hub as messages that tell the user what to do; none of them holds the token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from huggingface_hub import HfApi, errors, get_token
 
 from hispec.utils.console import one_line
+from hispec.utils.files import DiskFullError, disk_is_full
 
 
 class HubError(OSError):
@@ -21,10 +22,10 @@ class UnreachableError(HubError):
 
 @contextmanager
 def clearly(failed: str) -> Iterator[None]:
-    """Errors of the Hub and of the way to it become a `HubError` that says what to do."""
+    """Turn errors of the Hub and of the way to it into a `HubError` that says what to do."""
     try:
         yield
-    except HubError:
+    except (HubError, DiskFullError):
         raise
     except (OSError, RuntimeError, errors.HTTPError) as error:
         cause: Exception = error
@@ -32,6 +33,8 @@ def clearly(failed: str) -> Iterator[None]:
             cause = cause.__cause__  # "Error while uploading" hides what it was
         if isinstance(cause, errors.HfHubHTTPError):
             raise HubError(f"{failed}: {_refusal(cause)}") from error
+        if disk_is_full(cause):
+            raise HubError(f"{failed}: the disk is full: {_safe(cause)}") from error
         if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ConnectionError):
             raise  # of this machine: a full disk, a missing right
         if isinstance(cause, errors.OfflineModeIsEnabled):
@@ -46,7 +49,7 @@ def clearly(failed: str) -> Iterator[None]:
 
 
 def _refusal(error: errors.HfHubHTTPError) -> str:
-    """What an answer of the Hub means for the user."""
+    """An answer of the Hub as a reason, and what the user can do."""
     token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the one of `hf auth login`"
     if isinstance(error, errors.GatedRepoError):
         return "it is gated: accept its terms on its page first, with your token's account"
@@ -75,6 +78,6 @@ def _refusal(error: errors.HfHubHTTPError) -> str:
 
 
 def _safe(error: Exception) -> str:
-    """The text of an error in one line, without the token, whoever put it there."""
+    """The text of an error in one line, without the token."""
     text, token = one_line(error), get_token()
     return text.replace(token, "***") if token else text

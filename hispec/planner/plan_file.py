@@ -35,10 +35,14 @@ class Machine:
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
         """This machine, for a model on `device`."""
-        on_cpu = device.type == "cpu"
+        name = _processor()
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        elif device.type != "cpu":  # mps and others are a part of the processor, without a name
+            name = f"{device.type} of {name}"
         return cls(
-            _processor() if on_cpu else torch.cuda.get_device_name(device),
-            torch.get_num_threads() if on_cpu else None,
+            name,
+            torch.get_num_threads() if device.type == "cpu" else None,
             str(dtype).removeprefix("torch."),
             torch.__version__,
         )
@@ -114,17 +118,20 @@ def is_plain(setting: Setting) -> bool:
     return len(setting["ladder"]) == 1 and setting.get("drafter", "exit") == "exit"
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path, num_layers: int | None = None) -> Plan | None:
     """The plan of a checkpoint; None if it has none. Raises ValueError as `parse`."""
     path = folder / PLAN
-    return parse(read_json(path), str(path)) if path.is_file() else None
+    return parse(read_json(path), str(path), num_layers) if path.is_file() else None
 
 
-def parse(found: dict[str, Any], name: str) -> Plan:
-    """A plan from what `plan.json` holds.
+def parse(found: dict[str, Any], name: str, num_layers: int | None = None) -> Plan:
+    """A plan from the content of `plan.json`.
+
+    Args:
+        num_layers: of the model that the plan is for, if that is known.
 
     Raises:
-        ValueError: it is no plan, or another version of HiSpec wrote it.
+        ValueError: it is no plan, another version of HiSpec wrote it, or it is for another model.
     """
     again = "`hispec plan` writes it anew"
     if found.get("format_version") != FORMAT:
@@ -140,6 +147,11 @@ def parse(found: dict[str, Any], name: str) -> Plan:
         DecodeConfig(**plan.setting).validate(plan.num_layers)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{name} is no plan ({error}); {again}") from error
+    if num_layers is not None and plan.num_layers != num_layers:
+        raise ValueError(
+            f"{name}: num_layers={plan.num_layers!r} is not possible: the model has {num_layers} "
+            f"layers; {again}"
+        )
     return plan
 
 

@@ -12,7 +12,7 @@ from hub_server import Repo, sha256
 from hub_worker import flip, look, pushed
 
 from hispec.checkpoint.model_card import WRITTEN, model_card
-from hispec.hub import contents as parcel
+from hispec.hub import contents
 from hispec.planner.plan_file import Tried
 from hispec.utils.files import read_json
 
@@ -59,7 +59,7 @@ def test_a_pulled_checkpoint_is_loaded_by_name_and_followed(worker, server, mine
         assert f"at {first} is already in" in worker("pull", "alice/ee")[1]
         flip(kept / "exits.safetensors")
         assert worker("pull", "alice/ee")[0] == 0  # damaged, so brought again
-        parcel.verify(kept)
+        contents.verify(kept)
         (mine[0] / "agreement.png").write_bytes(b"\x89PNG")
         pushed(worker, server, mine[0])
         assert worker("pull", "alice/ee")[0] == 0
@@ -127,7 +127,7 @@ def test_a_broken_download_goes_on(worker, server, made):
     assert code == 0, errors
     assert "going on with alice/ee" in out
     assert server.served.keys() == files_below(made[1]) - there
-    parcel.verify(target)
+    contents.verify(target)
     assert hidden(worker.folder) == []
 
 
@@ -246,7 +246,7 @@ def test_a_pull_leaves_other_folders_alone(worker, server, mine):
     (mine[0].parent / "thesis" / "x.txt").write_text("mine")
     assert "was not pulled from" in worker.fails("pull", "alice/ee", mine[0].parent / "thesis")
     assert "was not pulled from" in worker.fails("pull", "alice/ee", mine[0] / "README.md")
-    parcel.verify(mine[0])
+    contents.verify(mine[0])
     assert "name one revision" in worker.fails("pull", "alice/ee@v1", "--revision", "v2")
 
 

@@ -49,7 +49,7 @@ def test_an_exception_leaves_what_was_there(tmp_path):
 def test_what_a_killed_writer_left_is_found_and_removed(tmp_path):
     target = tmp_path / "out"
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom hispec.files import new_folder\n"
+        "import sys, time\nfrom pathlib import Path\nfrom hispec.utils.files import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as t:\n    (t / 'a').write_text('half')\n"
         "    print('writing', flush=True)\n    time.sleep(60)\n"
     )

@@ -1,0 +1,207 @@
+"""The format of EE checkpoints: the schema of `exit_config.json`, and which files are verified.
+
+`checkpoints/README.md` is its specification. Keys that a later writer adds are ignored, but not in
+section `exits`, where one would change the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from hispec.base_models.model_folder import EXITS, MAX_LAYERS, Size, matches
+from hispec.config import ExitConfig
+from hispec.utils.files import sha256
+from hispec.utils.schema import STRICT, Schema, read_json, validate
+
+FORMAT_VERSION = 1
+CONFIG, CARD, PULLED = "exit_config.json", "README.md", "pulled.json"
+GENERATE = "custom_generate/generate.py"
+"""What `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
+SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
+MEASURED = (
+    *("agreement.*", "plan.*", "speed.*", "quality.*", "lossless.*", "report*.html", PULLED),
+)
+"""Written beside a checkpoint later, and written anew: never verified by hash, even where an
+earlier version stored their hashes, and not copied into another checkpoint."""
+
+
+def _inside(name: str) -> str:
+    if not is_inside(name):
+        raise ValueError("the name of a file in the checkpoint's folder")
+    return name
+
+
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, AfterValidator(_inside)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Open(Schema):
+    """A section to which later versions may add keys."""
+
+    model_config = ConfigDict({**STRICT, "extra": "ignore"})
+
+
+class Exits(Schema):
+    """Section `exits`: the fields of `ExitConfig`, which checks their values."""
+
+    depths: Annotated[list[int], Field(min_length=1)]
+    head: str
+    blocks: int
+    rank: Annotated[int, Field(ge=1, le=2**16)] = 64
+    draft_vocab: int = 0
+    previous: bool = False
+
+
+class Model(_Open):
+    """Section `model`: the shape of the base."""
+
+    model_type: str
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    hidden_size: Size
+    vocab_size: Size
+
+
+class Base(_Open):
+    """Section `base`: the model that the exits belong to."""
+
+    id: Annotated[str, Field(min_length=1)]
+    hub_id: str | None
+    revision: str | None
+    license: str | list[str] | None
+    included: bool
+    trained: bool = False
+    weights: Annotated[dict[FileName, Sha256], Field(min_length=1)]
+
+
+class Recipe(_Open):
+    """Section `recipe`: the settings of the training that are read again; the others are shown."""
+
+    data: str | None = None
+    data_split: str = "train"
+    text_column: str = "text"
+    held_out: Share = 0.05
+    streaming: bool = False
+
+
+class AgreementRow(_Open):
+    """How often a depth agrees with a deeper one."""
+
+    shallow: Count
+    deep: Count
+    top1: Share
+    acceptance: Share
+    tokens: Count
+
+
+class ExportCheck(_Open):
+    """What a new process found when it loaded an export."""
+
+    dtype: str
+    text: str
+    prompts: Count
+    new_tokens: Count
+    near_ties: Count
+    ladder: list[int]
+    acceptance: dict[str, Share | None]
+    agreement: list[AgreementRow] = Field(default_factory=list)
+
+
+class Figures(_Open):
+    """Section `figures`: what was measured in the training and at the export."""
+
+    text: str | None = None
+    agreement: list[AgreementRow] = Field(default_factory=list)
+    training_tokens: Count | None = None
+    minutes: Annotated[float, Field(ge=0)] | None = None
+    drift: float | None = None
+    check: ExportCheck | None = None
+
+    @model_validator(mode="after")
+    def _agreement_is_whole(self) -> Figures:
+        if self.agreement and None in (self.text, self.training_tokens, self.minutes):
+            raise ValueError("agreement goes with text, training_tokens and minutes")
+        return self
+
+
+class ExitConfigFile(_Open):
+    """The content of `exit_config.json`."""
+
+    format_version: Literal[1]
+    exits: Exits
+    model: Model
+    base: Base
+    files: dict[FileName, Sha256]
+    recipe: Recipe
+    figures: Figures
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _exits_are_named(self) -> ExitConfigFile:
+        if EXITS not in self.files:
+            raise ValueError(f"section 'files' must name {EXITS}")
+        return self
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether there is an EE checkpoint in a folder, of whatever version."""
+    return (folder / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `exit_config.json` of a checkpoint, checked.
+
+    Raises:
+        ValueError: not a checkpoint, not valid, or of another format version.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} is no EE checkpoint: it has no {CONFIG}")
+    config = read_json(path)
+    found = config.get("format_version")
+    if found != FORMAT_VERSION:
+        newer = isinstance(found, int) and found > FORMAT_VERSION
+        raise ValueError(
+            f"{path}: format_version={found!r} cannot be read, this hispec reads "
+            f"{FORMAT_VERSION}" + ("; upgrade hispec" if newer else "")
+        )
+    validate(ExitConfigFile, config, path)
+    try:
+        ExitConfig(**config["exits"]).validate(config["model"]["num_hidden_layers"])
+    except ValueError as error:
+        raise ValueError(f"{path}: exits: {error}") from None
+    return config
+
+
+def pinned(config: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 by name of the files that a checkpoint is verified by, its base's weights aside."""
+    return {name: h for name, h in config["files"].items() if not matches(name, MEASURED)}
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, which may come from anybody, stays in the folder it is put into."""
+    path = PurePosixPath(name)
+    return (
+        bool(path.parts) and "\\" not in name and not path.is_absolute() and ".." not in path.parts
+    )
+
+
+def file_fault(folder: Path, name: str, expected: str) -> str | None:
+    """The fault of a file that should have the SHA-256 `expected`; None if it has."""
+    if not (folder / name).is_file():
+        return f"{name} is missing"
+    if (found := sha256(folder / name)) != expected:
+        return f"{name} is damaged or was changed: SHA-256 {found}, {CONFIG} says {expected}"
+    return None
+
+
+def stored_files(folder: Path, without: Collection[str]) -> dict[str, Path]:
+    """The files of a folder and its sub-folders by name, but for some."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: file for name, file in names.items() if name not in without}
