@@ -1,8 +1,8 @@
 """Scripted models: what each depth says after each prefix is written by the test, in letters.
 
 Tokens are characters. The layers do no arithmetic but are honest about the cache: each of them
-writes the token and its position where `Cache.update` puts keys, and sees the prefix that
-`Cache.seen` lets it see. So an exit answers to the prefix that its own cache holds; a rollback, a
+writes the token and its position where `KVCache.update` puts keys, and sees the prefix that
+`KVCache.seen` lets it see. So an exit answers to the prefix that its own cache holds; a rollback, a
 moved branch or a mask that is wrong gives it another prefix, and the text or the counts change.
 """
 

@@ -1,8 +1,8 @@
-"""Proposals: the tokens that a level puts before the next one, a chain or a tree.
+"""Draft trees: the tokens that are proposed to a rung. A chain is a tree without branches.
 
-Columns count from the last agreed token: column 0 is that token, column `i` is proposal `i - 1`.
-A proposal's parent is the column of the token before it, so a chain is the tree in which every
-token follows the one to its left.
+Columns count from the last verified token: column 0 is that token, column `i` is draft token
+`i - 1`. The parent of a draft token is the column of the token before it, so in a chain every
+token's parent is the column to its left.
 """
 
 from __future__ import annotations
@@ -12,32 +12,69 @@ from functools import cached_property
 import numpy as np
 
 
-class Proposal:
-    """The proposals [B, N] of every row, and the token that each of them follows.
+class DraftTree:
+    """Draft tokens [B, N] of every row, and the token that each of them follows.
 
     Args:
-        tokens_BN: proposed token ids.
-        parent_BN: column of the token before each, smaller than its own; -1 where there is no
-            proposal. The proposals of a row come first, then its padding. They lie depth first:
-            each follows the one to its left or an ancestor of that one.
-        chain: whether every proposal follows the one to its left.
+        tokens_BN: draft token ids.
+        parent_BN: column of the token before each one, smaller than its own; -1 where there is no
+            draft token. The draft tokens of a row come first, then its padding. They are ordered
+            depth first: each one follows the one to its left or an ancestor of that one.
+        chain: whether every draft token follows the one to its left.
+        free_B: rows whose draft no layer of the model made; default: none.
     """
 
-    def __init__(self, tokens_BN: np.ndarray, parent_BN: np.ndarray, *, chain: bool) -> None:
+    def __init__(
+        self,
+        tokens_BN: np.ndarray,
+        parent_BN: np.ndarray,
+        *,
+        chain: bool,
+        free_B: np.ndarray | None = None,
+    ) -> None:
         self.tokens_BN = tokens_BN
         self.parent_BN = parent_BN
         self.chain = chain
+        self.free_B = np.zeros(len(tokens_BN), dtype=bool) if free_B is None else free_B
         self.count_B: np.ndarray = (parent_BN >= 0).sum(1)
-        """Proposals of each row."""
+        """Draft tokens of each row."""
 
     @classmethod
-    def chain_of(cls, tokens_BN: np.ndarray, count_B: np.ndarray) -> Proposal:
+    def chain_of(
+        cls, tokens_BN: np.ndarray, count_B: np.ndarray, free_B: np.ndarray | None = None
+    ) -> DraftTree:
         """The first `count` tokens of each row as a chain."""
-        return cls(tokens_BN, chain_parents(count_B, tokens_BN.shape[1]), chain=True)
+        width = int(count_B.max(initial=0))
+        parent_BN = chain_parents(count_B, width)
+        return cls(tokens_BN[:, :width], parent_BN, chain=True, free_B=free_B)
+
+    @classmethod
+    def empty(cls, rows: int) -> DraftTree:
+        """No draft tokens at all."""
+        return cls.chain_of(np.zeros((rows, 0), dtype=np.int64), np.zeros(rows, dtype=np.int64))
+
+    def merge(self, other: DraftTree) -> DraftTree:
+        """This draft in the rows where it has tokens, and `other` in the rest."""
+        width = max(self.parent_BN.shape[1], other.parent_BN.shape[1])
+        served_B = self.count_B > 0
+
+        def rows_of(mine_BN: np.ndarray, theirs_BN: np.ndarray, fill: int) -> np.ndarray:
+            padded = [
+                np.pad(x_BN, ((0, 0), (0, width - x_BN.shape[1])), constant_values=fill)
+                for x_BN in (mine_BN, theirs_BN)
+            ]
+            return np.where(served_B[:, None], *padded)
+
+        return DraftTree(
+            rows_of(self.tokens_BN, other.tokens_BN, 0),
+            rows_of(self.parent_BN, other.parent_BN, -1),
+            chain=self.chain and other.chain,
+            free_B=np.where(served_B, self.free_B, other.free_B),
+        )
 
     @cached_property
     def depth_BC(self) -> np.ndarray:
-        """How many tokens each column lies past the last agreed one, [B, N + 1]."""
+        """Number of tokens from the last verified one to each column, [B, N + 1]."""
         rows, width = self.parent_BN.shape
         if self.chain:
             return np.broadcast_to(np.arange(width + 1), (rows, width + 1))
@@ -49,9 +86,9 @@ class Proposal:
 
     @cached_property
     def path_BCD(self) -> np.ndarray:
-        """Columns of the proposals that lead to each column, itself included, in order.
+        """Columns of the draft tokens that lead to each column, itself included, in order.
 
-        [B, N + 1, N]; filled up with the column itself.
+        [B, N + 1, N]; padded with the column itself.
         """
         rows, width = self.parent_BN.shape
         columns = np.arange(width + 1)
@@ -66,14 +103,14 @@ class Proposal:
             path_BCD[:, i + 1] = np.where(inside_BD, above_BD, i + 1)
         return path_BCD
 
-    def slots_before(
+    def prefix_slots(
         self, rows_N: np.ndarray, columns_N: np.ndarray, length: int, base_B: np.ndarray
     ) -> np.ndarray:
         """Slots [N, length] of the tokens that lead to some columns, each in its row.
 
         Args:
-            length: of the text up to the column, which all of them have in common.
-            base_B: slot of the first proposal of each row.
+            length: length of the text up to the column; the same for all of them.
+            base_B: slot of the first draft token of each row.
         """
         slots_NT = np.broadcast_to(np.arange(length), (len(rows_N), length))
         if self.chain:
@@ -86,7 +123,7 @@ class Proposal:
 
     @cached_property
     def sees_BNN(self) -> np.ndarray:
-        """Whether proposal `i` attends to proposal `j`: itself and its ancestors."""
+        """Whether draft token `i` attends to draft token `j`: to itself and its ancestors."""
         rows, width = self.parent_BN.shape
         sees_BNN = np.zeros((rows, width, width), dtype=bool)
         every = np.arange(rows)
@@ -98,8 +135,9 @@ class Proposal:
         return sees_BNN
 
     @cached_property
-    def runs(self) -> list[list[tuple[int, int]]]:
-        """For each row the stretches of columns, (first, stop), that are chains of their own."""
+    def branches(self) -> list[list[tuple[int, int]]]:
+        """For each row the ranges of columns, (first, stop), within which each follows the one to
+        its left."""
         found: list[list[tuple[int, int]]] = []
         for parent_N, count in zip(self.parent_BN, self.count_B, strict=True):
             columns = np.arange(1, count + 1)
@@ -109,6 +147,6 @@ class Proposal:
 
 
 def chain_parents(count_B: np.ndarray, width: int) -> np.ndarray:
-    """Parents [B, width] of chains with `count` proposals each."""
+    """Parents [B, width] of chains with `count` draft tokens each."""
     columns = np.arange(width)
     return np.where(columns < count_B[:, None], columns, -1)

@@ -1,8 +1,4 @@
-"""Laws and verification: what a level chooses, and which proposals it accepts.
-
-A *law* is the next-token distribution after temperature and truncation. Two rules of verification
-keep the target's: `Match` gives the target's own text, `Rejection` its distribution.
-"""
+"""From logits to next-token distributions, and the noise that draws from them."""
 
 from __future__ import annotations
 
@@ -47,11 +43,12 @@ def warpers(config: DecodeConfig) -> LogitsProcessorList:
     return chain
 
 
-def to_log_law(scores_NV: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
-    """Log of the next-token law, float32 [N, V]; -inf outside its support.
+def to_log_probs(scores_NV: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
+    """Log probabilities of the next token, float32 [N, V]; -inf for tokens that cannot be drawn.
 
-    At temperature 0 the law is one-hot on the argmax (first index wins a tie), so that nothing
-    downstream needs to know about greedy decoding.
+    They are what is left after temperature, top-k, top-p and min-p. At temperature 0 the
+    distribution is one-hot on the argmax (the first index wins a tie), so greedy decoding is no
+    case of its own.
     """
     scores_NV = scores_NV.float()
     if config.temperature == 0:
@@ -65,7 +62,7 @@ def to_log_law(scores_NV: torch.Tensor, config: DecodeConfig) -> torch.Tensor:
 def confidence(scores: torch.Tensor) -> np.ndarray:
     """Top probability [...] of softmax(scores [..., V]), whatever the temperature.
 
-    It is known before a token is drawn, so a rule that stops on it does not bend the law.
+    It is known before a token is drawn, so stopping on it does not change the distribution.
     """
     scores = scores.float()
     return (scores.amax(-1) - scores.logsumexp(-1)).exp().cpu().numpy()
@@ -90,9 +87,9 @@ def top_candidates(logits_NV: torch.Tensor, k: int, block: int = 64) -> torch.Te
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> torch.Tensor:
     """The Gumbel(0, 1) noise of one position, float32 [V] on the CPU.
 
-    It depends on `(seed, position)` and on nothing else, so every rung, any ladder and plain
-    decoding meet the same noise. Drawn in float64: float32 uniforms have 2^24 values, too coarse
-    for the upper tail, where the maximum over a large vocabulary lies.
+    It depends on `(seed, position)` alone, so every rung, any ladder and plain decoding add the
+    same noise. It is drawn in float64: float32 uniforms have 2^24 values, too coarse for the upper
+    tail, where the maximum over a large vocabulary lies.
     """
     generator = torch.Generator().manual_seed(mix_seed(int(seed), int(position)))
     uniform = torch.rand(vocab_size, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a decode did, counted: passes, tokens, acceptance, time, and the origin of every token."""
+"""Counts of a decode: passes, tokens, acceptance and time per rung."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class DraftStats:
-    """Proposals and what became of them."""
+    """Draft tokens, and how many of them were accepted."""
 
     proposed: int = 0
-    """Tokens handed to the next deeper level to judge; all those of a tree."""
+    """Tokens that the next deeper rung verified; all those of a tree."""
     accepted: int = 0
-    """How many of these the next deeper level agreed with."""
+    """How many of these the next deeper rung accepted."""
 
     def add(self, proposed_B: np.ndarray, accepted_B: np.ndarray) -> None:
-        """Count one verdict over some rows."""
+        """Count one verification of some rows."""
         self.proposed += int(proposed_B.sum())
         self.accepted += int(accepted_B.sum())
 
     def merge(self, other: DraftStats) -> None:
-        """Count what was counted elsewhere too."""
+        """Add the counts of another decode."""
         self.proposed += other.proposed
         self.accepted += other.accepted
 
@@ -37,7 +37,7 @@ class DraftStats:
 
 @dataclass(kw_only=True)
 class RungStats(DraftStats):
-    """One rung's share of a decode. The last rung proposes nothing."""
+    """One rung's part of a decode. The last rung proposes nothing."""
 
     depth: int
     layers: int
@@ -45,13 +45,18 @@ class RungStats(DraftStats):
     head_layers: int
     """Transformer blocks of its exit head."""
     passes: int = 0
-    """How often it was asked for logits."""
+    """Passes that computed its logits."""
     tokens_run: int = 0
     """Tokens run through its segment."""
     head_tokens_run: int = 0
     """Tokens run through the blocks of its head."""
     seconds: float = 0.0
-    """Wall time of the steps that it led, with the catching up of shallower rungs for them."""
+    """Wall time of these passes, with the catching up of shallower rungs and the verification."""
+
+    def add_pass(self, seconds: float) -> None:
+        """Count one pass."""
+        self.passes += 1
+        self.seconds += seconds
 
 
 @dataclass
@@ -60,7 +65,7 @@ class DecodeStats:
 
     rungs: list[RungStats] = field(default_factory=list)
     free: DraftStats = field(default_factory=DraftStats)
-    """Drafts that no rung made: lookups and recycled trees."""
+    """Draft tokens that no rung made: those of lookups and recycled trees."""
     rows: int = 1
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -69,7 +74,7 @@ class DecodeStats:
 
     @classmethod
     def of(cls, ladder: Ladder, rows: int, prompt_tokens: int) -> DecodeStats:
-        """Counts of a decode on a ladder that has not begun."""
+        """The counts of a decode that has not begun."""
         rungs = [
             RungStats(
                 depth=depth,
@@ -80,9 +85,14 @@ class DecodeStats:
         ]
         return cls(rungs=rungs, rows=rows, prompt_tokens=prompt_tokens)
 
-    def account(self, ladder: Ladder, seconds: float, new_tokens: int) -> None:
-        """Note how far the decode is, and what its ladder has run for that."""
-        self.seconds = seconds
+    def add_round(self, ladder: Ladder, seconds: float, new_tokens: int) -> None:
+        """Count one round.
+
+        Args:
+            seconds: that the round took.
+            new_tokens: committed since the decode began.
+        """
+        self.seconds += seconds
         self.new_tokens = new_tokens
         for rung, stats in enumerate(self.rungs):
             stats.tokens_run = ladder.segment_tokens[rung]
@@ -104,13 +114,13 @@ class DecodeStats:
 
     @property
     def plain_layer_token_runs(self) -> int:
-        """What plain decoding of the same rows runs: every layer once per token, the last token of
-        a row left out, as nothing is asked after it."""
+        """Layer calls times tokens of plain decoding: every layer once per token, but for the last
+        token of a row, which no token follows."""
         return (self.prompt_tokens + self.new_tokens - self.rows) * self.rungs[-1].depth
 
     @property
     def extra_layer_token_runs(self) -> int:
-        """Work beyond plain decoding: drafts thrown away and the blocks of the exit heads."""
+        """Work beyond plain decoding: rejected drafts and the blocks of the exit heads."""
         return self.layer_token_runs - self.plain_layer_token_runs
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which architectures are supported, and what tells them apart from their configs."""
+"""The supported architectures, and what their configs say of layers and lengths."""
 
 from __future__ import annotations
 

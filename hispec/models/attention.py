@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "hispec"
-"""What the attention function is called in a model's config."""
+"""The name of this attention function in a model's config."""
 
 # On a CPU in bf16, from one more on: `F.linear` and attention round a row otherwise (decisions.md).
 _ALIKE_TOKENS = 27
@@ -20,26 +21,26 @@ _ALIKE_ROWS = 32
 
 
 def rounds_alike(tokens: int, like: torch.Tensor) -> bool:
-    """Whether that many tokens in a pass can get the bits that they get in any other small pass."""
+    """Whether the tokens of a pass of that size get the same bits as in any other small pass."""
     return tokens <= _ALIKE_TOKENS and like.dtype == torch.bfloat16 and like.device.type == "cpu"
 
 
-def causal(positions: torch.Tensor, keys_K: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which keys the tokens at `positions` [..., T] attend to, bool [..., T, K].
+def causal(positions: torch.Tensor, slots_S: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Which slots the tokens at `positions` [..., T] attend to, bool [..., T, S].
 
     Args:
         window: with sliding attention, how many of the last positions, its own included.
     """
-    seen = keys_K <= positions[..., None]
-    return seen if window is None else seen & (keys_K > positions[..., None] - window)
+    seen = slots_S <= positions[..., None]
+    return seen if window is None else seen & (slots_S > positions[..., None] - window)
 
 
 @dataclass
 class Branch:
-    """Tokens of a tree that follow each other, computed as if they were alone with their ancestors.
+    """Tokens of a tree that follow each other, computed as if they and their ancestors were alone.
 
-    Kernels add up the keys in lanes and tiles. A token gets the bits of plain decoding only where
-    its ancestors lie in the slots that plain decoding would have given them.
+    Kernels add up the keys in lanes and tiles. A token gets the bits of plain decoding only if its
+    ancestors lie in the slots that they would have in plain decoding.
     """
 
     row: int
@@ -48,18 +49,21 @@ class Branch:
     slots: slice
     """Where their KV was written."""
     places: slice
-    """Where it belongs: their positions."""
-    proposals: slice
-    """Slots of all proposals of the row."""
+    """Where it belongs in plain decoding: the slots of their positions."""
+    drafts: slice
+    """Slots of all draft tokens of the row."""
     mask: torch.Tensor
-    """[1, 1, query heads per KV head * tokens, keys]."""
+    """[1, 1, query heads per KV head * tokens, slots]."""
 
 
 class PassCache(Protocol):
     """What a cached pass asks of the cache, besides the `update` that transformers' layers call."""
 
+    def needs_no_mask(self, window: int | None) -> bool:
+        """Whether plain causal attention over the tokens of the announced pass is enough."""
+
     def seen(self, window: int | None) -> torch.Tensor:
-        """Which slots the tokens of the announced pass attend to, bool [B, T, K]."""
+        """Which slots the tokens of the announced pass attend to, bool [B, T, S]."""
 
     def branches(
         self, window: int | None, mask: Callable[[torch.Tensor], torch.Tensor]
@@ -77,10 +81,17 @@ def masked_attention(
     branches: Sequence[Branch] = (),
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over the cache, always with an explicit mask, [B, 1, heads per KV head * T, K].
+    """Attention over the cache, with an explicit mask [B, 1, heads per KV head * T, S].
 
-    With `branches` they are computed one by one, with the masks that they bring.
+    With `branches` they are computed one by one, with the masks that they bring. With neither, the
+    tokens of the pass are whole texts from their first tokens on, and get transformers' own causal
+    attention, which skips the keys that lie ahead.
     """
+    if attention_mask is None and not branches:
+        length = query.shape[2]
+        return sdpa_attention_forward(
+            module, query, key[:, :, :length], value[:, :, :length], None, scaling=scaling
+        )
     if branches:
         out = _branch_by_branch(query, key, value, scaling, branches)
     else:
@@ -143,11 +154,11 @@ def _branch_by_branch(
     for branch in branches:
         row = slice(branch.row, branch.row + 1)
         if branch.row not in written:
-            all_of_it = row, slice(None), branch.proposals
+            all_of_it = row, slice(None), branch.drafts
             written[branch.row] = all_of_it, key[all_of_it].clone(), value[all_of_it].clone()
         if branch.slots != branch.places:
             _, keys, values = written[branch.row]
-            first = branch.proposals.start
+            first = branch.drafts.start
             source = slice(branch.slots.start - first, branch.slots.stop - first)
             key[row, :, branch.places] = keys[:, :, source]
             value[row, :, branch.places] = values[:, :, source]

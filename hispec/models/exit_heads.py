@@ -1,4 +1,4 @@
-"""Exit heads: what turns the hidden state of an exit into what the shared LM head reads."""
+"""Exit heads: they turn the hidden state of an exit into one that the shared LM head reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hispec.config import ExitConfig
 
 
 class LowRank(nn.Module):
-    """`h + up(silu(down(h)))`; a fresh one passes on what it gets."""
+    """`h + up(silu(down(h)))`; a fresh one is the identity."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class LowRank(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """Transformer blocks, a norm and an adapter, each as far as the kind has them, for the LM head.
+    """Transformer blocks, a norm and an adapter; which of them it has depends on the kind of head.
 
     The blocks attend over the states of their own exit, so they have KV and a length of their own:
     a side segment of the ladder.
@@ -38,8 +38,8 @@ class ExitHead(nn.Module):
         blocks: decoder layers of the base model's own class.
         norm: the exit's own norm, or None where the final norm of the base model is used.
         layer_types: for each block, the attention type of the layer it was copied from.
-        adapter: what comes after the norm, or None.
-        mix: what adds the state of the token before to what the blocks read, [2 H] -> [H], or None.
+        adapter: comes after the norm, or None.
+        mix: adds the state of the token before to the input of the blocks, [2 H] -> [H], or None.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ExitHead(nn.Module):
 
 
 Gather = Callable[[nn.Module], AbstractContextManager[Any]]
-"""Makes all parameters of a module be here for a while, where they are spread over processes."""
+"""Gathers the parameters of a module that are partitioned over processes, for a `with` block."""
 
 
 def build_head(
@@ -71,14 +71,14 @@ def build_head(
 ) -> ExitHead:
     """A fresh head for a base model `hf`.
 
-    `block` heads start as copies of the last layers and of the final norm: the place where the
-    base model itself turns hidden states into something that the LM head reads. An `adapter` head
+    `block` heads start as copies of the last layers and of the final norm, which in the base model
+    turn hidden states into input of the LM head. An `adapter` head
     starts as a copy of the final norm.
 
     Args:
         layer_types: attention type of every layer of the base model.
         first_index: cache index of the first block; no other layer may have it.
-        gather: around everything that is copied.
+        gather: entered around every copy.
     """
     if config.head == "shared":
         return ExitHead([], None, [])
@@ -100,7 +100,7 @@ def build_head(
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
     mix = None
-    if config.previous:  # one that is fresh adds nothing
+    if config.previous:  # fresh, it adds nothing
         mix = nn.Linear(2 * hf.config.hidden_size, hf.config.hidden_size, bias=False)
         nn.init.zeros_(mix.to(_place(trunk.norm)).weight)
     return ExitHead(blocks, norm, layer_types[-config.blocks :], mix=mix)

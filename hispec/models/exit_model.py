@@ -27,12 +27,12 @@ from hispec.utils.settings import check
 
 @dataclass
 class LayerInputs:
-    """What the decoder layers of one attention type get besides the hidden states."""
+    """Inputs of the decoder layers of one attention type, besides the hidden states."""
 
     attention_mask: torch.Tensor | None
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     branches: list[Branch] = field(default_factory=list)
-    """Of a tree whose branches are computed one by one; they bring masks of their own."""
+    """Of a tree whose branches are computed one by one, each with a mask of its own."""
 
     def rows(self, rows_K: torch.Tensor) -> LayerInputs:
         """The inputs for some of the rows of the batch, without a cache."""
@@ -121,7 +121,7 @@ class ExitModel(nn.Module):
         Without a cache the tokens are whole sequences from position 0 on (training), or, with
         `positions_BT`, packed documents: where the position is 0 one begins, and a token attends to
         those of its own document alone. With a cache they continue what it holds, at
-        `positions_BT`; `Cache.place` was called for them.
+        `positions_BT`; `KVCache.place` was called for them.
 
         Args:
             inputs: what `layer_inputs` gave for these tokens, if the caller runs one stretch of
@@ -177,11 +177,11 @@ class ExitModel(nn.Module):
         cache: PassCache | None = None,
         previous_BTH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the blocks of the head at `depth` make of the exit's states [B, T, H]; see `run`.
+        """Logits [..., V] of normed states [..., H]: LM head, then the family's scale or cap.
 
         Args:
             previous_BTH: for a head that reads it, the normed state of the token before at full
-                depth, or what stands in for it; 0 where nothing is known, None for that everywhere.
+                depth, or its stand-in; 0 where neither is known. None is 0 everywhere.
         """
         head = self.head(depth)
         if head.mix is not None:
@@ -209,10 +209,10 @@ class ExitModel(nn.Module):
         return self.normed(self.num_layers, hidden_BTH)
 
     def project(self, normed: torch.Tensor, head_VH: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]: LM head, and what the family does after it.
+        """Logits [..., V] of normed states [..., H]: LM head, then the family's scaling or cap.
 
         Args:
-            head_VH: weights to read with instead of the LM head's own.
+            head_VH: weights to use instead of the LM head's own.
         """
         logits = self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
         if (divisor := getattr(self.hf.config, "logits_scaling", None)) is not None:  # Granite
@@ -231,7 +231,7 @@ class ExitModel(nn.Module):
         """Logits [..., V] as exits draft: those of tokens outside the draft vocabulary are -inf.
 
         Args:
-            head_KH: what `draft_head` gave; without it the whole LM head is read.
+            head_KH: rows from `draft_head`; without them the whole LM head is used.
         """
         if self.draft_tokens is None:
             return self.project(normed)
@@ -327,6 +327,8 @@ class ExitModel(nn.Module):
             if document_BT is not None:
                 seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
             return LayerInputs(_mask(seen, hidden_BTH.dtype), rope)
+        if cache.needs_no_mask(window):
+            return LayerInputs(None, rope)
         mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
         if rounds_alike(positions_BT.numel(), hidden_BTH):
             branches = cache.branches(window, mask)
@@ -348,15 +350,15 @@ def _documents(positions_BT: torch.Tensor) -> torch.Tensor:
 def of_token_before(
     normed_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The states [B, T, H] of whole sequences or packed documents, each where the next token
-    stands; 0 where a text begins."""
+    """The states [B, T, H] of whole sequences or packed documents, each moved to the next token;
+    0 where a text begins."""
     moved_BTH = torch.zeros_like(normed_BTH)
     moved_BTH[:, 1:] = normed_BTH[:, :-1]
     return moved_BTH if positions_BT is None else moved_BTH * (positions_BT > 0)[..., None]
 
 
-def _mask(seen_BTK: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
-    """The additive mask [B, 1, repeats * T, K] of what may be seen."""
-    mask_BTK = torch.zeros(seen_BTK.shape, dtype=dtype, device=seen_BTK.device)
-    mask_BTK.masked_fill_(~seen_BTK, float("-inf"))
-    return mask_BTK.repeat(1, repeats, 1)[:, None]
+def _mask(seen_BTS: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
+    """The additive mask [B, 1, repeats * T, S] of which slots may be seen."""
+    mask_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device)
+    mask_BTS.masked_fill_(~seen_BTS, float("-inf"))
+    return mask_BTS.repeat(1, repeats, 1)[:, None]

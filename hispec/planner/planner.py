@@ -22,7 +22,7 @@ from hispec.decoding.ladder import Ladder
 from hispec.decoding.stats import DecodeStats
 from hispec.models.exit_model import ExitModel
 from hispec.planner import search_space
-from hispec.planner.answers import Contexts
+from hispec.planner.answers import Answers
 from hispec.planner.latency import Latency, measure_latency, now
 from hispec.planner.plan_file import Machine, Plan, Setting, Tried
 from hispec.planner.replay import Replay
@@ -201,17 +201,17 @@ class Planner:
         text = Decode(self.model, [prompt], self.config(self.settings[0])).finish()[0]
         prefill = self._prefill(prompt)
         depths = [*self.exits, self.model.num_layers]
-        contexts = Contexts(self.model, prompt, depths if self.replayed else depths[-1:])
-        nodes = contexts.follow(text)
-        for depth in contexts.tracks.depths:
-            contexts.answers((depth, False), nodes)
+        answers = Answers(self.model, prompt, depths if self.replayed else depths[-1:])
+        nodes = answers.follow(text)
+        for depth in answers.rungs.depths:
+            answers.answers((depth, False), nodes)
             if depth < self.model.num_layers:
-                contexts.draft(depth, nodes, LONGEST_DRAFT)
+                answers.draft(depth, nodes, LONGEST_DRAFT)
         for setting, total in pairs:
             config = self.config(setting)
-            if set(config.ladder) <= set(contexts.tracks.depths):
+            if set(config.ladder) <= set(answers.rungs.depths):
                 reading = sum(prefill[depth] for depth in config.ladder)
-                replay = Replay(contexts, config, latency, reading)
+                replay = Replay(answers, config, latency, reading)
                 replay.finish()
                 total.add(replay.seconds, replay.stats)
             else:

@@ -1,8 +1,8 @@
-"""Replay: the decode loop itself, on answers that are known, in seconds that were measured.
+"""Replay: the decode loop itself, on known answers, with measured seconds added up.
 
-Loop, drafters and the rule of the ladder are those that decode. Only the arithmetic of the model is
-looked up (`contexts`) and its time added up (`latency`), so the counts of passes, proposals and
-accepted tokens are those of the real decode, and a setting costs milliseconds to try.
+Loop, drafters and ladder are those that decode. Only the model's arithmetic is looked up
+(`answers`) and its time added up (`latency`), so the counts of passes, draft tokens and accepted
+tokens are those of the real decode, and trying a setting takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.draft_tree import Proposal
-from hispec.decoding.kv_cache import Cache
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.kv_cache import KVCache
 from hispec.decoding.ladder import Ladder
-from hispec.decoding.verification import Match
-from hispec.planner.answers import Contexts
+from hispec.decoding.verification import MatchSampler, Sampler
+from hispec.planner.answers import Answers
 from hispec.planner.latency import CONFIDENCE, KEEPING, RANKING, Latency, head, reading, segment
 
 
@@ -46,17 +46,17 @@ class Replay(Decode):
     """A greedy decode of one prompt that runs no layer that was run before.
 
     Args:
-        contexts: of the prompt.
-        latency: what a part costs; None to count only.
+        answers: of the prompt.
+        latency: the cost of each part; None to count only.
         prefill: seconds that reading the prompt takes on the config's ladder.
 
     Raises:
-        ValueError: a config that is not greedy, or whose scores depend on the text otherwise.
+        ValueError: a config that is not greedy, or whose scores depend on the text in other ways.
     """
 
     def __init__(
         self,
-        contexts: Contexts,
+        answers: Answers,
         config: DecodeConfig,
         latency: Latency | None = None,
         prefill: float = 0.0,
@@ -64,49 +64,49 @@ class Replay(Decode):
         plain = config.temperature == 0 and config.repetition_penalty == 1
         if not plain or config.no_repeat_ngram_size:
             raise ValueError("only greedy decodes without processors can be replayed")
-        super().__init__(contexts.model, [contexts.prompt], config)
+        self.answers = answers
         self.clock = Clock(latency, prefill)
-        self.ladder = _KnownLadder(
-            contexts,
-            config,
-            self.ladder.cache.capacity,
-            self.clock,
-            observed=self.drafter.observes > 0,
-        )
-        self.sampler = _Known(config, self.clock)
+        super().__init__(answers.model, [answers.prompt], config)
+
+    def _build_ladder(self, capacity: int) -> Ladder:
+        observed = self.drafter.observes > 0
+        return _KnownLadder(self.answers, self.config, capacity, self.clock, observed=observed)
+
+    def _build_sampler(self, seeds: Any) -> Sampler:
+        return _KnownSampler(self.config, self.clock)
 
     @property
     def seconds(self) -> float:
-        """What the decode would take: the model's parts as measured, the loop as it just ran."""
+        """Seconds of the decode: the model's parts as measured, the loop as it just ran."""
         return self.stats.seconds - self.clock.spent + self.clock.modelled
 
 
 class _KnownLadder(Ladder):
-    """A ladder that keeps the lengths of its rungs as any, and looks up what they say.
+    """A ladder that keeps the lengths of its rungs like any other, and looks their logits up.
 
     Args:
-        observed: whether the drafter looks at all that is said, so that the tokens after the first
-            wrong one of a draft count too.
+        observed: whether the drafter sees every logit, so that those after the first rejected
+            draft token are needed too.
     """
 
     def __init__(
         self,
-        contexts: Contexts,
+        answers: Answers,
         config: DecodeConfig,
         capacity: int,
         clock: Clock,
         *,
         observed: bool,
     ) -> None:
-        super().__init__(contexts.model, config.ladder, 1, 0, draft_vocab=config.draft_vocab)
-        self.cache = _NoCache(1, capacity, contexts.model.device)
+        super().__init__(answers.model, config.ladder, 1, 0, draft_vocab=config.draft_vocab)
+        self.cache = _NoCache(1, capacity, answers.model.device)
         self.cache.clock = self.clock = clock
-        self.contexts = contexts
+        self.answers = answers
         self.observed = observed
         self._nodes = np.zeros(self.cache.capacity, dtype=np.int64)
-        """For each slot of the text, its context."""
+        """For each slot of the text, its node in the trie."""
         self._known = 0
-        """Slots whose token is still the one that its context was noted for."""
+        """Slots whose token is still the one that its node stands for."""
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         began = time.perf_counter()
@@ -116,7 +116,7 @@ class _KnownLadder(Ladder):
             if self.head_layers(rung):
                 self.cache.lengths["head", rung] = upto_B
                 self.head_tokens[rung] = int(upto_B[0])
-        self._known = len(self.contexts.prompt)
+        self._known = len(self.answers.prompt)
         self._nodes[: self._known] = np.arange(self._known)  # the first nodes are the prompt's
         self.clock.modelled += self.clock.prefill
         self.clock.spent += time.perf_counter() - began
@@ -127,11 +127,11 @@ class _KnownLadder(Ladder):
         tokens_BN: np.ndarray,
         first_B: np.ndarray,
         upto_B: np.ndarray,
-        tree: Proposal | None = None,
+        tree: DraftTree | None = None,
         *,
         drafting: bool = False,
     ) -> torch.Tensor:
-        """Answers [1, C, 2 + K] in place of logits, see `Contexts`."""
+        """Answers [1, C, 2 + K] in place of logits, see `Answers`."""
         began = time.perf_counter()
         first, upto = int(first_B[0]), int(upto_B[0])
         self.clock.length = first
@@ -139,11 +139,11 @@ class _KnownLadder(Ladder):
         reduced = drafting and self.draft_vocab and self.model.draft_tokens is not None
         depth = self.depths[rung]
         self.clock.add(reading(depth, reduced), upto - first)
-        nodes = self._contexts_of(tokens_BN[0], first, upto, tree)
+        nodes = self._nodes_of(tokens_BN[0], first, upto, tree)
         if drafting or tree is not None or self.observed:
-            known_CK = self.contexts.answers((depth, reduced), nodes)
+            known_CK = self.answers.answers((depth, reduced), nodes)
         else:
-            known_CK = self.contexts.judge(depth, nodes, tokens_BN[0, first + 1 : upto].tolist())
+            known_CK = self.answers.verify(depth, nodes, tokens_BN[0, first + 1 : upto].tolist())
         self.clock.spent += time.perf_counter() - began
         return torch.from_numpy(known_CK)[None]
 
@@ -151,13 +151,13 @@ class _KnownLadder(Ladder):
         super().truncate(length_B)
         self._known = min(self._known, int(length_B[0]))
 
-    def _contexts_of(
-        self, tokens_N: np.ndarray, first: int, upto: int, tree: Proposal | None
+    def _nodes_of(
+        self, tokens_N: np.ndarray, first: int, upto: int, tree: DraftTree | None
     ) -> list[int]:
         """The nodes of the tokens in slots `first` to `upto - 1`."""
         stop = first + 1 if tree is not None else upto
         for slot in range(self._known, stop):
-            self._nodes[slot] = self.contexts.child(int(self._nodes[slot - 1]), int(tokens_N[slot]))
+            self._nodes[slot] = self.answers.child(int(self._nodes[slot - 1]), int(tokens_N[slot]))
         self._known = max(self._known, stop)
         if tree is None:
             return self._nodes[first:upto].tolist()
@@ -167,19 +167,24 @@ class _KnownLadder(Ladder):
             tree.tokens_BN[0, : upto - first - 1].tolist(),
             strict=True,
         ):
-            nodes.append(self.contexts.child(nodes[parent], token))
+            nodes.append(self.answers.child(nodes[parent], token))
         return nodes
 
-    def _run_segment(self, rung: int, tokens_BN: Any, slots_BT: Any, tree: Any, base: Any) -> None:
+    def _place(self, slots_BT: Any, start_B: Any, upto_B: Any, tree: Any, base_B: Any) -> Any:
+        self._in_tree = tree is not None
+        self._width = slots_BT.shape[1]
+        return None
+
+    def _run_segment(self, rung: int, tokens_BN: Any, slots_BT: Any, positions_BT: Any) -> None:
         low = self.depths[rung - 1] if rung else 0
-        self.clock.add(segment(low, self.depths[rung], tree is not None), slots_BT.shape[1])
+        self.clock.add(segment(low, self.depths[rung], self._in_tree), self._width)
 
-    def _run_head(self, rung: int, slots_BT: Any, tree: Any, base: Any) -> None:
-        self.clock.add(head(self.depths[rung], tree is not None), slots_BT.shape[1])
+    def _run_head(self, rung: int, positions_BT: Any) -> None:
+        self.clock.add(head(self.depths[rung], self._in_tree), self._width)
 
 
-class _NoCache(Cache):
-    """Lengths alone."""
+class _NoCache(KVCache):
+    """A cache of lengths alone."""
 
     clock: Clock
 
@@ -187,8 +192,8 @@ class _NoCache(Cache):
         self.clock.add(KEEPING, path_BD.shape[1])
 
 
-class _Known(Match):
-    """Reads answers as `Match` reads logits."""
+class _KnownSampler(MatchSampler):
+    """Reads answers as `MatchSampler` reads logits."""
 
     def __init__(self, config: DecodeConfig, clock: Clock) -> None:
         super().__init__(config)

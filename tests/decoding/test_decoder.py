@@ -90,7 +90,7 @@ class LayerLog:
     """
 
     def __init__(self, model: ExitModel, decode: Decode) -> None:
-        self.decode = decode
+        self.tokens_BN = decode.state.tokens_BN
         self.runs = self.repeated = self.head_runs = 0
         self.live: set[tuple[int, tuple[int, ...]]] = set()
         for index, layer in enumerate(model.hf.model.layers):
@@ -99,8 +99,9 @@ class LayerLog:
             for block in head.blocks:  # negative numbers tell blocks from layers of the trunk
                 hook = self._hook(-block.self_attn.layer_idx)
                 block.register_forward_pre_hook(hook, with_kwargs=True)
-        for step in ("advance", "extend"):
-            setattr(decode, step, self._watch(getattr(decode, step)))
+        decode._verify = self._watch(decode._verify, lambda *_: decode.state.tokens_BN)
+        if hasattr(decode.drafter, "step"):  # it drafts in a copy of the text
+            decode.drafter.step = self._watch(decode.drafter.step, lambda tokens_BN, *_: tokens_BN)
 
     def _hook(self, index):
         def record(module, args, kwargs):
@@ -114,10 +115,11 @@ class LayerLog:
         return record
 
     def prefix(self, position: int) -> tuple[int, ...]:
-        return tuple(self.decode.tokens_BN[0, : position + 1].tolist())
+        return tuple(self.tokens_BN[0, : position + 1].tolist())
 
-    def _watch(self, step):
+    def _watch(self, step, text):
         def stepped(*args):
+            self.tokens_BN = text(*args)
             result = step(*args)
             self.live = {e for e in self.live if e[1] == self.prefix(len(e[1]) - 1)}
             return result
@@ -169,17 +171,22 @@ class Scripted(ExitModel):
         logits = super().read(depth, hidden)
         if depth == self.num_layers:
             return logits
-        for column, position in enumerate(self.asked(depth, hidden.shape[1])):
+        for column, position in enumerate(range(self.first, self.first + hidden.shape[1])):
             token = self.text[position + 1] if position + 1 < len(self.text) else 5
             if not self.right[depth](position + 1):
                 token = (token + 1) % VOCAB
             logits[0, column] = torch.nn.functional.one_hot(torch.tensor(token), VOCAB) * 50.0
         return logits
 
-    def asked(self, depth, count):
-        level = self.decode.ladder.depths.index(depth)
-        first = int(self.decode.agreed[level][0]) - 1
-        return range(first, first + count)
+    def follow(self, ladder):
+        """Note from which position on the ladder reads."""
+        logits = ladder.logits
+
+        def noted(rung, tokens_BN, first_B, *args, **options):
+            self.first = int(first_B[0])
+            return logits(rung, tokens_BN, first_B, *args, **options)
+
+        ladder.logits = noted
 
 
 ALWAYS, NEVER = (lambda position: True), (lambda position: False)
@@ -194,6 +201,7 @@ def scripted(draft, verify, **config):
     model.decode = Decode(
         model, [prompt], DecodeConfig([2, 4, 6], **{"max_new_tokens": 24, **config})
     )
+    model.follow(model.decode.ladder)
     text = [t for c in model.decode.run() for part in c for t in part.tokens]
     return text, plain, model.decode
 
@@ -250,12 +258,12 @@ def test_the_limit_may_fall_anywhere_in_a_round(limit):
 def test_every_token_knows_the_rung_that_made_it():
     _, _, run = scripted(EVERY_THIRD_WRONG, ALWAYS, max_new_tokens=12)
     for position in range(5, 15):
-        depth = run.depth_of_BN[0, position]
+        depth = run.state.depth_BN[0, position]
         assert depth in (2, 4, 6)
         if position % 3 == 0:
             assert depth != 2  # the drafter is wrong there
     _, _, run = scripted(NEVER, NEVER)
-    assert set(run.depth_of_BN[0, 4:28]) == {6}
+    assert set(run.state.depth_BN[0, 4:28]) == {6}
 
 
 def test_what_is_yielded_is_what_was_committed(prompts):
@@ -266,8 +274,8 @@ def test_what_is_yielded_is_what_was_committed(prompts):
         for part in committed:
             start = len(prompts[part.row]) + seen[part.row]
             stop = start + len(part.tokens)
-            assert run.agreed[-1][part.row] == stop
-            assert run.tokens_BN[part.row, start:stop].tolist() == part.tokens
+            assert run.state.committed_B[part.row] == stop
+            assert run.state.tokens_BN[part.row, start:stop].tolist() == part.tokens
             assert len(part.depths) == len(part.tokens)
             seen[part.row] += len(part.tokens)
     assert seen == [9, 9, 9]
@@ -335,4 +343,4 @@ def test_hooks_do_not_leak_state_between_decodes():
                 texts.setdefault(name, []).extend(committed[0].tokens)
     for name in runs:
         assert texts[name] == generate(model.hf, [name, 9, 4], 12)
-    assert np.array_equal(runs[5].end_B, [15])
+    assert np.array_equal(runs[5].state.end_B, [15])

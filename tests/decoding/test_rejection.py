@@ -13,8 +13,8 @@ from conftest import tiny_model
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.sampling import to_log_law
-from hispec.decoding.verification import Rejection
+from hispec.decoding.sampling import to_log_probs
+from hispec.decoding.verification import RejectionSampler
 
 VOCAB = 3
 PROMPT = [1, 0, 2, 2]
@@ -27,7 +27,7 @@ def model():
     return tiny_model(exits=(1, 2), head="shared", seed=3, **sizes)
 
 
-class Enumerator(Rejection):
+class Enumerator(RejectionSampler):
     """Takes every random decision from a list, and remembers how likely each was.
 
     The decisions are a path through a tree; `following` is the next path of a depth-first walk.
@@ -51,11 +51,11 @@ class Enumerator(Rejection):
         for column, ratio in enumerate(ratio_BN[0].clamp(max=1).tolist()):
             accepted[0, column] = self.decide([1 - ratio, ratio])
             if not accepted[0, column]:
-                break  # what comes after a refused proposal is never asked
+                break  # what comes after a rejected draft token is never read
         return accepted
 
-    def sample(self, law_BV):
-        return np.array([self.decide(law_BV[0].double().tolist())])
+    def sample(self, probs_BV):
+        return np.array([self.decide(probs_BV[0].double().tolist())])
 
     @property
     def probability(self):
@@ -70,15 +70,15 @@ class Enumerator(Rejection):
 
 
 class DrawsFromVerifier(Enumerator):
-    """The known bug: what the inner verifier refuses is drawn anew from p_v, not the residual."""
+    """The known bug: what the inner verifier rejects is drawn anew from p_v, not the residual."""
 
-    def residual(self, law_BV, proposed_BV):
-        return law_BV if self.inner else super().residual(law_BV, proposed_BV)
+    def residual(self, probs_BV, proposed_BV):
+        return probs_BV if self.inner else super().residual(probs_BV, proposed_BV)
 
 
-def _advance(run, walk, advance, level):
-    walk.inner = level < len(run.agreed) - 1
-    advance(level)
+def _verify(run, walk, verify, rung, draft):
+    walk.inner = rung < run.state.last
+    verify(rung, draft)
 
 
 def output_law(model, config: DecodeConfig, sampler=Enumerator) -> dict[tuple[int, ...], float]:
@@ -87,8 +87,8 @@ def output_law(model, config: DecodeConfig, sampler=Enumerator) -> dict[tuple[in
     path: list[int] | None = []
     while path is not None:
         run = Decode(model, [PROMPT], config)
-        run.sampler = walk = sampler(config, run.sampler._laws_BPV.shape, model.device, path)
-        run.advance = partial(_advance, run, walk, run.advance)
+        run.sampler = walk = sampler(config, run.sampler._probs_BPV.shape, model.device, path)
+        run._verify = partial(_verify, run, walk, run._verify)
         text = tuple(run.finish()[0])
         law[text] = law.get(text, 0) + walk.probability
         path = walk.following
@@ -101,7 +101,7 @@ def target_law(model, config: DecodeConfig) -> dict[tuple[int, ...], float]:
     for text in itertools.product(range(VOCAB), repeat=config.max_new_tokens):
         with torch.inference_mode():
             logits = model.hf(torch.tensor([[*PROMPT, *text]])).logits[0, len(PROMPT) - 1 : -1]
-        steps = to_log_law(logits, config).double()
+        steps = to_log_probs(logits, config).double()
         law[text] = steps[range(len(text)), list(text)].sum().exp().item()
     return law
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hispec.config import DecodeConfig
-from hispec.decoding.draft_tree import Proposal
-from hispec.decoding.sampling import gumbel_noise, to_log_law
-from hispec.decoding.verification import Match, verify_match
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.sampling import gumbel_noise, to_log_probs
+from hispec.decoding.verification import MatchSampler, verify_match
 
 
 def config(**law) -> DecodeConfig:
@@ -18,8 +18,8 @@ def config(**law) -> DecodeConfig:
 
 def test_greedy_law_is_one_hot_on_the_first_of_a_tie():
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0]])
-    assert to_log_law(logits, config()).exp().tolist() == [[0, 1, 0, 0]]
-    assert Match(config()).draw(logits, np.array([5])).tolist() == [1]
+    assert to_log_probs(logits, config()).exp().tolist() == [[0, 1, 0, 0]]
+    assert MatchSampler(config()).draw(logits, np.array([5])).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_greedy_law_is_one_hot_on_the_first_of_a_tie():
 )
 def test_laws_by_hand(law, expected):
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
-    law = to_log_law(logits, config(**law)).exp()
+    law = to_log_probs(logits, config(**law)).exp()
     torch.testing.assert_close(law, torch.tensor([expected]), rtol=1e-5, atol=1e-6)
 
 
 def test_choices_follow_the_law():
     """Chi-square over 20,000 positions; the seed is fixed, so the test is deterministic."""
     law = torch.tensor([0.02, 0.08, 0.2, 0.3, 0.4])
-    sampler = Match(config(temperature=1.0, seed=11))
+    sampler = MatchSampler(config(temperature=1.0, seed=11))
     count = 20_000
     counts = np.zeros(5)
     for position in range(count):
@@ -64,7 +64,7 @@ def test_noise_depends_on_seed_and_position_alone():
 
 def test_a_sampler_gives_a_position_the_same_noise_again_and_after_many_others():
     logits = torch.zeros(1, 50)
-    sampler = Match(config(temperature=1.0, seed=5))
+    sampler = MatchSampler(config(temperature=1.0, seed=5))
     first = sampler.draw(logits, np.array([3]))
     assert sampler.draw(logits, np.array([3])) == first
     for position in range(4, 200):
@@ -75,7 +75,7 @@ def test_a_sampler_gives_a_position_the_same_noise_again_and_after_many_others()
 def test_verify_match_counts_the_leading_run_of_a_chain():
     choice = np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [9, 2, 3, 4, 5], [1, 2, 3, 4, 5]])
     proposed = np.array([[1, 2, 9, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    chain = Proposal.chain_of(proposed, np.array([4, 4, 4, 2]))
+    chain = DraftTree.chain_of(proposed, np.array([4, 4, 4, 2]))
     verdict = verify_match(choice, chain)
     assert verdict.accepted_B.tolist() == [2, 4, 0, 2]
     assert verdict.token_B.tolist() == [3, 5, 9, 3]
@@ -85,7 +85,7 @@ def test_verify_match_follows_a_tree():
     """Column 0 has the children 1 and 2, column 2 the children 3 and 4, column 4 the child 5."""
     parents = np.array([[0, 0, 2, 2, 4]] * 3)
     tokens = np.array([[7, 8, 7, 9, 5]] * 3)
-    tree = Proposal(tokens, parents, chain=False)
+    tree = DraftTree(tokens, parents, chain=False)
     assert tree.depth_BC[0].tolist() == [0, 1, 1, 2, 2, 3]
     assert tree.path_BCD[0, 5, :3].tolist() == [2, 4, 5]
     assert np.flatnonzero(tree.sees_BNN[0, 4]).tolist() == [1, 3, 4]

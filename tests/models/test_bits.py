@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import VOCAB, tiny_model
 
-from hispec.decoding.draft_tree import Proposal
+from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.ladder import Ladder
 from hispec.models import attention
 
 
-def random_tree(rng: np.random.Generator, sizes: list[int]) -> Proposal:
-    """A tree per row, depth first, with as many proposals as `sizes` say."""
+def random_tree(rng: np.random.Generator, sizes: list[int]) -> DraftTree:
+    """A tree per row, depth first, with as many tokens as `sizes` say."""
     parent_BN = np.full((len(sizes), max(sizes)), -1)
     for row, size in enumerate(sizes):
         path = [0]
@@ -22,7 +22,7 @@ def random_tree(rng: np.random.Generator, sizes: list[int]) -> Proposal:
                 path = path[: rng.integers(1, len(path) + 1)]
             parent_BN[row, i] = path[-1]
             path = [*path, i + 1]
-    return Proposal(rng.integers(3, VOCAB, parent_BN.shape), parent_BN, chain=False)
+    return DraftTree(rng.integers(3, VOCAB, parent_BN.shape), parent_BN, chain=False)
 
 
 def logits(ladder: Ladder, rung: int, texts_BN, base_B, tree=None) -> torch.Tensor:

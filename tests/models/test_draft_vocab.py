@@ -68,7 +68,7 @@ def test_only_tokens_of_the_vocabulary_are_drafted(prompts):
         config = DecodeConfig([2, 6], max_new_tokens=30, temperature=1.0, verification=law, seed=2)
         decode = Decode(model, prompts, config)
         decode.finish()
-        drafted = decode.tokens_BN[decode.depth_of_BN == 2]
+        drafted = decode.state.tokens_BN[decode.state.depth_BN == 2]
         assert len(drafted) > 5
         assert np.isin(drafted, KEPT.numpy()).all()
 

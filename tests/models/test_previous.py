@@ -12,7 +12,7 @@ from test_trainer import exits_of
 
 from hispec.config import DRAFTERS, DecodeConfig, ExitConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.draft_tree import Proposal
+from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.ladder import Ladder
 from hispec.models.exit_model import ExitModel, of_token_before
 
@@ -127,7 +127,7 @@ def test_in_a_tree_the_token_before_is_the_parent():
     model = reading_model()
     text = tokens(12)
     proposed = np.array([[5, 9, 7]])
-    tree = Proposal(proposed, np.array([[0, 0, 2]]), chain=False)
+    tree = DraftTree(proposed, np.array([[0, 0, 2]]), chain=False)
     row = np.concatenate([text.numpy(), proposed], axis=1)
     ladder = Ladder(model, (2, 6), rows=1, capacity=32)
     ladder.prefill(row, at(11))

@@ -12,7 +12,7 @@ from test_properties import VOCAB, agreeing
 from hispec.config import DRAFTERS, DecodeConfig, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.models.exit_model import ExitModel
-from hispec.planner.answers import Contexts
+from hispec.planner.answers import Answers
 from hispec.planner.latency import measure_latency
 from hispec.planner.replay import Replay
 
@@ -61,11 +61,11 @@ def test_counts_and_text_are_those_of_the_real_decode(name):
     model, vocab = MODELS[name]()
     chance = random.Random(name)
     prompt = [chance.randrange(3, vocab) for _ in range(9)] * 2
-    contexts = Contexts(model, prompt, [2, 4, 6])
+    answers = Answers(model, prompt, [2, 4, 6])
     accepted = 0
     for _ in range(SETTINGS):
         config = random_config(chance, vocab)
-        real, replay = Decode(model, [prompt], config), Replay(contexts, config)
+        real, replay = Decode(model, [prompt], config), Replay(answers, config)
         assert replay.finish() == real.finish(), config
         assert counted(replay) == counted(real), config
         accepted += sum(rung.accepted for rung in real.stats.rungs) + real.stats.free.accepted
@@ -74,26 +74,26 @@ def test_counts_and_text_are_those_of_the_real_decode(name):
 
 def test_nothing_is_computed_twice():
     model = agreeing("llama", "block")
-    contexts = Contexts(model, [3, 4, 5, 3, 4], [2, 4, 6])
+    answers = Answers(model, [3, 4, 5, 3, 4], [2, 4, 6])
     config = DecodeConfig([2, 4, 6], drafter="recycle+exit", max_new_tokens=20)
-    first = Replay(contexts, config)
+    first = Replay(answers, config)
     first.finish()
-    done = contexts.computed
-    again = Replay(contexts, config)
+    done = answers.computed
+    again = Replay(answers, config)
     assert again.finish() == first.finish()
-    assert contexts.computed == done > 0
+    assert answers.computed == done > 0
 
 
 def test_little_room_costs_time_and_changes_nothing():
     model = agreeing("gemma3_text", "block")
     prompt = [3, 4, 5, 3, 4, 7]
-    wide, narrow = (Contexts(model, prompt, [2, 4, 6], room) for room in (2048, 64))
+    wide, narrow = (Answers(model, prompt, [2, 4, 6], room) for room in (2048, 64))
     for config in (
         DecodeConfig([2, 6], draft_length=4, max_new_tokens=30),
         DecodeConfig([4, 6], drafter="recycle", max_new_tokens=30),
         DecodeConfig([2, 4, 6], max_new_tokens=30),
     ):
-        runs = [Replay(contexts, config) for contexts in (wide, narrow)]
+        runs = [Replay(answers, config) for answers in (wide, narrow)]
         assert runs[0].finish() == runs[1].finish()
         assert counted(runs[0]) == counted(runs[1])
 
@@ -101,14 +101,14 @@ def test_little_room_costs_time_and_changes_nothing():
 def test_drafts_made_known_in_one_go_are_those_of_the_decode():
     model = agreeing("llama", "block")
     prompt = [3, 4, 5, 3]
-    contexts = Contexts(model, prompt, [2, 6])
+    answers = Answers(model, prompt, [2, 6])
     text = Decode(model, [prompt], DecodeConfig([6], max_new_tokens=12)).finish()[0]
-    nodes = contexts.follow(text)
-    contexts.answers((6, False), nodes)
-    contexts.draft(2, nodes, 4)
-    done = contexts.computed
-    Replay(contexts, DecodeConfig([2, 6], draft_length=4, max_new_tokens=12)).finish()
-    assert contexts.computed == done
+    nodes = answers.follow(text)
+    answers.answers((6, False), nodes)
+    answers.draft(2, nodes, 4)
+    done = answers.computed
+    Replay(answers, DecodeConfig([2, 6], draft_length=4, max_new_tokens=12)).finish()
+    assert answers.computed == done
 
 
 def test_seconds_are_those_of_the_parts():
@@ -120,7 +120,7 @@ def test_seconds_are_those_of_the_parts():
     for rows in latency.seconds.values():
         rows[:] = [[1.0] * len(row) for row in rows]
     config = DecodeConfig([2, 6], draft_length=3, max_new_tokens=17)
-    replay = Replay(Contexts(model, prompt, [2, 6]), config, latency, prefill=100.0)
+    replay = Replay(Answers(model, prompt, [2, 6]), config, latency, prefill=100.0)
     replay.finish()
     shallow, full = replay.stats.rungs
     # Each pass of a rung runs its segment and reads logits; the exit's head runs too, and the
@@ -134,11 +134,11 @@ def test_seconds_are_those_of_the_parts():
 def test_what_cannot_be_replayed_is_refused():
     model = ExitModel(tiny_hf(), ExitConfig([2, 4], "block", 1, previous=True)).eval()
     with pytest.raises(ValueError, match="cannot be replayed"):
-        Contexts(model, [3, 4], [2, 6])
-    contexts = Contexts(model, [3, 4], [6])
+        Answers(model, [3, 4], [2, 6])
+    answers = Answers(model, [3, 4], [6])
     for setting in ({"temperature": 0.5}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="greedy"):
-            Replay(contexts, DecodeConfig([6], **setting))
+            Replay(answers, DecodeConfig([6], **setting))
 
 
 def test_latency_is_interpolated():

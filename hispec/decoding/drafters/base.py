@@ -1,48 +1,53 @@
-"""Drafters: what proposes the tokens that the verifying levels then judge.
-
-A drafter serves rows. `lookup` and `recycle` are free, they run no layer; the exit chain runs the
-shallowest rung. A pair of them lets the exit serve the rows where the free one has nothing.
-"""
+"""What every drafter has in common: it sees the texts and returns draft tokens."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from hispec.decoding.decoder import Decode
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.state import TextView
 
 
 class Drafter(Protocol):
-    """Something that may put proposals to the first verifying level."""
+    """Proposes tokens for some rows. One drafter serves one decode."""
 
     rungs: int
-    """How many of the ladder's rungs, from the shallowest on, draft and do not verify."""
+    """Rungs of the ladder, from the shallowest on, that draft and do not verify: 0 or 1."""
     observes: int
-    """How many of the best candidates it wants to see of what the levels say; 0 for none."""
+    """Top candidates per token that `observe` wants to see; 0 for none."""
 
-    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
-        """Propose for some of the rows; returns which of them were served."""
+    def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        """Returns draft tokens for some of the rows; a row without any is decoded plainly."""
 
-    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        """Hear how many of its proposals the first verifying level accepted."""
+    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        """Receives how many draft tokens the first verifying rung accepted of how many."""
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
-        """See the best candidates of some level after each of `tokens`, best first."""
+        """Receives the top candidates that a rung computed after each of `tokens`, best first."""
 
 
-class NoDraft:
-    """Proposes nothing: every round is one token of the first verifying level."""
+class NoDrafter:
+    """Drafts nothing: every round is one token of the first verifying rung."""
 
     rungs = 0
     observes = 0
 
-    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
-        return np.zeros_like(rows_B)
+    def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        return DraftTree.empty(len(rows_B))
 
-    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
         pass
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         pass
+
+
+def free_chain(text: TextView, tokens_BN: np.ndarray, rows_B: np.ndarray) -> DraftTree:
+    """Tokens [B, N] as free drafts of some rows, cut after an end of text and at the limit."""
+    ended_BN = np.isin(tokens_BN, text.eos)
+    after_end_BN = np.cumsum(ended_BN, axis=1) - ended_BN > 0
+    inside_BN = np.arange(tokens_BN.shape[1]) < text.room_B[:, None]
+    count_B = (rows_B[:, None] & inside_BN & ~after_end_BN).sum(1)
+    return DraftTree.chain_of(tokens_BN, count_B, free_B=rows_B)

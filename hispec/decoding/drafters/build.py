@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from hispec.config import DecodeConfig
-from hispec.decoding.drafters.base import Drafter, NoDraft
-from hispec.decoding.drafters.exit_chain import ExitChain
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.drafters.base import Drafter, NoDrafter
+from hispec.decoding.drafters.exit_chain import DraftStep, ExitChain
 from hispec.decoding.drafters.lookup import Lookup
 from hispec.decoding.drafters.recycle import Recycle
-
-if TYPE_CHECKING:
-    from hispec.decoding.decoder import Decode
+from hispec.decoding.state import TextView
 
 
-class FreeFirst(NoDraft):
+class FreeThenExit(NoDrafter):
     """A free drafter, and the exit chain for the rows where it has nothing."""
 
     rungs = 1
@@ -26,25 +23,31 @@ class FreeFirst(NoDraft):
         self.chain = chain
         self.observes = free.observes
 
-    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
-        served_B = self.free.propose(decode, rows_B)
-        return served_B | self.chain.propose(decode, rows_B & ~served_B)
+    def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        free = self.free.propose(text, rows_B)
+        rest_B = rows_B & (free.count_B == 0)
+        return free.merge(self.chain.propose(text, rest_B)) if rest_B.any() else free
 
-    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        self.chain.judged(accepted_B, proposed_B)
+    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        self.chain.verified(accepted_B, proposed_B)
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         self.free.observe(tokens_N, candidates_NK)
 
 
-def build_drafter(config: DecodeConfig, rows: int, vocab_size: int) -> Drafter:
-    """The drafter that a config names; none for a ladder of one rung and nothing free."""
-    free: Drafter = NoDraft()
+def build_drafter(config: DecodeConfig, rows: int, vocab_size: int, step: DraftStep) -> Drafter:
+    """The drafter of a config; one that drafts nothing for plain decoding.
+
+    Args:
+        rows: prompts decoded together.
+        step: runs the drafting rung, for drafters with an exit.
+    """
+    free: Drafter = NoDrafter()
     if "lookup" in config.drafter:
         free = Lookup(config)
     elif "recycle" in config.drafter:
         free = Recycle(config, vocab_size)
     if "exit" not in config.drafter or len(config.ladder) == 1:
         return free
-    chain = ExitChain(config, rows)
-    return chain if config.drafter == "exit" else FreeFirst(free, chain)
+    chain = ExitChain(config, rows, step)
+    return chain if config.drafter == "exit" else FreeThenExit(free, chain)

@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from hispec.config import DecodeConfig
-from hispec.decoding.drafters.base import NoDraft
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.drafters.base import NoDrafter
+from hispec.decoding.state import TextView
 
-if TYPE_CHECKING:
-    from hispec.decoding.decoder import Decode
+
+class DraftStep(Protocol):
+    """Runs the drafting rung for one token in some rows."""
+
+    def __call__(
+        self, tokens_BN: np.ndarray, length_B: np.ndarray, rows_B: np.ndarray, threshold: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (the next token ids [B], whether their probability reached `threshold` [B])."""
 
 
-class ExitChain(NoDraft):
-    """The shallowest rung continues its own draft, one token at a time (LayerSkip, HiSpec).
+class ExitChain(NoDrafter):
+    """The shallowest rung continues its own draft.
 
-    A draft ends after `draft_length` tokens, or after a token whose law had a top probability
-    below `draft_threshold`. With `max_draft_length` the length of a row follows its acceptance as
-    in transformers' assisted generation: 2 more where all was accepted, else 1 less.
+    A draft ends after `draft_length` tokens, or after a token whose distribution had a top
+    probability below `draft_threshold`. With `max_draft_length` the length of a row follows its
+    acceptance as in transformers' assisted generation: 2 more where all was accepted, else 1 less.
+
+    Args:
+        step: runs the drafting rung; see `DraftStep`.
     """
 
     rungs = 1
 
-    def __init__(self, config: DecodeConfig, rows: int) -> None:
+    def __init__(self, config: DecodeConfig, rows: int, step: DraftStep) -> None:
         self.threshold = config.draft_threshold
-        self.most = config.max_draft_length
+        self.longest = config.max_draft_length
         self.length_B = np.full(rows, config.draft_length)
+        self.step = step
 
-    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
-        going_B = served_B = rows_B & decode.room()
-        for drafted in range(1, int(self.length_B.max()) + 1):
-            if not going_B.any():
-                break
-            sure_B = decode.extend(going_B, self.threshold)
-            going_B = going_B & sure_B & decode.room() & (drafted < self.length_B)
-        return served_B
+    def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        tokens_BN = text.tokens_BN.copy()
+        count_B = np.zeros_like(text.length_B)
+        going_B = rows_B & (text.room_B > 0)
+        while going_B.any():
+            length_B = text.length_B + count_B
+            token_B, sure_B = self.step(tokens_BN, length_B, going_B, self.threshold)
+            tokens_BN[going_B, length_B[going_B]] = token_B[going_B]
+            count_B = count_B + going_B
+            open_B = (count_B < text.room_B) & (count_B < self.length_B)
+            going_B = going_B & sure_B & open_B & ~np.isin(token_B, text.eos)
+        slots_BN = text.length_B[:, None] + np.arange(int(count_B.max()))
+        return DraftTree.chain_of(np.take_along_axis(tokens_BN, slots_BN, axis=1), count_B)
 
-    def judged(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        if self.most is None:
+    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        if self.longest is None:
             return
         length_B = np.where(accepted_B == proposed_B, self.length_B + 2, self.length_B - 1)
-        self.length_B = np.where(proposed_B > 0, length_B.clip(1, self.most), self.length_B)
+        length_B = length_B.clip(1, self.longest)
+        self.length_B = np.where(proposed_B > 0, length_B, self.length_B)

@@ -1,23 +1,20 @@
-"""Prompt lookup: what followed the last tokens where they stood before."""
+"""Prompt lookup: what followed the last tokens where they occurred before (Saxena 2023)."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hispec.config import DecodeConfig
-from hispec.decoding.drafters.base import NoDraft
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.drafters.base import NoDrafter, free_chain
+from hispec.decoding.state import TextView
 
-if TYPE_CHECKING:
-    from hispec.decoding.decoder import Decode
 
+class Lookup(NoDrafter):
+    """Proposes what followed the last tokens where they occurred before, in prompt or output.
 
-class Lookup(NoDraft):
-    """What followed the last tokens where they stood before, in the prompt or in the output.
-
-    The longest match wins, then the latest (prompt lookup decoding, Saxena 2023). Where the match
-    overlaps the end of the text, the text is taken to go on periodically.
+    The longest match wins, then the latest. Where the match overlaps the end of the text, the text
+    is continued periodically.
     """
 
     def __init__(self, config: DecodeConfig) -> None:
@@ -25,27 +22,26 @@ class Lookup(NoDraft):
         self.longest = config.lookup_ngram
         self.shortest = config.lookup_shortest
 
-    def propose(self, decode: Decode, rows_B: np.ndarray) -> np.ndarray:
-        length_B = decode.agreed[0]
-        source_B = find_ngram(decode.tokens_BN, length_B, self.longest, self.shortest)
+    def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        source_B = find_ngram(text.tokens_BN, text.length_B, self.longest, self.shortest)
         found_B = rows_B & (source_B >= 0)
-        if found_B.any():
-            period_B1 = np.where(found_B, length_B - source_B, 1)[:, None]
-            from_BN = source_B[:, None] + np.arange(self.length) % period_B1
-            tokens_BN = np.take_along_axis(decode.tokens_BN, from_BN.clip(0), axis=1)
-            decode.offer_chain(tokens_BN, found_B)
-        return found_B
+        if not found_B.any():
+            return DraftTree.empty(len(rows_B))
+        period_B1 = np.where(found_B, text.length_B - source_B, 1)[:, None]
+        from_BN = source_B[:, None] + np.arange(self.length) % period_B1
+        tokens_BN = np.take_along_axis(text.tokens_BN, from_BN.clip(0), axis=1)
+        return free_chain(text, tokens_BN, found_B)
 
 
 def find_ngram(
     tokens_BN: np.ndarray, length_B: np.ndarray, longest: int, shortest: int
 ) -> np.ndarray:
-    """Where the text went on after the best earlier occurrence of its last tokens.
+    """Finds where a text continued after the best earlier occurrence of its last tokens.
 
     Args:
-        tokens_BN: texts; what lies at or past `length` is ignored.
-        longest: tokens of a match that count; a longer one is not better.
-        shortest: tokens that a match needs.
+        tokens_BN: texts; tokens at or past `length` are ignored.
+        longest: most tokens of a match that count.
+        shortest: fewest tokens of a match.
 
     Returns:
         Index [B] of the token after the match, -1 where there is none.
