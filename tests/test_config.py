@@ -54,7 +54,10 @@ def test_every_recipe_resolves_and_says_only_what_deviates(path):
         (["recipe=smollm2-135m", "max_drift=1"], r"max_drift=1.0 .* does not drift"),
         (["recipe=smollm2-135m", "curriculum=random"], r"one of none, rotational, gradual"),
         (["recipe=smollm2-135m", "divergence=js"], r"one of forward_kl, reverse_kl, tv"),
-        (["recipe=smollm2-135m", "trunk=full", "layer_dropout=1"], r"layer_dropout=1 .* less than 1"),
+        (
+            ["recipe=smollm2-135m", "trunk=full", "layer_dropout=1"],
+            r"layer_dropout=1 .* less than 1",
+        ),
         (["recipe=smollm2-135m", "distill_weight=0", "ce_weight=0"], r"cannot both be 0"),
         (["recipe=smollm2-135m", "precision=int4"], r"one of fp32, bf16"),
     ],
