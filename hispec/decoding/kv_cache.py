@@ -169,26 +169,26 @@ class KVCache:
         return found
 
     def update(
-        self, keys_BHTD: torch.Tensor, values_BHTD: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        self, keys_BATE: torch.Tensor, values_BATE: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the KV of the tokens announced by `place`; return all that is visible to them."""
         return (
-            self._write(self._keys, keys_BHTD, layer_idx),
-            self._write(self._values, values_BHTD, layer_idx),
+            self._write(self._keys, keys_BATE, layer_idx),
+            self._write(self._values, values_BATE, layer_idx),
         )
 
     def _write(
-        self, store: dict[int, torch.Tensor], new_BHTD: torch.Tensor, layer_idx: int
+        self, store: dict[int, torch.Tensor], new_BATE: torch.Tensor, layer_idx: int
     ) -> torch.Tensor:
         assert self._index is not None, "place() comes before the first layer of a pass"
-        heads, dim = new_BHTD.shape[1], new_BHTD.shape[3]
+        heads, dim = new_BATE.shape[1], new_BATE.shape[3]
         if layer_idx not in store:
             # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-            store[layer_idx] = new_BHTD.new_zeros(self.rows * self.capacity, heads * dim)
-        new_ND = new_BHTD.transpose(1, 2).reshape(-1, heads * dim)
-        store[layer_idx].index_copy_(0, self._index, new_ND)
-        buffer_BSHD = store[layer_idx].view(self.rows, self.capacity, heads, dim)
-        return buffer_BSHD[:, : self.visible].transpose(1, 2)
+            store[layer_idx] = new_BATE.new_zeros(self.rows * self.capacity, heads * dim)
+        flat = new_BATE.transpose(1, 2).reshape(-1, heads * dim)
+        store[layer_idx].index_copy_(0, self._index, flat)
+        buffer_BSAE = store[layer_idx].view(self.rows, self.capacity, heads, dim)
+        return buffer_BSAE[:, : self.visible].transpose(1, 2)
 
     def store_hidden(self, segment: Segment, hidden_BTH: torch.Tensor) -> None:
         """Keep the hidden states that a segment computed for the announced slots."""

@@ -77,10 +77,10 @@ def top_candidates(logits_NV: torch.Tensor, k: int, block: int = 64) -> torch.Te
     rows, vocab = logits_NV.shape
     if vocab % block or vocab // block <= k:
         return logits_NV.topk(min(k, vocab)).indices
-    blocks_NMS = logits_NV.view(rows, -1, block)
-    best_NK = blocks_NMS.amax(-1).topk(k).indices
-    inside_NKS = blocks_NMS.gather(1, best_NK[..., None].expand(-1, -1, block))
-    at_NK = inside_NKS.reshape(rows, -1).topk(k).indices
+    blocks = logits_NV.view(rows, -1, block)  # [N, blocks, block]
+    best_NK = blocks.amax(-1).topk(k).indices
+    inside = blocks.gather(1, best_NK[..., None].expand(-1, -1, block))
+    at_NK = inside.reshape(rows, -1).topk(k).indices
     return best_NK.gather(1, at_NK // block) * block + at_NK % block
 
 

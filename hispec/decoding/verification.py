@@ -113,11 +113,11 @@ class MatchSampler(Sampler):
         seeds_N = [self.config.seed if self.seeds is None else self.seeds[row] for row in rows_N]
         keys_N = list(zip(seeds_N, positions_N.tolist(), strict=True))
         number = {key: n for n, key in enumerate(dict.fromkeys(keys_N))}
-        noise_PV = torch.stack([self._noise_at(key, scores_NV.shape[-1]) for key in number])
+        each_NV = torch.stack([self._noise_at(key, scores_NV.shape[-1]) for key in number])
         for oldest in list(self._noise)[: -max(_KEPT_POSITIONS, len(number))]:
             del self._noise[oldest]
         which_N = torch.tensor([number[key] for key in keys_N])
-        noise_NV = noise_PV[which_N].to(log_probs_NV.device)
+        noise_NV = each_NV[which_N].to(log_probs_NV.device)
         return (log_probs_NV + noise_NV).argmax(-1).cpu().numpy()
 
     def _noise_at(self, key: tuple[int, int], vocab_size: int) -> torch.Tensor:
@@ -169,22 +169,22 @@ class RejectionSampler(Sampler):
     ) -> None:
         self.config = config
         self.generator = torch.Generator(device).manual_seed(mix_seed(int(config.seed), 0))
-        self._probs_BPV = torch.zeros(shape, device=device)
+        self._probs_BNV = torch.zeros(shape, device=device)
         """Distribution that the pending token of each position (modulo P) was drawn from."""
         self._rows_B1 = torch.arange(shape[0], device=device)[:, None]
 
     def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
         probs_BV = self._probs(scores_BV)
-        self._probs_BPV[self._at(positions_B[:, None])] = probs_BV[:, None]
+        self._probs_BNV[self._at(positions_B[:, None])] = probs_BV[:, None]
         return self.sample(probs_BV)
 
     def record_free(
         self, rows_N: np.ndarray, positions_N: np.ndarray, tokens_N: np.ndarray
     ) -> None:
         # a free draft token is certain: its distribution is one-hot
-        slots_N = positions_N % self._probs_BPV.shape[1]
-        self._probs_BPV[rows_N, slots_N] = 0
-        self._probs_BPV[rows_N, slots_N, tokens_N] = 1
+        slots_N = positions_N % self._probs_BNV.shape[1]
+        self._probs_BNV[rows_N, slots_N] = 0
+        self._probs_BNV[rows_N, slots_N, tokens_N] = 1
 
     def verify(
         self, scores_BCV: torch.Tensor, positions_BC: np.ndarray, draft: DraftTree
@@ -194,7 +194,7 @@ class RejectionSampler(Sampler):
         columns = scores_BCV.shape[1]
         probs_BCV = self._probs(scores_BCV)
         positions_BN = positions_BC[:, :1] + np.arange(width)
-        proposed_BNV = self._probs_BPV[self._at(positions_BN)]
+        proposed_BNV = self._probs_BNV[self._at(positions_BN)]
         tokens_BN1 = torch.from_numpy(draft.tokens_BN).to(probs_BCV.device)[..., None]
         p_BN = probs_BCV[:, :width].gather(-1, tokens_BN1)[..., 0].double()
         q_BN = proposed_BNV.gather(-1, tokens_BN1)[..., 0].double()
@@ -208,7 +208,7 @@ class RejectionSampler(Sampler):
             rejected_B1 = torch.from_numpy(accepted_B < draft.count_B)[:, None].to(probs_BV.device)
             proposed_BV = proposed_BNV[every, np.minimum(accepted_B, width - 1)]
             probs_BV = torch.where(rejected_B1, self.residual(probs_BV, proposed_BV), probs_BV)
-        self._probs_BPV[self._at(positions_BC)] = probs_BCV
+        self._probs_BNV[self._at(positions_BC)] = probs_BCV
         path_BD = np.broadcast_to(np.arange(1, width + 1), (rows, width))
         return Verified(accepted_B, path_BD, self.sample(probs_BV))
 
@@ -236,7 +236,7 @@ class RejectionSampler(Sampler):
 
     def _at(self, positions_BN: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the distributions of positions [B, N] are kept."""
-        slots_BN = torch.from_numpy(positions_BN % self._probs_BPV.shape[1])
+        slots_BN = torch.from_numpy(positions_BN % self._probs_BNV.shape[1])
         return self._rows_B1, slots_BN.to(self._rows_B1.device)
 
 

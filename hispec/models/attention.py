@@ -109,33 +109,33 @@ def _grouped(
     mask: torch.Tensor | None,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention [B, Hq, T, D] with the query heads that share a KV head as rows of one problem.
+    """Attention [B, A, T, E] with the query heads that share a KV head as rows of one problem.
 
     So the keys are not copied per head. It also keeps a pass of one token off the kernel for single
     rows, which rounds otherwise: a token gets the same bits in any small pass.
     """
-    B, Hq, T, D = query.shape
-    Hkv = key.shape[1]
-    most = max(1, _ALIKE_ROWS // (Hq // Hkv))
+    B, A, T, E = query.shape
+    kv_heads = key.shape[1]
+    most = max(1, _ALIKE_ROWS // (A // kv_heads))
     if most < T and rounds_alike(B * T, query):
         assert mask is not None
-        mask_BGTK = mask.view(B, Hq // Hkv, T, -1)
+        mask_BGTS = mask.view(B, A // kv_heads, T, -1)
         parts = [
             _grouped(
                 query[:, :, start : start + most],
                 key,
                 value,
-                mask_BGTK[:, :, start : start + most].flatten(1, 2)[:, None],
+                mask_BGTS[:, :, start : start + most].flatten(1, 2)[:, None],
                 scaling,
             )
             for start in range(0, T, most)
         ]
         return torch.cat(parts, dim=2)
-    packed = query.reshape(B, Hkv, Hq // Hkv * T, D)
+    packed = query.reshape(B, kv_heads, A // kv_heads * T, E)
     if packed.shape[2] == 1:
         packed = packed.expand(-1, -1, 2, -1)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out[:, :, : Hq // Hkv * T].reshape(B, Hq, T, D)
+    return out[:, :, : A // kv_heads * T].reshape(B, A, T, E)
 
 
 def _branch_by_branch(
@@ -145,7 +145,7 @@ def _branch_by_branch(
     scaling: float | None,
     branches: Sequence[Branch],
 ) -> torch.Tensor:
-    """Attention [B, Hq, T, D]; each branch lies in its places while it is computed.
+    """Attention [B, A, T, E]; each branch lies in its places while it is computed.
 
     Branches come depth first, so the ancestors of each are in place from those before it.
     """

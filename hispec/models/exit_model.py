@@ -221,26 +221,26 @@ class ExitModel(nn.Module):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def draft_head(self) -> torch.Tensor | None:
-        """Rows [K, H] of the LM head that exits draft with; None for all of them."""
+        """Rows [W, H] of the LM head that exits draft with; None for all of them."""
         if self.draft_tokens is None:
             return None
         rows: torch.Tensor = self.hf.lm_head.weight.index_select(0, self.draft_tokens)
         return rows
 
-    def draft(self, normed: torch.Tensor, head_KH: torch.Tensor | None = None) -> torch.Tensor:
+    def draft(self, normed: torch.Tensor, head_WH: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [..., V] as exits draft: those of tokens outside the draft vocabulary are -inf.
 
         Args:
-            head_KH: rows from `draft_head`; without them the whole LM head is used.
+            head_WH: rows from `draft_head`; without them the whole LM head is used.
         """
         if self.draft_tokens is None:
             return self.project(normed)
-        if head_KH is not None:
-            logits_K = self.project(normed, head_KH)
+        if head_WH is not None:
+            logits_W = self.project(normed, head_WH)
         else:
-            logits_K = self.project(normed).index_select(-1, self.draft_tokens)
-        everywhere = logits_K.new_full((*normed.shape[:-1], self.vocab_size), -torch.inf)
-        return everywhere.index_copy_(-1, self.draft_tokens, logits_K)
+            logits_W = self.project(normed).index_select(-1, self.draft_tokens)
+        everywhere = logits_W.new_full((*normed.shape[:-1], self.vocab_size), -torch.inf)
+        return everywhere.index_copy_(-1, self.draft_tokens, logits_W)
 
     def logits(
         self,
