@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,7 @@ class LocalBase:
     folder: Path
     provenance: dict[str, Any]
     """The content of `provenance.json`; empty for a folder made by hand."""
+    _hashes: dict[str, str] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def revision(self) -> str | None:
@@ -88,8 +89,10 @@ class LocalBase:
         return bool(self.provenance.get("trained"))
 
     def weights(self) -> dict[str, str]:
-        """SHA-256 of every weight file."""
-        return weight_hashes(self.folder)
+        """SHA-256 of every weight file, computed once: hashing a large model takes minutes."""
+        if self._hashes is None:
+            self._hashes = weight_hashes(self.folder)
+        return self._hashes
 
 
 def find_base(name: str, near: Path | None = None) -> LocalBase:
