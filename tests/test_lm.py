@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import hispec
-from hispec.hub import errors as hub_errors
+from hispec.base_models.local import AbsentError
 from hispec.metrics.equivalence import first_difference, hf_generate
 
 PROMPT = "def main():\n    return"
@@ -28,12 +28,57 @@ def test_generate_equals_transformers(lm, tiny_base):
     tokens = lm.encode(PROMPT, chat=False)
     hf = AutoModelForCausalLM.from_pretrained(tiny_base)
     expected = hf_generate(hf, tokens, 30, lm.eos())
-    for ladder in (None, "plain", (2, 6), (1, 3, 5, 6)):
+    for ladder in (None, "plain", (2, 6), (2, 4, 6), (1, 3, 5, 6)):
         result = lm.generate(PROMPT, ladder=ladder, chat=False, max_new_tokens=30)
         assert result.tokens == [expected]
         assert result.text == [lm.tokenizer.decode(expected, skip_special_tokens=True)]
         assert len(result.depths[0]) == len(expected)
     assert lm.ladder() == [2, 4, 6]
+
+
+def test_what_is_left_open_is_chosen(lm, tiny_base):
+    """Without a plan the full model verifies lookups; settings of exits ask for all exits."""
+
+    def chosen(lm=lm, **settings):
+        config = lm.decode([PROMPT], **settings).config
+        return list(config.ladder), config.drafter
+
+    for ladder in (None, "auto"):
+        assert chosen(ladder=ladder) == ([6], "lookup")
+        assert chosen(ladder=ladder, lookup_length=3, temperature=0.5) == ([6], "lookup")
+        assert chosen(ladder=ladder, drafter="recycle") == ([6], "recycle")
+        assert chosen(ladder=ladder, drafter="exit") == ([2, 4, 6], "exit")
+        assert chosen(ladder=ladder, drafter="recycle+exit") == ([2, 4, 6], "recycle+exit")
+        assert chosen(ladder=ladder, draft_length=1) == ([2, 4, 6], "exit")
+        assert chosen(ladder=ladder, drafter="lookup", buffer=2) == ([2, 4, 6], "lookup")
+    assert chosen(ladder="plain") == ([6], "exit")
+    assert chosen(ladder=(2, 6)) == ([2, 6], "exit")
+    no_exits = hispec.load(tiny_base, device="cpu")
+    assert chosen(no_exits) == ([6], "lookup")
+
+
+def test_the_old_name_of_verification_still_works(lm):
+    settings = dict(ladder=(2, 6), temperature=0.8)
+    assert lm.decode([PROMPT], law="rejection", **settings).config.verification == "rejection"
+    new = lm.generate(PROMPT, verification="rejection", **settings).tokens
+    assert lm.generate(PROMPT, law="rejection", **settings).tokens == new
+    assert [piece.token for piece in lm.stream(PROMPT, law="rejection", **settings)] == new[0]
+    with pytest.raises(ValueError, match="the old name of verification, which is given too"):
+        lm.decode([PROMPT], law="match", verification="match")
+
+
+def test_a_stream_that_was_broken_off_keeps_its_time(lm):
+    """`finish` started the clock anew, and the seconds before were lost."""
+    run = lm.decode([PROMPT], ladder="plain", chat=False, max_new_tokens=30)
+    for piece in lm.stream(run):
+        if piece.token is not None:
+            break
+    before = run.stats.seconds
+    assert before > 0
+    run.stats.seconds += 1000  # as if the first rounds had taken that long
+    (tokens,) = run.finish()
+    assert run.stats.seconds > 1000 + before
+    assert tokens == lm.generate(PROMPT, ladder="plain", chat=False, max_new_tokens=30).tokens[0]
 
 
 def test_rows_are_what_they_are_alone(lm):
@@ -49,8 +94,10 @@ DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_sixteen_rows_are_what_they_are_alone(lm, drafter):
     prompts = [PROMPT[: 1 + n] + " x" * (n % 5) for n in range(16)]
-    for law in ({}, {"temperature": 0.8, "seed": 3}):
-        settings = dict(max_new_tokens=12, drafter=drafter, chat=False, **law)
+    for sampling in ({}, {"temperature": 0.8, "seed": 3}):
+        settings = dict(
+            max_new_tokens=12, drafter=drafter, ladder=(2, 4, 6), chat=False, **sampling
+        )
         together = lm.generate(prompts, **settings)
         assert together.tokens == [lm.generate(p, **settings).tokens[0] for p in prompts]
 
@@ -89,7 +136,8 @@ def test_logits_processors_see_the_full_prefix(lm):
     assert expected != hf_generate(lm.model.hf, tokens, 40, lm.eos())
     extra = LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
     for drafter in DRAFTERS:
-        common = dict(chat=False, max_new_tokens=40, drafter=drafter, repetition_penalty=1.3)
+        common = dict(chat=False, max_new_tokens=40, drafter=drafter, ladder=(2, 4, 6))
+        common["repetition_penalty"] = 1.3
         own = lm.generate(PROMPT, no_repeat_ngram_size=2, **common)
         assert own.tokens[0] == expected
         assert lm.generate(PROMPT, logits_processor=extra, **common).tokens[0] == expected
@@ -182,9 +230,7 @@ def test_load_refuses_what_is_no_model(tmp_path, ee):
         hispec.load("no-such")
     with pytest.raises(ValueError, match="names its own exits"):
         hispec.load(ee, exits=(2,))
-    with pytest.raises(
-        hub_errors.HubError, match=r"'checkpoints/dmeo' is no local folder .*OFFLINE is"
-    ):
+    with pytest.raises(AbsentError, match="no such folder: checkpoints/dmeo"):
         hispec.load("checkpoints/dmeo")
 
 
