@@ -1,4 +1,4 @@
-"""Token windows of a recipe's text: documents, split, shuffled, tokenized, packed."""
+"""The training and held-out rows of a recipe: documents, split, shuffled, tokenized, packed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from train.recipe import Recipe
 
 
 class TrainingRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of text and what they teach, as dicts of tensors: one row [T], or some [B, T]."""
+    """Rows of tokens with labels and positions, as dicts of tensors: one row [T], or some
+    [B, T]."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -23,11 +24,11 @@ class TrainingRows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, picked: int | slice) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int | slice) -> dict[str, torch.Tensor]:
         return {
-            "tokens": self.rows.tokens_RT[picked],
-            "labels": self.labels_RT[picked],
-            "positions": self.rows.positions_RT[picked],
+            "tokens": self.rows.tokens_RT[index],
+            "labels": self.labels_RT[index],
+            "positions": self.rows.positions_RT[index],
         }
 
 
@@ -46,10 +47,10 @@ def training_sets(recipe: Recipe, tokenizer: Any, processes: int = 1) -> tuple[T
 
 
 def frequent_tokens(labels_RT: torch.Tensor, count: int, vocab_size: int) -> torch.Tensor:
-    """The `count` token ids that are to be learned most often, in increasing order.
+    """The `count` token ids that occur most often as labels, in increasing order.
 
-    Of equally frequent ones the smaller ids are taken: byte-pair vocabularies number their tokens
-    by frequency.
+    Of equally frequent tokens those with smaller ids are taken: byte-pair vocabularies number their
+    tokens by frequency.
     """
     labels_N = labels_RT[labels_RT >= 0]
     often_V = torch.bincount(labels_N, minlength=vocab_size)

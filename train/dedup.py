@@ -1,4 +1,4 @@
-"""Which texts teach nothing: those that repeat others, and those that repeat themselves."""
+"""Finds texts that repeat earlier texts, or themselves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def seq_rep(tokens: Sequence[int], n: int = 4) -> float:
 
 
 class SeenTexts:
-    """Texts seen so far: does a new one equal one of them, or nearly?
+    """The texts so far; `text in seen` tells whether a text equals one of them, or nearly does.
 
     Texts are compared without case and by their words alone. Two are near duplicates if the Jaccard
     similarity of their sets of three-word shingles is `threshold` or more, estimated by MinHash

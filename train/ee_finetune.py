@@ -1,7 +1,7 @@
 """Train early exits: `accelerate launch train/ee_finetune.py recipe=NAME [key=value ...]`.
 
-With `--plan` it only says what the run would need. The recipe's keys, with their defaults and
-meanings, are in `train/recipe.py`.
+With `--plan` it prints the memory and time that the run would need. The recipe's keys, with their
+defaults, limits and meanings, are in `train/recipe.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from train.recipe import load_recipe
 
 
 def main(words: list[str]) -> int:
-    """Exit code 0, or 2 for settings that cannot be run or a place that cannot be written to."""
+    """Train; returns 0, or 2 after an error that a user can mend, which is printed as one line."""
     try:
         recipe = load_recipe([word for word in words if word != "--plan"])
         if "--plan" in words:

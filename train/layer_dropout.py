@@ -1,4 +1,4 @@
-"""Layer dropout (LayerSkip, 2404.16710): a sample passes a layer by, more often in deeper ones."""
+"""Layer dropout (LayerSkip, 2404.16710): samples skip layers, deeper layers more often."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def warmed_up(step: int, steps: float) -> float:
 
 
 def skipped(rate: float, rows: int, *, seed: int, step: int, layer: int) -> np.ndarray:
-    """Which of the samples [rows] of a step, those of all processes and passes, skip a layer.
+    """Which of a step's samples [rows], over all processes and passes, skip a layer.
 
     A pure function of its arguments: every process knows what all of them skip, a resumed run skips
-    what it would have skipped, and the samples of a step share its fate however they are spread
+    what an uninterrupted one would, and it does not matter how the samples of a step are spread
     over processes and passes.
     """
     return np.random.default_rng([seed, step, layer]).random(rows) < rate

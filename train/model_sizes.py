@@ -1,4 +1,4 @@
-"""Published sizes of the recipes' base models, to plan for those that are not on this machine."""
+"""Published sizes of the recipes' base models, for plans where the model is not on this machine."""
 
 from __future__ import annotations
 

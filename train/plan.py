@@ -1,6 +1,7 @@
-"""What a run would need: `python train/ee_finetune.py --plan recipe=NAME [key=value ...]`.
+"""Memory and compute that a run would need:
+`python train/ee_finetune.py --plan recipe=NAME [key=value ...]`.
 
-Nothing is loaded: the model is built without memory behind it, from the base's config or, where the
+No weights are loaded: the model is built on the meta device, from the base's config or, where the
 base is not on this machine, from its published sizes.
 """
 
@@ -24,14 +25,14 @@ from train.trunk import Trunk
 
 GIB = 2**30
 ASSUMED_TFLOPS = 400.0
-"""What one device is taken to reach: 40% of an H100's dense bf16 peak."""
+"""Assumed speed of one device: 40% of an H100's dense bf16 peak."""
 LAYOUTS = ("one device or DDP", "ZeRO-2", "ZeRO-3 or FSDP")
 
 
 @dataclass
 class Plan:
-    """Sizes of one run. Memory is for the weights and what training keeps beside them; the CUDA
-    context, the allocator's slack and buffers of collectives come on top, about 2 GiB."""
+    """Sizes of one run. The memory is that of weights, gradients, optimizer and activations; the
+    CUDA context, the allocator's slack and the buffers of collectives add about 2 GiB."""
 
     trunk: int
     """Parameters of the base model, with LoRA adapters."""
@@ -44,11 +45,11 @@ class Plan:
     flops_per_step: float
     """Of one process."""
     activations: float
-    """Bytes that a pass keeps for its backward pass, with the logits of a chunk."""
+    """Bytes that a forward pass keeps for the backward pass, and the logits of a chunk."""
     weight_bytes: float
-    """All weights, as they are held."""
+    """Bytes of all weights, in the dtypes that they are held in."""
     stored: float = 0.0
-    """Bytes on disk of the trunk's states, if they are kept, for one process."""
+    """Bytes on disk of the trunk's states for one process, if they are stored."""
 
     def memory(self, layout: str, devices: int) -> float:
         """Peak bytes on each of some devices.
@@ -65,14 +66,14 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Count what a recipe would train, keep and compute.
+    """Count what a recipe would train, store and compute.
 
     Activations follow Korthikanti et al. (2205.05198): 34 bytes per token, layer and hidden unit in
     16 bit, without the attention's scores, which are not kept; with gradient checkpointing 2 bytes
     and one layer whole. Operations are 2 per parameter and token forward, twice that backward.
 
     Raises:
-        ValueError: the base's sizes are not known here, or the exits do not fit it.
+        ValueError: the base's sizes are unknown, or the exits do not fit it.
     """
     config = _config(recipe.base)
     with torch.device("meta"):
@@ -118,7 +119,7 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _stored(recipe: Recipe, config: Any) -> float:
-    """Bytes of the states that a run keeps on disk, if its text is long enough."""
+    """Bytes of the states that a run stores on disk, if its text is long enough."""
     if recipe.states is None:
         return 0.0
     sizes = state_sizes(recipe, config.hidden_size, config.vocab_size)
@@ -140,7 +141,7 @@ def _config(base: str) -> Any:
 
 
 def memory_note(found: Plan) -> str:
-    """The line of a recipe's header: where it fits into 80 GiB alone, or shared out."""
+    """The line of a recipe's header: its memory on one device if 80 GiB hold it, or on eight."""
     alone = found.memory(LAYOUTS[0], 1) < 76 * GIB
     layout, devices = (LAYOUTS[0], 1) if alone else (LAYOUTS[2], 8)
     where = "one device" if alone else f"each of {devices} devices with {layout}"
@@ -148,7 +149,7 @@ def memory_note(found: Plan) -> str:
 
 
 def show_plan(recipe: Recipe) -> None:
-    """Print the plan as people read it."""
+    """Print the plan as a table and a few lines."""
     found = plan(recipe)
     shown = Table(title=f"{recipe.base}, exits {recipe.exits}, {recipe.head}, {recipe.trunk} trunk")
     shown.add_column("peak memory per device")
@@ -158,8 +159,8 @@ def show_plan(recipe: Recipe) -> None:
         shown.add_row(layout, *(f"{found.memory(layout, n) / GIB:.1f} GiB" for n in (1, 8)))
     out = Output()
     out.print(shown)
-    all_of_them = found.trunk + found.exits
-    out.say(f"parameters: {found.trained / 1e6:,.1f} M of {all_of_them / 1e6:,.1f} M are trained")
+    parameters = found.trunk + found.exits
+    out.say(f"parameters: {found.trained / 1e6:,.1f} M of {parameters / 1e6:,.1f} M are trained")
     out.say(
         f"a step: {found.tokens_per_step:,} tokens per device, {found.flops_per_step / 1e12:,.1f} "
         f"TFLOP, {found.flops_per_step / ASSUMED_TFLOPS / 1e12:.2g} s at {ASSUMED_TFLOPS:.0f} "

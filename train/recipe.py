@@ -5,34 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from omegaconf import MISSING
+from pydantic import Field
 
 from hispec.config import HEAD_KINDS, ExitConfig
 from hispec.data.documents import STDLIB
+from hispec.utils.limits import PartialShare, Seed, Share, Threads, Weight, at_most, one_of
+from hispec.utils.schema import STRICT, validate
 from hispec.utils.settings import check, resolve
 from train.fused import FUSED
 from train.layer_dropout import SCHEDULES
 from train.schedule import CURRICULA, CURVES, EXIT_WEIGHTS
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "head": HEAD_KINDS,
-    "trunk": ("frozen", "lora", "full"),
-    "dropout_schedule": SCHEDULES,
-    "divergence": ("forward_kl", "reverse_kl", "tv"),
-    "exit_weights": EXIT_WEIGHTS,
-    "curriculum": CURRICULA,
-    "lr_schedule": CURVES,
-    "precision": ("fp32", "bf16"),
-    "log_with": (None, "tensorboard", "wandb", "trackio"),
-}
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+_COSTS = {
+    "blocks": "each block weighs as much as a layer of the model",
+    "rank": "a rank is useful up to the hidden size, and each costs 2 times that in weights",
+    "row": "memory grows with a row's tokens, that of its attention mask with their square",
+    "batch": "the memory of a pass grows with its rows",
+    "passes": "all batches of a step are read before it, to count their labels",
+    "steps": "at ten steps a second they would take eleven days",
+    "chunk": "the logits of a chunk take 4 bytes times the vocabulary per token",
+    "rows": "every evaluation runs the full model over them",
+}
 
 
 @dataclass
 class Recipe:
-    """Everything that a run depends on. Lengths are in tokens, times in minutes."""
+    """The settings of a run, with their types and limits. Lengths are in tokens."""
+
+    __pydantic_config__ = STRICT
 
     base: str = MISSING
     """A name that `hispec fetch` knows, a Hub id, or a local folder."""
@@ -41,37 +46,39 @@ class Recipe:
     `OUTPUT.run`."""
 
     # exits
-    exits: list[int] = MISSING
+    exits: Annotated[list[int], Field(min_length=1, max_length=64)] = MISSING
     """Depths of the exits."""
-    head: str = "block"
+    head: Annotated[str, one_of(*HEAD_KINDS)] = "block"
     """`shared` (LayerSkip: final norm and LM head as they are), `adapter` or `block`."""
-    head_blocks: int = 2
-    head_rank: int = 64
-    """Width of an `adapter` head's bottleneck."""
-    draft_vocab: int = 0
+    head_blocks: Annotated[int, Field(ge=1), at_most(256, _COSTS["blocks"])] = 2
+    """Transformer blocks of a `block` head."""
+    head_rank: Annotated[int, Field(ge=1), at_most(16384, _COSTS["rank"])] = 64
+    """Width of the bottleneck of an `adapter` head."""
+    draft_vocab: Annotated[int, Field(ge=0)] = 0
     """Tokens that the exits draft from: the most frequent ones of the training text, stored with
     the exits; 0 for the whole vocabulary."""
     head_previous: bool = False
-    """Whether a `block` head also reads the final hidden state of the token before."""
+    """Whether a `block` head also reads the full model's hidden state of the previous token."""
 
     # trunk
-    trunk: str = "frozen"
-    """`frozen`: the model's text stays what it was. `lora`, `full`: it is trained too, on the
-    text's next tokens, and the checkpoint carries it."""
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    layer_dropout: float = 0.0
-    """Probability that a sample skips the last layer; not for a frozen trunk."""
-    dropout_schedule: str = "exp"
-    """How it grows over the depth: see `train/layer_dropout.py`."""
-    dropout_warmup: float = 0.0
+    trunk: Annotated[str, one_of("frozen", "lora", "full")] = "frozen"
+    """`frozen`: the full model keeps its weights, and so its text. `lora`, `full`: it is trained
+    too, with cross-entropy on the next token, and the checkpoint includes it."""
+    lora_rank: Annotated[int, Field(ge=1), at_most(16384, _COSTS["rank"])] = 16
+    lora_alpha: Annotated[float, Field(gt=0, le=16384)] = 32.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    layer_dropout: PartialShare = 0.0
+    """Probability that a sample skips the last layer; only for a trained trunk."""
+    dropout_schedule: Annotated[str, one_of(*SCHEDULES)] = "exp"
+    """How this probability grows over the depth: see `train/layer_dropout.py`."""
+    dropout_warmup: Share = 0.0
     """Share of the steps over which it rises from 0."""
-    base_kl: float = 0.0
-    """Weight of the KL of the final rung to the untouched base in the final rung's loss. With
-    trunk=full it needs a second copy of the base."""
-    max_drift: float | None = None
-    """Stop when the KL of the final rung to the base on held-out text is more nats than this; the
-    best checkpoint within it is kept."""
+    base_kl: Weight = 0.0
+    """Weight of KL(base || full model) in the full model's loss. With trunk=full this needs a
+    second copy of the base in memory."""
+    max_drift: Annotated[float, Field(gt=0)] | None = None
+    """Stop when KL(base || full model) on held-out text exceeds this many nats; the best checkpoint
+    within it is exported."""
 
     # text
     data: str = STDLIB
@@ -79,99 +86,96 @@ class Recipe:
     data_split: str = "train"
     """Split of a Hub dataset."""
     text_column: str = "text"
-    """Its rows hold texts, or chats (lists of messages with role and content), which are rendered
-    by the base's chat template and taught where the assistant speaks."""
-    held_out: float = 0.05
-    """Share of the documents that is only evaluated on."""
+    """Column with texts, or with chats (lists of messages with role and content), which are
+    rendered by the base's chat template; only the assistant's tokens are labels."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents that is kept for evaluation."""
     streaming: bool = False
-    """Read the documents as they are needed, for sets that are too large to be read at once: see
-    `train/stream.py`."""
-    seq_len: int = 256
-    max_rows: int | None = None
-    """Most rows of `seq_len` tokens that are trained on; they are gone through again where `steps`
-    need more."""
+    """Read the documents as they are needed, for data sets that are too large to be read at once:
+    see `train/stream.py`."""
+    seq_len: Annotated[int, Field(ge=2), at_most(2**20, _COSTS["row"])] = 256
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Most rows of `seq_len` tokens to train on; if `steps` need more, they are repeated."""
     states: str | None = None
-    """Folder, for a frozen trunk: its states for all rows are computed once, kept there and read in
-    every epoch, and by every run with the same base, text and exits. `--plan` says how large."""
-    states_top_k: int = 64
-    """Tokens of the final law that are kept there; all others count as one."""
+    """Folder, for a frozen trunk: its states for all rows are computed once, stored there and read
+    in every epoch, and by every run with the same base, text and exits. `--plan` prints their
+    size."""
+    states_top_k: Annotated[int, Field(ge=1)] = 64
+    """Tokens whose probability under the full model is stored; all others count as one outcome."""
 
     # optimisation
-    steps: int = 1000
-    max_minutes: float | None = None
-    """Stop early, and export, when this wall time is spent (evaluation, saving and the computing of
-    stored states included, loading not); the schedule still spans `steps`."""
-    batch_size: int = 4
-    """Sequences per process and pass."""
-    accumulate: int = 1
+    steps: Annotated[int, Field(ge=1), at_most(10**7, _COSTS["steps"])] = 1000
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop early, and export, after this wall time (evaluation, saving and computing stored states
+    included, loading not); the schedules still span `steps`."""
+    batch_size: Annotated[int, Field(ge=1), at_most(2**16, _COSTS["batch"])] = 4
+    """Rows per process and pass."""
+    accumulate: Annotated[int, Field(ge=1), at_most(4096, _COSTS["passes"])] = 1
     """Passes per step."""
     gradient_checkpointing: bool = False
     """Compute the trunk's layers a second time in the backward pass instead of keeping their
-    inside."""
-    lr: float = 1e-3
-    lr_schedule: str = "cosine"
+    activations."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_schedule: Annotated[str, one_of(*CURVES)] = "cosine"
     """Fall of the learning rate after the warm-up, `cosine` or `linear`."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the steps over which the learning rate rises."""
-    min_lr: float = 0.1
-    """Where it ends, as a share of `lr`."""
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    """Largest gradient norm."""
+    min_lr: Share = 0.1
+    """Learning rate at the end, as a share of `lr`."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest gradient norm; a larger gradient is scaled down to it."""
 
     # loss
-    distill_weight: float = 1.0
-    """Weight of an exit's distance from the final rung's law."""
-    divergence: str = "forward_kl"
-    """That distance: `forward_kl`, `reverse_kl` or `tv` (1 - tv is the acceptance rate)."""
-    neighbour_share: float = 0.0
-    """Share of the next deeper exit's law in what an exit is to imitate."""
-    ce_weight: float = 0.1
-    """Weight of the cross-entropy to the text's next token."""
-    exit_weights: str = "uniform"
-    """Weights over the exits: `uniform`, or growing with the depth, `linear` or `sum`."""
-    e_scale: float = 1.0
-    """What the exits weigh against the final rung, if the trunk is trained."""
-    curriculum: str = "none"
+    distill_weight: Weight = 1.0
+    """Weight of an exit's divergence from the full model's probabilities."""
+    divergence: Annotated[str, one_of("forward_kl", "reverse_kl", "tv")] = "forward_kl"
+    """Which one: `forward_kl`, `reverse_kl` or `tv` (1 - tv is the acceptance rate)."""
+    neighbour_share: PartialShare = 0.0
+    """Share of the next deeper exit's probabilities in an exit's teacher."""
+    ce_weight: Weight = 0.1
+    """Weight of an exit's cross-entropy to the text's next token."""
+    exit_weights: Annotated[str, one_of(*EXIT_WEIGHTS)] = "uniform"
+    """Weights of the exits: `uniform`, or growing with the depth, `linear` or `sum`."""
+    e_scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Weight of the exits relative to the full model, if the trunk is trained."""
+    curriculum: Annotated[str, one_of(*CURRICULA)] = "none"
     """`none`: all exits in every step. `rotational`: one after another. `gradual`: from the deepest
-    on, all from the middle of the training on."""
-    loss_chunk: int = 128
+    on, all of them from the middle of the training on."""
+    loss_chunk: Annotated[int, Field(ge=1), at_most(2**17, _COSTS["chunk"])] = 128
     """Tokens whose logits are in memory at one time. On a CPU 128 was 1.5x faster than 256 with a
-    vocabulary of 49,152: larger buffers come from the system anew each time."""
+    vocabulary of 49,152: the allocator returns larger buffers to the system each time."""
     fused_loss: bool = False
-    """Softmax, divergence and gradient by Liger's kernels, on a GPU (`pip install hispec[liger]`):
-    they go over the logits fewer times. For `forward_kl` and `tv`."""
-    precision: str = "bf16"
+    """Compute softmax, divergence and gradient in Liger's kernels, on a GPU (`pip install
+    hispec[liger]`): they read the logits fewer times. For `forward_kl` and `tv`."""
+    precision: Annotated[str, one_of("fp32", "bf16")] = "bf16"
     """`fp32`, or `bf16` (mixed: the exits' master weights stay in float32)."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Threads per process on a CPU; default: the cores, shared among the processes. (`accelerate
-    launch` on its own leaves one to each.)"""
-    seed: int = 0
+    launch` by itself leaves one to each.)"""
+    seed: Seed = 0
 
-    # watching
-    eval_every: int = 200
-    eval_sequences: int = 16
-    timeout_minutes: float = 30.0
-    """Longest time that a process waits for the others before the run ends with an error."""
-    log_with: str | None = None
+    # evaluation, logs and saved states
+    eval_every: Annotated[int, Field(ge=1)] = 200
+    """Steps between two evaluations."""
+    eval_sequences: Annotated[int, Field(ge=1), at_most(2**16, _COSTS["rows"])] = 16
+    """Rows of held-out text that an evaluation runs over."""
+    log_with: Annotated[str | None, one_of(None, "tensorboard", "wandb", "trackio")] = None
     """`tensorboard`, `wandb` or `trackio`, if it is installed; logs go to `OUTPUT.run/logs`."""
-    save_every: int = 100
-    """Steps between two states that a killed run resumes from."""
+    save_every: Annotated[int, Field(ge=1)] = 100
+    """Steps between two saved states, from which a killed run resumes."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=10080)] = 30.0
+    """Longest time that a process waits for the others before the run ends with an error."""
     export_full: bool = False
-    """Write the base's weights into the checkpoint too."""
+    """Include the base's weights in the checkpoint."""
     export_diverged: bool = False
     """If the run diverges (a loss, gradient, drift or weight is not finite), export the best
     checkpoint from before; otherwise it ends with an error and exports nothing."""
 
     def validate(self) -> None:
         """Raises ValueError naming the key, the value and what is allowed."""
-        for key, allowed in CHOICES.items():
-            check(
-                getattr(self, key) in allowed,
-                key,
-                getattr(self, key),
-                f"one of {', '.join(map(str, allowed))}",
-            )
+        validate(Recipe, self)
         trained = self.trunk != "frozen"
         check(
             trained or self.head != "shared",
@@ -188,6 +192,12 @@ class Recipe:
                 "a frozen trunk is not trained; it needs trunk=lora or trunk=full",
             )
         check(
+            trained or self.max_drift is None,
+            "max_drift",
+            self.max_drift,
+            "a frozen trunk does not drift",
+        )
+        check(
             self.states is None or not trained,
             "states",
             self.states,
@@ -197,19 +207,19 @@ class Recipe:
             self.states is None or self.neighbour_share == 0,
             "neighbour_share",
             self.neighbour_share,
-            "with stored states only the final rung teaches",
+            "with stored states the full model is the only teacher",
         )
         check(
             not self.fused_loss or self.divergence in FUSED,
             "fused_loss",
             self.fused_loss,
-            f"there is no kernel for divergence={self.divergence!r}, only for {', '.join(FUSED)}",
+            f"no kernel computes divergence={self.divergence!r}, only {', '.join(FUSED)}",
         )
         check(
             not self.fused_loss or self.states is None,
             "fused_loss",
             self.fused_loss,
-            "stored states come without a whole law; leave it out, or states",
+            "stored states lack the probabilities of most tokens; leave it out, or states",
         )
         for key in ("states", "max_rows"):
             value = getattr(self, key)
@@ -217,60 +227,14 @@ class Recipe:
                 not self.streaming or value is None,
                 key,
                 value,
-                "a streamed text is not gone through twice; it needs streaming=false",
+                "a streamed text is not read twice; it needs streaming=false",
             )
-        check(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
-        check(
-            trained or self.max_drift is None,
-            "max_drift",
-            self.max_drift,
-            "a frozen trunk does not drift",
-        )
-        check(0 <= self.layer_dropout < 1, "layer_dropout", self.layer_dropout, "from 0, below 1")
-        check(
-            0 <= self.neighbour_share < 1,
-            "neighbour_share",
-            self.neighbour_share,
-            "from 0, below 1",
-        )
         check(
             self.neighbour_share == 0 or self.distill_weight > 0,
             "neighbour_share",
             self.neighbour_share,
             "it is a share of the distillation, and distill_weight is 0",
         )
-        check(
-            self.max_drift is None or self.max_drift > 0,
-            "max_drift",
-            self.max_drift,
-            "above 0, or null",
-        )
-        for key in ("lora_alpha", "e_scale"):
-            check(getattr(self, key) > 0, key, getattr(self, key), "above 0")
-        for key in ("head_blocks", "head_rank", "lora_rank", "steps", "batch_size", "accumulate",
-                    "loss_chunk", "eval_every", "eval_sequences", "save_every",
-                    "states_top_k"):  # fmt: skip
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        check(bool(self.exits), "exits", self.exits, "name one depth or more")
-        check(0 <= self.seed < 2**32, "seed", self.seed, "from 0 to 2^32 - 1")
-        check(self.seq_len >= 2, "seq_len", self.seq_len, "2 or more tokens")
-        check(0 < self.held_out < 1, "held_out", self.held_out, "above 0, below 1")
-        check(self.lr > 0, "lr", self.lr, "above 0")
-        for key in ("warmup", "dropout_warmup"):
-            check(
-                0 <= getattr(self, key) <= 1,
-                key,
-                getattr(self, key),
-                "a share of the steps, 0 to 1",
-            )
-        check(0 <= self.min_lr <= 1, "min_lr", self.min_lr, "a share of lr, 0 to 1")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        check(self.clip > 0, "clip", self.clip, "above 0")
-        check(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
-        minutes = self.max_minutes
-        check(minutes is None or minutes > 0, "max_minutes", minutes, "above 0, or null")
-        for key in ("distill_weight", "ce_weight", "base_kl"):
-            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         check(
             self.distill_weight + self.ce_weight > 0,
             "distill_weight",
@@ -280,7 +244,7 @@ class Recipe:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a frozen trunk, and of what is computed with it."""
+        """Dtype of a frozen trunk and of its activations."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def exit_config(self) -> ExitConfig:

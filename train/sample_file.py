@@ -1,4 +1,4 @@
-"""A JSONL file that grows and outlives a kill: rows, and beside it what they were made with."""
+"""A JSONL file of samples that survives a kill, with its settings and progress beside it."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _ADVICE = "remove it and its .meta.json, or name another output"
 
 @dataclass
 class Progress:
-    """How far a file has come."""
+    """The progress of a file."""
 
     next: int = 0
-    """Samples with a smaller index have been made: written, or dropped."""
+    """Number of the next sample; all before it were written or dropped."""
     rows: int = 0
     bytes: int = 0
-    """Length of the file with these rows."""
+    """Length of the file with these rows, in bytes."""
     tokens: int = 0
-    """Tokens that were decoded for them, and for what was dropped."""
+    """Tokens that were decoded, for dropped samples too."""
     seconds: float = 0.0
     dropped: dict[str, int] = field(default_factory=dict)
 
 
 class SampleFile:
-    """The rows, in `path`, and in `path`.meta.json what made them and how far it has come.
+    """Rows in `path`; the settings that made them and the progress in `path`.meta.json.
 
-    A group of rows counts once the meta file, which is replaced as a whole, says so; what a killed
-    run wrote of the next group is cut off, and the group is made again, the same.
+    A group of rows counts once it is in the meta file, which is replaced as a whole. Rows that a
+    killed run wrote of the next group are cut off, and the group is made again, the same.
 
     Args:
-        made_by: all that the rows depend on.
+        made_by: everything that the rows depend on.
 
     Raises:
-        ValueError: there is a file that was not made so, that was made otherwise, or that is no
-            longer what it was.
+        ValueError: the file exists and has no meta file, was made with other settings, or was
+            changed since.
     """
 
     def __init__(self, path: Path, made_by: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class SampleFile:
         self.made_by = json.loads(json.dumps(made_by))
         self.progress = Progress()
         self.cut = 0
-        """Bytes that a killed run had left behind."""
+        """Bytes of an unfinished group that a killed run left, which were cut off."""
         if self.meta.exists():
             self._go_on()
         elif path.exists():
@@ -76,7 +76,7 @@ class SampleFile:
         self._cut_off()
 
     def _cut_off(self) -> None:
-        """Cut off what was written of a group that does not count, and nothing else."""
+        """Cut off the rows of an unfinished group, and nothing else."""
         whole = self.progress.bytes
         with open(self.path, "ab") as file:
             size = file.tell()
@@ -103,7 +103,7 @@ class SampleFile:
         """The rows so far.
 
         Raises:
-            ValueError: they are not those that were written.
+            ValueError: the file does not hold the rows that were written.
         """
         count = 0
         for _, row in local_rows(self.path):
@@ -116,8 +116,8 @@ class SampleFile:
             )
 
     def append(self, rows: list[dict[str, Any]], progress: Progress) -> None:
-        """Write the rows of a group, one line at a time, then note the progress, which gets the
-        numbers of rows and bytes."""
+        """Write the rows of a group one line at a time, then the progress, whose numbers of rows
+        and bytes are filled in."""
         with open(self.path, "ab") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

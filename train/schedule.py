@@ -1,4 +1,4 @@
-"""Schedules: pure functions of (step, total steps): a resumed run has nothing to restore."""
+"""Schedules: pure functions of (step, total steps), so that a resumed run restores nothing."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ CURRICULA = ("none", "rotational", "gradual")
 def learning_rate(
     step: int, total: int, *, warmup: float, floor: float, curve: str = "cosine"
 ) -> float:
-    """Share of the peak rate at `step` of `total`: linear rise, then a fall down to `floor`.
+    """Learning rate at `step` of `total`, as a share of its peak.
+
+    It rises linearly, then falls to `floor`.
 
     Args:
-        warmup: share of the steps that rise.
-        floor: share of the peak rate at the end.
-        curve: of the fall, `cosine` or `linear`.
+        warmup: share of the steps over which it rises.
+        floor: share of the peak at the end.
+        curve: shape of the fall, `cosine` or `linear`.
     """
     rising = warmup * total
     if step < rising:
@@ -44,13 +46,15 @@ def active_exits(curriculum: str, exits: int, step: int, total: int) -> list[int
 def exit_weights(
     kind: str, depths: Sequence[int], *, e_scale: float, final: int | None = None
 ) -> list[float]:
-    """Weights of the exits at `depths`, then of the final rung if it is trained; they sum to one.
+    """Loss weights of the exits at `depths`, then of the full model if it is trained.
+
+    They sum to one.
 
     Args:
         kind: `uniform`, or growing with the depth d as d (`linear`) or 1 + 2 + ... + d (`sum`,
             as in LayerSkip's section 4.1.2).
-        e_scale: what the exits weigh against the final rung; without that it cancels out.
-        final: depth of the final rung if it is trained.
+        e_scale: factor on the weights of the exits; it cancels out if only they are trained.
+        final: depth of the full model if it is trained.
     """
     raw = {"uniform": lambda d: 1.0, "linear": float, "sum": lambda d: d * (d + 1) / 2}[kind]
     weights = [e_scale * raw(depth) for depth in depths]

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from hispec.models.exit_model import ExitModel
 from hispec.utils.console import Output
 from hispec.utils.files import clear_leftovers, new_file, read_json, write_json
+from hispec.utils.settings import check
 from train.data import TrainingRows
 from train.distributed import on_all, on_first
 from train.losses import StoredProbs
@@ -60,10 +61,20 @@ class StateSizes:
 
 
 def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
-    """What a recipe stores of a model with this hidden size and vocabulary."""
+    """What a recipe stores of a model with this hidden size and vocabulary.
+
+    Raises:
+        ValueError: `states_top_k` is larger than the vocabulary.
+    """
+    check(
+        recipe.states_top_k <= vocab_size,
+        "states_top_k",
+        recipe.states_top_k,
+        f"at most {vocab_size}, the vocabulary of the base",
+    )
     return StateSizes(
         depths=list(recipe.exits),
-        top_k=min(recipe.states_top_k, vocab_size),
+        top_k=recipe.states_top_k,
         hidden=hidden,
         final=recipe.head_previous,
         dtype=recipe.dtype,

@@ -1,7 +1,7 @@
-"""Training rows of a text that is too large to be read at once, resumable at every row.
+"""Training rows of a data set that is too large to be read at once, resumable at every row.
 
-The documents come in the order of their source and are packed into rows, a block of rows is read,
-shuffled and given out, then the next one. When the text ends it begins again, in another order.
+The documents are read in the order of their source and packed into rows. A block of rows is read,
+shuffled and used up, then the next one. When the data ends it begins again, in another order.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ BLOCK = 4096
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stream of rows stands: which block is being given out, and how to build it again."""
+    """Position of a stream of rows: its current block, and how to build that block again."""
 
     epoch: int = 0
-    """Times that the text has ended."""
+    """Number of times that the data has ended."""
     block: int = 0
     """Number of the block in its epoch."""
     document: int = 0
-    """Place in the source of the document that the block begins with."""
+    """Number in the source of the document that the block begins with."""
     token: int = 0
-    """Where in this document."""
+    """Offset in this document, in tokens."""
     row: int = 0
-    """Rows of the block that were given out."""
+    """Rows of the block that were used."""
 
 
 class RowStream:
-    """Rows of training documents without end, the same ones from the same position on.
+    """Rows of training documents without end; from the same position on always the same rows.
 
     Every process reads the same stream and takes its own rows of it, so none waits for another.
 
     Args:
-        read: the documents of the source from a number on.
-        is_left_out: which of them are not trained on.
+        read: yields the documents of the source from a number on.
+        is_left_out: whether a document is held out from training.
         block_rows: rows that are shuffled among each other.
-        name: of the source, for messages.
+        name: name of the source, for messages.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class RowStream:
         self.seek(Position())
 
     def seek(self, position: Position) -> None:
-        """Go on from what `position` was before. The documents up to it are skipped, not tokenized;
-        the block that it lies in is built again."""
+        """Continue at an earlier value of `position`. The documents before its block are skipped
+        without being tokenized; the block itself is built again."""
         self.position = position
         self._blocks = self._blocks_from(position)
         self._block: Rows | None = None
@@ -98,12 +98,12 @@ class RowStream:
         return Rows.joined(parts)
 
     def first_block(self) -> Rows:
-        """The rows of the first block, wherever the stream stands."""
+        """The rows of the first block, whatever the stream's position."""
         _, rows = next(self._blocks_from(Position()))
         return rows
 
     def _blocks_from(self, at: Position) -> Iterator[tuple[Position, Rows]]:
-        """(where it begins, its shuffled rows) of every block from that of a position on."""
+        """Yield (its first position, its shuffled rows) of every block, from that of `at` on."""
         full = self._block_rows * self._seq_len
         begin = replace(at, row=0)
         while True:
@@ -131,13 +131,13 @@ class RowStream:
             begin = Position(begin.epoch + 1)
 
     def _shuffled(self, begin: Position, parts: list[Tokens], count: int) -> Rows:
-        """The rows of a block in the order of its place: (seed, epoch, block)."""
+        """The rows of a block, in an order that (seed, epoch, block) fixes."""
         generator = np.random.default_rng([self._seed, begin.epoch, begin.block])
         order_R = torch.from_numpy(generator.permutation(count))
         return packed(parts, self._seq_len, count)[order_R]
 
     def _texts(self, first: int) -> Iterator[tuple[int, Tokens]]:
-        """(its number in the source, tokens) of every training document from a number on."""
+        """Yield (number in the source, tokens) of every training document, from a number on."""
         numbered = enumerate(self._read(first), start=first)
         kept = ((number, d) for number, d in numbered if not self._is_left_out(d))
         for some in in_parts(kept, DOCUMENTS_AT_ONCE):
@@ -146,13 +146,13 @@ class RowStream:
 
 
 def streamed_sets(recipe: Recipe, tokenizer: Any, processes: int = 1) -> tuple[RowStream, Rows]:
-    """(training rows, held-out rows) of a recipe's text, read as they are needed.
+    """(training rows, held-out rows) of a recipe's data, read as they are needed.
 
-    The held-out rows are the first ones of the held-out documents that the stream brings: rows
-    spread over the whole text would need all of it.
+    The held-out rows are the first rows of the held-out documents in the stream: rows spread over
+    the whole data would need all of it.
 
     Raises:
-        ValueError: there is no such text, or its beginning has less than one held-out row.
+        ValueError: the data does not exist, or its beginning has less than one held-out row.
     """
     source = recipe.data, recipe.text_column, recipe.data_split
     held_out = windows(

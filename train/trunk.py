@@ -1,4 +1,4 @@
-"""The trunk in training: left alone, with LoRA adapters, or trained as a whole."""
+"""The trunk in training: frozen, with LoRA adapters, or fully trained."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 
 class Trunk:
-    """A base model whose parameters have been set up for the recipe's kinds.
+    """A base model whose parameters are set up for one kind of training.
 
     Args:
         hf: the base model; with `lora` its linear layers are replaced in place.
         kind: `frozen`, `lora` or `full`.
-        rank: of the LoRA adapters.
-        alpha: what they add is scaled by alpha / rank.
+        rank: rank of the LoRA adapters.
+        alpha: their output is scaled by alpha / rank.
     """
 
     def __init__(self, hf: PreTrainedModel, kind: str, *, rank: int, alpha: float) -> None:
@@ -35,15 +35,15 @@ class Trunk:
         return self.kind != "frozen"
 
     def untouched(self) -> AbstractContextManager[None]:
-        """While this lasts a LoRA trunk is the base model that it was."""
+        """A context in which a LoRA trunk computes what its base computes."""
         assert self._adapted is not None
         return self._adapted.disable_adapter()
 
     def merged(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The state dict of a plain model, with what the adapters learned in its weights.
+        """The state dict of a plain model, with the adapters merged into its weights.
 
         Args:
-            state: that of the model in training, gathered from all processes.
+            state: state dict of the model in training, gathered from all processes.
         """
         plain: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():

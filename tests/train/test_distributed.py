@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, history, kill_when, run, tiny_hf, tiny_tokenizer
-from test_trainer import settings
+from distributed_worker import first_gradients
+from test_trainer import exits_of, settings, write_chats
 
 from hispec.checkpoint import io as checkpoint
+from train.recipe import load_recipe
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -16,13 +21,25 @@ ACCELERATE = ROOT / "recipes" / "accelerate"
 SMOKE = dict(trunk="full", head="block", layer_dropout=0.3, steps=10, eval_every=5, save_every=5)
 
 
-def launch(config: str, processes: int) -> list[str]:
+ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def launch(config: str, processes: int, script: str = "train/ee_finetune.py") -> list[str]:
     return [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(ACCELERATE / f"{config}.yaml")),
         *("--num_processes", str(processes), "--main_process_port", "0"),
-        "train/ee_finetune.py",
+        script,
     ]
+
+
+def worker(config: str, check: str, folder, words) -> list[dict]:
+    """What two processes of `distributed_worker.py` found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    script = launch(config, 2, "tests/train/distributed_worker.py")
+    done = run(*script, check, str(folder), *words, **ON_CPU)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +56,9 @@ def test_two_processes_train_as_one_and_resume(alone, tiny_base, texts, tmp_path
     """Killed after the first state, gone on with, ended with losses within 1e-3."""
     output = tmp_path / "ee"
     words = [*launch(config, 2), *settings(tiny_base, texts, output, batch_size=2, **SMOKE)]
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     progress = tmp_path / "ee.run" / "state" / "progress.json"
-    kill_when(progress.exists, *words, **environment)
-    resumed = run(*words, **environment)
+    kill_when(progress.exists, *words, **ON_CPU)
+    resumed = run(*words, **ON_CPU)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step " in resumed.stdout
     got = history(output)
@@ -64,7 +80,7 @@ def test_two_processes_stream_as_one(tiny_base, texts, tmp_path):
         batch = {"batch_size": 4 // processes}
         done = run(
             *launch(config, processes), *settings(tiny_base, texts, output, **batch, **words),
-            **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            **ON_CPU,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found.append(history(output))
@@ -75,26 +91,95 @@ def test_two_processes_stream_as_one(tiny_base, texts, tmp_path):
     assert abs(found[0][0]["loss"] - found[0][1]["loss"]) > 0.01
 
 
+def saved_weights(config: str, state) -> set[str]:
+    """Names of the weights in a saved state."""
+    if config == "fsdp":
+        from torch.distributed.checkpoint import FileSystemReader
+
+        metadata = FileSystemReader(state / "pytorch_model_fsdp_0").read_metadata()
+        return {name.removeprefix("model.") for name in metadata.state_dict_metadata}
+    (file, *_) = sorted(state.rglob("*model_states.pt"))
+    found = torch.load(file, weights_only=False)
+    return {*found["module"], *(found.get("frozen_param_fragments") or {})}
+
+
 @pytest.mark.parametrize("config", ["fsdp", "zero3"])
 def test_two_processes_store_states_and_train_on_them_as_one(tiny_base, texts, tmp_path, config):
-    """The trunk is spread over both, so both run it for the one file that there is."""
-    words = dict(steps=10, eval_every=5, max_rows=20, head_previous="true", draft_vocab=100)
+    """The trunk is spread over both, so both run it for the one file that there is. It is frozen:
+    a saved state holds the exits alone, and a killed run goes on from it."""
+    words = dict(steps=10, eval_every=5, save_every=5, max_rows=20, head_previous="true")
+    words["draft_vocab"] = 100
     found = []
     for name, processes in (("single", 1), (config, 2)):
         output, states = tmp_path / name / "ee", tmp_path / name / "states"
         batch = {"batch_size": 4 // processes}
-        done = run(
-            *launch(name, processes),
-            *settings(tiny_base, texts, output, states=states, **batch, **words),
-            **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        )  # fmt: skip
+        command = launch(name, processes)
+        command += settings(tiny_base, texts, output, states=states, **batch, **words)
+        if name == config:
+            state = tmp_path / name / "ee.run" / "state"
+            kill_when((state / "progress.json").exists, *command, **ON_CPU)
+            names = saved_weights(config, state)
+            assert any(name.startswith("heads.") for name in names)
+            assert not [name for name in names if name.startswith("trunk.")]
+        done = run(*command, **ON_CPU)
         assert done.returncode == 0, done.stderr
         assert len(list(states.glob("*.safetensors"))) == 1
         found.append([entry["agreement"] for entry in history(output)])
+    assert "going on at step 5" in done.stdout
     for alone, shared in zip(*found, strict=True):
         for a, b in zip(alone, shared, strict=True):
             assert b["acceptance"] == pytest.approx(a["acceptance"], abs=1e-3)
     assert found[0][0][0]["acceptance"] != pytest.approx(found[0][-1][0]["acceptance"], abs=2e-3)
+    alone, shared = (exits_of(tmp_path / name / "ee") for name in ("single", config))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(shared[name], tensor, rtol=0.05, atol=2e-3)
+
+
+def test_zero3_keeps_a_copy_of_the_base_for_base_kl(tiny_base, texts, tmp_path):
+    """Sharded with the model that it holds back: losses as in one process. `clip` reaches
+    DeepSpeed, which clips by itself."""
+    words = {**SMOKE, "steps": 4, "eval_every": 2, "save_every": 9, "base_kl": 5.0, "clip": 0.3}
+    alone = settings(tiny_base, texts, tmp_path / "alone", batch_size=4, **words)
+    trainer = Trainer(load_recipe(alone))
+    trainer.train()
+    shared = settings(tiny_base, texts, tmp_path / "ee", batch_size=2, **words)
+    for found in worker("zero3", "deepspeed", tmp_path / "found", shared):
+        assert found["clip"] == 0.3
+        for entry, expected in zip(found["history"], trainer.history, strict=True):
+            for key in ("loss", "drift"):
+                assert entry[key] == pytest.approx(expected[key], abs=1e-3)
+            if "training" in expected:
+                assert entry["training"] == pytest.approx(expected["training"], abs=1e-3)
+    assert trainer.history[-1]["drift"] > 1e-4
+
+
+def test_two_processes_weigh_every_labelled_token_alike(tiny_base, tmp_path):
+    """Chats whose rows have between one and all tokens labelled: the gradient of one process.
+    The processes wait for each other as long as the recipe says."""
+    chats = write_chats(tmp_path / "chats.jsonl")
+    words = dict(text_column="messages", clip=1e9, timeout_minutes=7, eval_sequences=1)
+    alone = settings(tiny_base, chats, tmp_path / "alone", batch_size=8, **words)
+    expected = first_gradients(Trainer(load_recipe(alone)))
+    shared = settings(tiny_base, chats, tmp_path / "ee", batch_size=4, **words)
+    for found in worker("ddp", "gradients", tmp_path / "found", shared):
+        assert found["timeout_minutes"] == pytest.approx(7, abs=1e-3)
+    got = torch.load(tmp_path / "found" / "gradients.pt")
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_two_processes_follow_the_word_of_the_first(tiny_base, texts, tmp_path):
+    """The second one measures a drift beyond `max_drift` and another order of speeds; then it does
+    not see the saved state. They stop together, and say why."""
+    words = dict(trunk="full", steps=8, eval_every=2, save_every=4, max_drift=50, timeout_minutes=1)
+    words = settings(tiny_base, texts, tmp_path / "ee", batch_size=2, **words)
+    first, second = worker("ddp", "disagreement", tmp_path / "found", words)
+    assert first["step"] == second["step"] == 8
+    assert first["history"] == second["history"]
+    for found in worker("ddp", "lost_state", tmp_path / "lost", words):
+        assert "process 1 does not see" in found["error"]
+        assert "a disk that all machines share" in found["error"]
 
 
 def test_fsdp_that_reads_weights_once_keeps_tied_embeddings_tied(texts, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import run
 from rich.filesize import decimal
+from safetensors.torch import load_file
 from test_trainer import exits_of, settings
 
 from train import state_cache as states
@@ -63,6 +64,22 @@ def test_states_are_computed_once(tiny_base, texts, tmp_path, monkeypatch, capsy
     assert "100% are there" in capsys.readouterr().out
     assert files(folder) == before
     assert second.step == first.step
+
+
+def test_states_in_bf16_take_the_announced_disk(tiny_base, texts, tmp_path):
+    """Two bytes for each number: what accelerate does to results must not reach the files."""
+    run = train(tiny_base, texts, tmp_path, states=tmp_path / "s", steps=1, precision="bf16")
+    assert run.store.sizes.dtype == torch.bfloat16
+    found = sum(map(len, files(tmp_path / "s").values()))
+    assert found == pytest.approx(run.store.bytes, rel=0.05)
+    (shard,) = (tmp_path / "s").glob("*.safetensors")
+    assert load_file(shard)["depth.2"].dtype == torch.bfloat16
+
+
+def test_more_top_tokens_than_there_are_is_refused(tiny_base, texts, tmp_path):
+    with pytest.raises(ValueError, match=r"states_top_k=321 is not possible: at most 320, the vo"):
+        train(tiny_base, texts, tmp_path / "1", states=tmp_path / "s", states_top_k=321)
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_run_that_was_stopped_computes_the_rest(tiny_base, texts, tmp_path, capsys, small_files):

@@ -296,7 +296,7 @@ def test_what_is_measured_was_held_out(finished, texts):
         ({"text_column": "body"}, "text_column='body'"),
         ({"data": "/no/such/text"}, "data='/no/such/text'"),
         ({"held_out": 0.000001}, "0 tokens of the held-out documents (held_out=1e-06)"),
-        ({"seq_len": 100_000_000}, "do not fill one row of 100000000"),
+        ({"seq_len": 1_000_000}, "do not fill one row of 1000000"),
     ],
 )
 def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, changes, message):

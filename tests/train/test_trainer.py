@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import LAUNCH, history, kill_when, run
 
 from hispec.base_models.local import load_base, weight_hashes
 from hispec.checkpoint import io as checkpoint
+from train.optimizer import adamw_settings, build_optimizer
 from train.recipe import Recipe, load_recipe
 from train.trainer import Trainer
 
@@ -40,6 +43,19 @@ def exits_of(folder):
     from safetensors.torch import load_file
 
     return load_file(folder / "exits.safetensors")
+
+
+def write_chats(file: Path) -> Path:
+    """Chats of which the assistant says between a few words and most."""
+    turns = [
+        [
+            {"role": "user", "content": f"question {i} " * (1 + 7 * (i % 3))},
+            {"role": "assistant", "content": f"answer {i} " * (1 + 9 * (i % 2))},
+        ]
+        for i in range(90)
+    ]
+    file.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    return file
 
 
 def train_to(trainer: Trainer, step: int) -> None:
@@ -169,7 +185,14 @@ def test_max_minutes_stops_early_and_exports(tiny_base, texts, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": "x"}, "steps='x' (command line)"),
+        ({"steps": "x"}, "steps='x' is not possible: a whole number"),
+        ({"steps": "???"}, "steps has no value"),
+        ({"exits": "[[2]]"}, "exits[0]=[2] is not possible: a whole number"),
+        ({"threads": 10**12}, "threads=1000000000000 is not possible: at most 1,024"),
+        ({"export_full": 2}, "export_full=2 is not possible: true or false"),
+        ({"lr": "1e6"}, "lr=1000000.0 is not possible: at most 1"),
+        ({"ce_weight": ".inf"}, "ce_weight=inf is not possible: a finite number"),
+        ({"lora_alpha": ".inf"}, "lora_alpha=inf is not possible: a finite number"),
         ({"stesp": 1}, "unknown key 'stesp'"),
         ({"exits": "[6]"}, "depth 6 is the full model, not an exit"),
         ({"exits": "[2,99]"}, "exits=(2, 99) is not possible"),
@@ -177,14 +200,12 @@ def test_max_minutes_stops_early_and_exports(tiny_base, texts, tmp_path):
         ({"data": "/no/such/text"}, "data='/no/such/text'"),
         ({"text_column": "body"}, "text_column='body'"),
         (
-            {"batch_size": 100000},
-            "batch_size=100000 times 1 process(es), 1 times a step, is more than",
+            {"batch_size": 5000},
+            "batch_size=5000 times 1 process(es), 1 times a step, is more than",
         ),
     ],
 )
 def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, changes, message):
-    import sys
-
     words = settings(tiny_base, texts, tmp_path / "ee", **changes)
     done = run(sys.executable, "train/ee_finetune.py", *words)
     assert done.returncode == 2, done.stderr
@@ -224,6 +245,61 @@ def test_batches_go_on_over_the_end_of_an_epoch(tiny_base, texts, tmp_path):
         assert torch.equal(next(resumed)["tokens"], expected)
 
 
+def test_every_labelled_token_weighs_the_same(tiny_base, tmp_path):
+    """One pass of eight rows, or four of two: the gradient and the figures are the same, though the
+    rows of chats have different numbers of labels."""
+    from distributed_worker import first_gradients
+
+    chats = write_chats(tmp_path / "chats.jsonl")
+    found = []
+    for batch_size, accumulate in ((8, 1), (2, 4)):
+        words = settings(
+            *(tiny_base, chats, tmp_path / f"ee{accumulate}"),
+            **dict(text_column="messages", batch_size=batch_size, accumulate=accumulate, clip=1e9),
+        )
+        trainer = Trainer(load_recipe(words))
+        batches = trainer._batches()
+        labels = [(next(batches)["labels"] >= 0).sum().item() for _ in range(accumulate)]
+        figures, logged = trainer._train_step(trainer._batches())
+        del logged["tokens/s"]
+        again = first_gradients(Trainer(load_recipe(words)))
+        found.append((labels, {**figures, **logged}, again))
+    (all_at_once, figures, expected), (each, accumulated, got) = found
+    assert sum(each) == all_at_once[0]
+    assert max(each) > 1.2 * min(each)
+    assert accumulated == pytest.approx(figures, rel=1e-4)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_the_base_is_hashed_once(tiny_base, texts, tmp_path, monkeypatch):
+    """Not again at every new best; with `export_full` its weights are copied at the end only."""
+    from hispec.utils import files
+
+    hashed = []
+    sha256 = files.sha256
+    for module in [m for m in sys.modules.values() if getattr(m, "sha256", None) is sha256]:
+        monkeypatch.setattr(module, "sha256", lambda f, *a: (hashed.append(Path(f)), sha256(f))[1])
+    words = settings(tiny_base, texts, tmp_path / "ee", steps=2, export_full="true")
+    trainer = Trainer(load_recipe(words))
+    trainer.train()
+    for _ in range(2):
+        trainer.best.write(trainer.history[-1], trainer.history[0]["agreement"])
+        assert not list(trainer.best.folder.glob("model*.safetensors"))
+    assert hashed.count(tiny_base / "model.safetensors") == 1
+    assert sum(file.name == "model.safetensors" for file in hashed) == 2  # and its copy
+    assert checkpoint.read_config(tmp_path / "ee")["base"]["included"]
+
+
+def test_adamw_is_fused_on_cuda():
+    """The settings for a device, which a machine without it can ask for too."""
+    recipe = Recipe(base="x", output="y", exits=[1])
+    assert adamw_settings(recipe, torch.device("cuda", 0))["fused"]
+    assert not adamw_settings(recipe, torch.device("cpu"))["fused"]
+    on_cpu = build_optimizer(torch.nn.Linear(2, 2), recipe, torch.device("cpu"))
+    assert on_cpu.defaults["betas"] == (0.9, 0.95)
+
+
 def test_defaults_are_a_valid_recipe_but_for_what_must_be_named():
     Recipe(base="x", output="y", exits=[1]).validate()
 
@@ -231,13 +307,28 @@ def test_defaults_are_a_valid_recipe_but_for_what_must_be_named():
 def test_a_tracker_gets_the_figures(tiny_base, texts, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = settings(tiny_base, texts, tmp_path / "ee", log_with="tensorboard")
-    Trainer(load_recipe(words)).train()
+    words = settings(
+        *(tiny_base, texts, tmp_path / "ee"), log_with="tensorboard", trunk="full", lr=1e-4
+    )
+    trainer = Trainer(load_recipe(words))
+    trainer.train()
     events = EventAccumulator(str(tmp_path / "ee.run" / "logs" / "hispec"))
     events.Reload()
-    scalars = events.Tags()["scalars"]
-    assert {"@2 loss", "@4 agree", "held out speed"} <= set(scalars)
-    assert [event.step for event in events.Scalars("@2 loss")] == list(range(1, 13))
+    of_steps = {"@2 loss", "@4 agree", "learning rate", "gradient norm", "tokens/s", "final loss"}
+    of_evaluations = {
+        *("held out speed", "held out 2->6 acceptance", "held out 2->6 agreement"),
+        *("held out drift", "held out loss"),
+    }
+    assert of_steps | of_evaluations <= set(events.Tags()["scalars"])
+    for name in of_steps:
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 13))
+    for name in of_evaluations:
+        assert [event.step for event in events.Scalars(name)] == [0, 6, 12]
+    rates = [event.value for event in events.Scalars("learning rate")]
+    assert max(rates) == pytest.approx(trainer.recipe.lr, rel=0.1)
+    assert rates[-1] < rates[5]
+    (last,) = [m for m in trainer.history[-1]["agreement"] if (m["shallow"], m["deep"]) == (2, 6)]
+    assert events.Scalars("held out 2->6 acceptance")[-1].value == pytest.approx(last["acceptance"])
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny_base, texts, tmp_path):
@@ -248,15 +339,7 @@ def test_a_tracker_that_is_not_installed_is_refused(tiny_base, texts, tmp_path):
 
 def test_chats_teach_what_the_assistant_says(tiny_base, tmp_path):
     """Labels of a run: the tokens after which the assistant speaks, and nothing else."""
-    file = tmp_path / "chats.jsonl"
-    turns = [
-        [
-            {"role": "user", "content": f"question {i} " * 5},
-            {"role": "assistant", "content": f"answer {i} " * 5},
-        ]
-        for i in range(60)
-    ]
-    file.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
+    file = write_chats(tmp_path / "chats.jsonl")
     words = settings(tiny_base, file, tmp_path / "ee", text_column="messages", steps=2)
     trainer = Trainer(load_recipe(words))
     batch = next(trainer._batches())

@@ -84,6 +84,29 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_base, texts, tmp_path):
         torch.testing.assert_close(recomputed, kept)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_mask_of_packed_rows_is_built_once_per_pass(
+    tiny_base, texts, tmp_path, monkeypatch, again
+):
+    """Not in every layer, though layers run one by one: some rows skip some, and with gradient
+    checkpointing they run twice."""
+    from hispec.models import exit_model
+
+    built, build = [], exit_model._mask
+    monkeypatch.setattr(exit_model, "_mask", lambda *a, **k: (built.append(1), build(*a, **k))[1])
+    trainer = trainer_of(
+        *(tiny_base, texts, tmp_path / "ee"),
+        **dict(trunk="full", head="shared", layer_dropout=0.5, gradient_checkpointing=again),
+        **dict(seq_len=256, dropout_schedule="uniform", batch_size=8),
+    )
+    batches = trainer._batches()
+    batch = next(
+        b for step in range(9) if (b := Batch.of(next(batches), step)).positions_BT is not None
+    )
+    trainer._on_model(trainer.training_step, batch).loss.backward()
+    assert len(built) == 1
+
+
 @pytest.mark.parametrize("trunk", ["lora", "full"])
 def test_a_trained_trunk_is_exported_with_what_it_learned(tiny_base, texts, tmp_path, trunk):
     """Plain transformers and `load` read the model that was trained, to float32's rounding."""
@@ -204,6 +227,23 @@ def test_accumulated_passes_equal_one_large_one(tiny_base, texts, tmp_path):
         trainer.train()
         ends.append(trainer.history[-1]["agreement"][0]["acceptance"])
     assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+
+
+def test_a_state_holds_what_is_trained_and_nothing_else(tiny_base, texts, tmp_path):
+    """LoRA adapters and exits; the weights of the base are on disk already."""
+    from safetensors.torch import load_file
+
+    words = dict(trunk="lora", steps=4, save_every=4, eval_every=4, lr=0.01)
+    trainer = trainer_of(tiny_base, texts, tmp_path / "ee", **words)
+    trainer.train()
+    state = load_file(tmp_path / "ee.run" / "state" / "model.safetensors")
+    trained = {n for n, p in trainer.wrapped.named_parameters() if p.requires_grad}
+    assert set(state) == trained
+    again = trainer_of(tiny_base, texts, tmp_path / "ee", **words)
+    again._resume()
+    assert again.step == 4
+    for got, wanted in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_a_tied_lm_head_is_saved_resumed_and_exported_once(texts, tmp_path):

@@ -1,4 +1,4 @@
-"""What `train/synthesize.py` does: let the target speak, and keep what is worth learning."""
+"""Generates training text with the target model and drops what is not worth learning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from hispec.base_models.local import find_base
-from hispec.checkpoint.io import is_checkpoint, read_config
+from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.config import DecodeConfig
 from hispec.data.chat import Message, user_turn
 from hispec.data.prompts import Prompt, read_prompts
@@ -25,22 +25,20 @@ from hispec.utils.files import sha256
 from hispec.utils.settings import check
 from train.dedup import SeenTexts, seq_rep
 from train.sample_file import SampleFile
-
-if TYPE_CHECKING:
-    from train.synthesize import Settings
+from train.synthesis_settings import NO_DRAFTER, Settings
 
 _INVENTED = 1000  # samples, if no number and no prompts are given
-_NOT_OF_THE_TEXT = {  # where, how and how much, not what
+_NOT_OF_THE_TEXT = {  # settings that do not change the text of a sample
     *("base", "output", "samples", "prompts", "drafter", "batch_size", "dtype", "device"),
     "threads",
 }
 
 
 def plan(settings: Settings, lm: EarlyExitLM) -> tuple[list[Prompt], list[int]]:
-    """(prompts of the file, if one is given; numbers of the samples that this process makes).
+    """(prompts of the file, if one is given; numbers of the samples of this process).
 
     Raises:
-        ValueError: prompts that this base cannot be given, or a file without any or of both kinds.
+        ValueError: prompts that do not fit this base, or a file with no prompts or with both kinds.
     """
     if settings.prompts is None:
         raw = not lm.tokenizer.chat_template
@@ -60,10 +58,10 @@ def plan(settings: Settings, lm: EarlyExitLM) -> tuple[list[Prompt], list[int]]:
 
 
 def find_target(name: str) -> dict[str, Any]:
-    """Id, revision and SHA-256 of the weights of the model that speaks.
+    """Id, revision and SHA-256 of the weights of the target model.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no model of that name.
     """
     folder = Path(name)
     if is_checkpoint(folder):
@@ -74,11 +72,11 @@ def find_target(name: str) -> dict[str, Any]:
 
 
 def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict[str, Any]:
-    """All that the samples depend on, by name."""
+    """Everything that the samples depend on, by name."""
     keys = {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_THE_TEXT}
     template = str(lm.tokenizer.chat_template or "")
     dtype = str(lm.model.hf.dtype).removeprefix("torch.")
-    if dtype != "float32":  # there the shape of a pass may turn a near-tie: the same groups again
+    if dtype != "float32":  # the shape of a pass may decide a near-tie: decode the same groups
         keys.update(batch_size=settings.batch_size, drafter=settings.drafter)
     return {
         **keys,
@@ -90,33 +88,33 @@ def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict
 
 
 @dataclass
-class Said:
-    """What the target said in one turn, or the user's turn of a file."""
+class Turn:
+    """One turn that the target generated, or a user's turn of the file."""
 
     text: str
     tokens: list[int]
     ended: bool = True
-    """By itself, not by the limit."""
+    """Whether it ended by itself and not at the length limit."""
     fault: str | None = None
-    """Why it teaches nothing, if it does not."""
+    """Why it is dropped; None if it is not."""
 
 
 @dataclass
 class Sample:
-    """One sample on its way into the file."""
+    """A sample while it is being made."""
 
     index: int
     prompt: Prompt | None
-    """Of the file; None if it is invented."""
-    asked: Said | None = None
+    """From the file; None if it is invented."""
+    question: Turn | None = None
     """The user's turn; None where text is continued."""
     context: list[int] | None = None
-    """Token ids that the target goes on from; None if there is nothing to go on from."""
-    answer: Said | None = None
+    """Token ids that the answer continues; None if the user's turn is dropped."""
+    answer: Turn | None = None
 
 
-class Speaker:
-    """The target with the law, the seeds and the rules of a run.
+class Synthesizer:
+    """Generates samples and appends those that are worth learning to a file.
 
     Raises:
         ValueError: a base that the settings do not fit.
@@ -134,9 +132,9 @@ class Speaker:
         self.target = target
         self.raw = prompts[0].raw(lm.tokenizer) if prompts else not lm.tokenizer.chat_template
         self.invents = not prompts and not self.raw
-        drafter = settings.drafter if settings.drafter != "none" else "exit"
+        drafter = settings.drafter if settings.drafter != NO_DRAFTER else "exit"
         full = lm.model.num_layers
-        self.law = DecodeConfig(
+        self.config = DecodeConfig(
             ladder=lm.ladder() if "exit" in settings.drafter else [full],
             drafter=drafter,
             max_new_tokens=settings.max_new_tokens,
@@ -145,9 +143,9 @@ class Speaker:
             top_p=settings.top_p,
             eos=lm.eos(),
         )
-        self.law.validate(full)
+        self.config.validate(full)
         check(
-            "exit" not in settings.drafter or len(self.law.ladder) > 1,
+            "exit" not in settings.drafter or len(self.config.ladder) > 1,
             "drafter",
             settings.drafter,
             "it needs an EE checkpoint, this base has no exits",
@@ -163,21 +161,24 @@ class Speaker:
             self._remember(*self._texts(row))
 
     def make(self, indices: Sequence[int]) -> None:
-        """Make some samples together and write those that are kept."""
+        """Generate some samples together and write those that are kept."""
         began = time.perf_counter()
         self.tokens = 0
         samples = [Sample(index, self._prompt(index)) for index in indices]
         self._ask(samples)
-        # What repeats an earlier group's question is dropped below: it needs no answer.
+        # A question that repeats one of an earlier group is dropped below: it needs no answer.
         answered = [s for s in samples if s.context is not None and not self._is_old(s)]
         if answered:
-            answers = self._speak(
-                self.law, [s.context or [] for s in answered], [s.index for s in answered], "answer"
+            answers = self._generate(
+                self.config,
+                [s.context or [] for s in answered],
+                [s.index for s in answered],
+                "answer",
             )
             for sample, answer in zip(answered, answers, strict=True):
                 sample.answer = answer
         rows, dropped = [], Counter(self.file.progress.dropped)
-        for sample in samples:  # in order, so that the rows beside it do not matter
+        for sample in samples:  # in order, so that the result does not depend on the batch
             if (fault := self._fault(sample)) is not None:
                 dropped[fault] += 1
                 continue
@@ -209,23 +210,24 @@ class Speaker:
         return tokenizer(opening, add_special_tokens=False)["input_ids"], stop, closers
 
     def _ask(self, samples: Sequence[Sample]) -> None:
-        """Give every sample its user's turn, and what the target goes on from."""
+        """Give every sample its user's turn and the context of its answer."""
         if self.invents:
-            law = replace(
-                self.law,
+            config = replace(
+                self.config,
                 max_new_tokens=self.settings.max_prompt_tokens,
                 temperature=self.settings.prompt_temperature,
-                eos=(*self.law.eos, *self.closers),
+                eos=(*self.config.eos, *self.closers),
             )
             stop = "" if self.closers else self.stop
             indices = [sample.index for sample in samples]
-            asked = self._speak(law, [self.opening] * len(samples), indices, "question", stop)
-            for sample, said in zip(samples, asked, strict=True):
-                if not said.ended:
-                    said.fault = said.fault or "truncated"
-                sample.asked = said
-                if said.fault is None:
-                    message = {"role": "user", "content": said.text}
+            contexts = [self.opening] * len(samples)
+            questions = self._generate(config, contexts, indices, "question", stop)
+            for sample, question in zip(samples, questions, strict=True):
+                if not question.ended:
+                    question.fault = question.fault or "truncated"
+                sample.question = question
+                if question.fault is None:
+                    message = {"role": "user", "content": question.text}
                     sample.context = Prompt(0, "", (message,)).encode(self.lm.tokenizer)
             return
         tokenizer = self.lm.tokenizer
@@ -237,34 +239,37 @@ class Speaker:
             prompt = sample.prompt
             text = "".join(m["content"] for m in prompt.messages) or prompt.text
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            sample.asked = Said(text, ids)
+            sample.question = Turn(text, ids)
             if len(ids) > self.settings.max_prompt_tokens:
-                sample.asked.fault = "too long"
+                sample.question.fault = "too long"
             else:
                 sample.context = prompt.encode(tokenizer)
 
-    def _speak(
+    def _generate(
         self,
-        law: DecodeConfig,
+        config: DecodeConfig,
         contexts: Sequence[list[int]],
         indices: Sequence[int],
         part: str,
         stop: str = "",
-    ) -> list[Said]:
-        """What the target says after each context, with the noise of that sample and part."""
+    ) -> list[Turn]:
+        """The target's continuation of each context, with the noise of that sample and part."""
         tokenizer = self.lm.tokenizer
         seeds = [_seed(self.settings.seed, index, part) for index in indices]
         criteria = [StopStringCriteria(tokenizer, [stop])] if stop else []
         stopping = StoppingCriteriaList(criteria)
-        run = Decode(self.lm.model, contexts, law, seeds=seeds, stopping_criteria=stopping)
-        said = [
-            self._said(tokens, context, law.eos, stop)
+        run = Decode(self.lm.model, contexts, config, seeds=seeds, stopping_criteria=stopping)
+        turns = [
+            self._decoded(tokens, context, config.eos, stop)
             for tokens, context in zip(run.finish(), contexts, strict=True)
         ]
         self.tokens += run.stats.new_tokens
-        return said
+        return turns
 
-    def _said(self, tokens: list[int], context: list[int], eos: Sequence[int], stop: str) -> Said:
+    def _decoded(
+        self, tokens: list[int], context: list[int], eos: Sequence[int], stop: str
+    ) -> Turn:
+        """The text of generated tokens, and the reason to drop it if there is one."""
         decode = self.lm.tokenizer.decode
         ended = bool(tokens) and tokens[-1] in eos
         ids = tokens[:-1] if ended else tokens
@@ -275,28 +280,30 @@ class Speaker:
         if stop and stop in text:
             text, ended = text[: text.index(stop)], True
         if not ended:
-            text = text.rstrip("\ufffd")  # a character may have been cut
-        said = Said(text if self.raw else text.strip(), tokens, ended)
+            text = text.rstrip("\ufffd")  # the limit may have cut a character
+        turn = Turn(text if self.raw else text.strip(), tokens, ended)
         if not text.strip():
-            said.fault = "empty"
-        elif self.special & set(ids):  # it cannot be written in the template again
-            said.fault = "special token"
+            turn.fault = "empty"
+        elif self.special & set(ids):  # the template could not write it again
+            turn.fault = "special token"
         elif "\ufffd" in text:
-            said.fault = "broken character"
+            turn.fault = "broken character"
         elif seq_rep(ids) > self.settings.max_repetition:
-            said.fault = "repetitive"
-        return said
+            turn.fault = "repetitive"
+        return turn
 
     def _is_old(self, sample: Sample) -> bool:
-        """Whether the target has invented its user's turn before."""
+        """Whether the target has invented this user's turn before."""
         return (
-            self.invents and sample.asked is not None and sample.asked.text in self.seen_questions
+            self.invents
+            and sample.question is not None
+            and sample.question.text in self.seen_questions
         )
 
     def _fault(self, sample: Sample) -> str | None:
-        """Why a sample is dropped, if it is."""
-        if sample.asked is not None and sample.asked.fault:
-            return f"question: {sample.asked.fault}"
+        """Why a sample is dropped; None if it is kept."""
+        if sample.question is not None and sample.question.fault:
+            return f"question: {sample.question.fault}"
         if self._is_old(sample):
             return "question: duplicate"
         assert sample.answer is not None, "all others were answered"
@@ -307,6 +314,7 @@ class Speaker:
         return "answer: duplicate" if sample.answer.text in self.seen_answers else None
 
     def _row(self, sample: Sample) -> dict[str, Any]:
+        """The sample as a row of the file."""
         assert sample.answer is not None
         assert sample.context is not None
         provenance = {
@@ -321,16 +329,16 @@ class Speaker:
             "ended": sample.answer.ended,
             "hispec": version("hispec"),
         }
+        question = sample.question.text if sample.question else ""
         if self.raw:
-            given = sample.asked.text if sample.asked else ""
             return {
-                "text": given + sample.answer.text,
-                "provenance": {**provenance, "given_characters": len(given)},
+                "text": question + sample.answer.text,
+                "provenance": {**provenance, "given_characters": len(question)},
             }
         messages: list[Message] = (
             list(sample.prompt.messages)
             if sample.prompt
-            else [{"role": "user", "content": sample.asked.text if sample.asked else ""}]
+            else [{"role": "user", "content": question}]
         )
         messages.append({"role": "assistant", "content": sample.answer.text})
         return {"messages": messages, "provenance": provenance}
@@ -341,7 +349,7 @@ class Speaker:
         return {"file": Path(self.settings.prompts or "").name, "line": sample.prompt.line}
 
     def _texts(self, row: dict[str, Any]) -> tuple[str, str]:
-        """(user's turn, what the target said) of a row of the file."""
+        """(user's turn, answer) of a row of the file."""
         if self.raw:
             return "", row["text"][row["provenance"]["given_characters"] :]
         return row["messages"][-2]["content"], row["messages"][-1]["content"]

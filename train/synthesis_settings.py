@@ -1,0 +1,81 @@
+"""Settings of `train/synthesize.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from omegaconf import MISSING
+from pydantic import Field
+
+from hispec.config import DRAFTERS
+from hispec.utils.limits import Seed, Temperature, Threads, at_most, ending_in, one_of
+from hispec.utils.schema import STRICT, validate
+from hispec.utils.settings import check
+
+NO_DRAFTER = "none"
+_CACHE = "each one holds its own KV cache"
+_TIME = "at 100 tokens a second it takes hours"
+
+
+@dataclass
+class Settings:
+    """Which model generates, from which prompts, how, and which samples are kept. Lengths are in
+    tokens."""
+
+    __pydantic_config__ = STRICT
+
+    base: str = MISSING
+    """A name that `hispec fetch` knows, a Hub id, a folder, or an EE checkpoint, whose full model
+    generates."""
+    output: Annotated[str, ending_in(".jsonl")] = MISSING
+    """JSONL file; `OUTPUT.meta.json` beside it holds the settings and the progress."""
+    samples: Annotated[int, Field(ge=1), at_most(10**9, "a month makes millions")] | None = None
+    """Samples to generate, from number 0 on; dropped ones count. Default: one for each prompt of
+    the file, or 1000. A finished run continues if it is raised."""
+    shard: Annotated[int, Field(ge=0)] = 0
+    """This process generates the samples whose number modulo `shards` is this, into a file of its
+    own (a folder of such files can be trained on); duplicates are looked for in that file alone."""
+    shards: Annotated[int, Field(ge=1), at_most(10**6, "each is a process")] = 1
+
+    prompts: str | None = None
+    """JSONL of prompts (`turns`, `question`, `messages`, or `prompt`, which is continued as it is),
+    taken in order, again and again; default: the model invents them."""
+
+    temperature: Temperature = 0.8
+    """Of answers and texts; 0 is greedy."""
+    prompt_temperature: Temperature = 1.0
+    """Of the invented user's turns."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 0.95
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    seed: Seed = 0
+    max_new_tokens: Annotated[int, Field(ge=1), at_most(2**20, _TIME)] = 512
+    """Longest answer or text."""
+    max_prompt_tokens: Annotated[int, Field(ge=1), at_most(2**20, _TIME)] = 256
+    """Longest user's turn; longer ones are dropped."""
+
+    keep_truncated: bool = True
+    """Keep answers that `max_new_tokens` cut off. Their tokens are the target's own; only the end
+    of the turn, which the template writes after them, is not."""
+    max_repetition: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Drop a text if a larger share of its 4-grams occurred earlier in it (seq-rep-4)."""
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Drop an invented turn, an answer or a text that shares this much of its word 3-grams with an
+    earlier one (Jaccard similarity)."""
+
+    drafter: Annotated[str, one_of(NO_DRAFTER, *DRAFTERS)] = NO_DRAFTER
+    """`none`, or a drafter of `DecodeConfig`; those with `exit` need an EE checkpoint. It changes
+    the speed only: with `match` verification the text is the target's."""
+    batch_size: Annotated[int, Field(ge=1), at_most(4096, _CACHE)] = 8
+    """Samples decoded together. In float32 it does not change the samples. In half precision passes
+    of another shape round differently and texts differ at near-ties, so a run only continues with
+    the batch size and the drafter that it began with."""
+    dtype: str = "auto"
+    device: str | None = None
+    threads: Threads | None = None
+    """Threads on a CPU."""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the key, the value and what is allowed."""
+        validate(Settings, self)
+        check(self.shard < self.shards, "shard", self.shard, f"0 to {self.shards - 1}")
