@@ -1,8 +1,11 @@
-"""`custom_generate`: a plain transformers model decodes through the exits in the folder."""
+"""`custom_generate`: a plain transformers model decodes through the exits of a checkpoint."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from transformers import (
     TextStreamer,
 )
 
-from hispec.base_models.local import find_base
+from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint import io as checkpoint
+from hispec.config import ExitConfig
 from hispec.decoding import decoder as decode
+from hispec.models.exit_model import ExitModel
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,7 @@ def _modules_elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tiny_base):
-    """Of the base, not of the checkpoint: the exits come from the folder alone."""
+    """Of the base, not of the checkpoint: the exits come from `exits_from` alone."""
     return AutoModelForCausalLM.from_pretrained(tiny_base).eval()
 
 
@@ -57,12 +62,14 @@ def texts(plain, full, inputs, **settings):
     """(through the exits, by transformers alone)."""
     ours = {key: settings.pop(key) for key in ("ladder", "draft_length") if key in settings}
     settings = {"max_new_tokens": 20, "do_sample": False, **settings}
-    return (
-        plain.generate(
-            **inputs, **settings, **ours, custom_generate=str(full), trust_remote_code=True
-        ),
-        plain.generate(**inputs, **settings),
+    return plain.generate(**inputs, **settings, **ours, **with_exits(full)), plain.generate(
+        **inputs, **settings
     )
+
+
+def with_exits(full):
+    """What makes `generate` decode through the exits of a folder, whatever the model's own is."""
+    return {"custom_generate": str(full), "exits_from": str(full), "trust_remote_code": True}
 
 
 @pytest.mark.parametrize(
@@ -138,22 +145,21 @@ def test_a_streamer_gets_every_token(plain, full, tokenizer, passes, capsys):
 
 def sampled(plain, full, inputs, **settings):
     return plain.generate(
-        **inputs, max_new_tokens=20, do_sample=True, custom_generate=str(full),
-        trust_remote_code=True, **settings,
-    )  # fmt: skip
+        **inputs, max_new_tokens=20, do_sample=True, **settings, **with_exits(full)
+    )
 
 
 def test_sampling_follows_the_seed_and_not_the_ladder(plain, full, tokenizer, passes):
     inputs = tokenizer("def main():", return_tensors="pt")
-    law = dict(temperature=0.7, top_k=20, top_p=0.9)
-    first = sampled(plain, full, inputs, seed=3, **law)
-    assert torch.equal(first, sampled(plain, full, inputs, seed=3, ladder=[2, 6], **law))
-    assert not torch.equal(first, sampled(plain, full, inputs, seed=4, **law))
+    warped = dict(temperature=0.7, top_k=20, top_p=0.9)
+    first = sampled(plain, full, inputs, seed=3, **warped)
+    assert torch.equal(first, sampled(plain, full, inputs, seed=3, ladder=[2, 6], **warped))
+    assert not torch.equal(first, sampled(plain, full, inputs, seed=4, **warped))
     torch.manual_seed(9)
-    by_global = sampled(plain, full, inputs, **law)
+    by_global = sampled(plain, full, inputs, **warped)
     torch.manual_seed(9)
-    assert torch.equal(by_global, sampled(plain, full, inputs, **law))
-    rows = sampled(plain, full, inputs, seed=3, num_return_sequences=3, **law)
+    assert torch.equal(by_global, sampled(plain, full, inputs, **warped))
+    rows = sampled(plain, full, inputs, seed=3, num_return_sequences=3, **warped)
     assert len({tuple(row.tolist()) for row in rows}) == 3
 
 
@@ -164,20 +170,20 @@ def test_sampling_keeps_to_top_k(plain, full, tokenizer, passes):
     assert torch.equal(sampled(plain, full, inputs, temperature=1.5, top_k=1), greedy)
 
 
-def test_the_law_of_a_sampled_token_is_transformers(plain, full, tokenizer, passes):
-    """The first token of many rows, against the law that transformers would draw from."""
+def test_sampled_tokens_have_the_distribution_of_transformers(plain, full, tokenizer, passes):
+    """The first token of many rows, against the probabilities that transformers draws from."""
     inputs = tokenizer("def", return_tensors="pt")
     rows = plain.generate(
         **inputs, max_new_tokens=2, do_sample=True, temperature=0.5, top_k=4, seed=1,
-        num_return_sequences=2000, custom_generate=str(full), trust_remote_code=True,
+        num_return_sequences=2000, **with_exits(full),
     )  # fmt: skip
     with torch.inference_mode():
         top = (plain(**inputs).logits[0, -1] / 0.5).topk(4)
-    law = top.values.softmax(-1)
+    probs = top.values.softmax(-1)
     first = rows[:, inputs["input_ids"].shape[1]]
     assert set(first.tolist()) <= set(top.indices.tolist())
     shares = torch.stack([(first == token).float().mean() for token in top.indices])
-    assert (shares - law).abs().max() < 0.05
+    assert (shares - probs).abs().max() < 0.05
 
 
 def test_every_family(family, tmp_path, passes):
@@ -227,10 +233,7 @@ def test_the_exits_are_loaded_once_and_the_model_stays_a_plain_one(plain, full, 
 def test_what_is_not_possible_is_named(plain, full, tokenizer, settings, message):
     inputs = tokenizer("def main():", return_tensors="pt")
     with pytest.raises(ValueError, match=message):
-        plain.generate(
-            **inputs, max_new_tokens=4, custom_generate=str(full), trust_remote_code=True,
-            **settings,
-        )  # fmt: skip
+        plain.generate(**inputs, max_new_tokens=4, **settings, **with_exits(full))
 
 
 def test_padding_at_the_right_and_counted_padding_are_refused(plain, full, tokenizer):
@@ -257,7 +260,7 @@ def test_without_trust_nothing_runs(plain, full, tokenizer):
 def test_without_hispec_the_message_says_so(plain, full, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "hispec.generation", None)
     inputs = tokenizer("def main():", return_tensors="pt")
-    with pytest.raises(ImportError, match=r"with the package hispec.*pip install hispec"):
+    with pytest.raises(ImportError, match=r"with the package hispec.*pip install -U hispec"):
         texts(plain, full, inputs)
 
 
@@ -266,3 +269,88 @@ def test_no_checkpoint_there(plain, tokenizer):
 
     with pytest.raises(ValueError, match=r"no EE checkpoint at .*exits_from"):
         generate(plain, **tokenizer("x", return_tensors="pt"))
+    with pytest.raises(ValueError, match=r"no EE checkpoint at 'not/there/at-all'"):
+        generate(plain, exits_from="not/there/at-all", **tokenizer("x", return_tensors="pt"))
+
+
+def kept_exits(model) -> list[int]:
+    """Of the checkpoint that a model decoded with last."""
+    return vars(model)["_hispec_exits"][1].exits.depths
+
+
+def test_the_checkpoint_that_the_model_was_loaded_from_is_found(full, tokenizer, passes):
+    model = AutoModelForCausalLM.from_pretrained(full).eval()
+    inputs = tokenizer("def main():", return_tensors="pt")
+    words = dict(**inputs, max_new_tokens=12, do_sample=False)
+    ours = model.generate(**words, custom_generate=str(full), trust_remote_code=True)
+    assert torch.equal(ours, model.generate(**words))
+    assert kept_exits(model) == [2, 4]
+
+
+@pytest.fixture
+def other(tiny_base, tmp_path):
+    """A full checkpoint of the same base with other exits."""
+    base = find_base(str(tiny_base))
+    model = disturbed(ExitModel(load_base(base.folder), ExitConfig([3], "block", 1)).eval())
+    checkpoint.save_checkpoint(tmp_path / "other", model, base, full=True)
+    return tmp_path / "other"
+
+
+def test_the_code_of_a_folder_finds_its_own_exits_or_asks_for_them(
+    full, other, tokenizer, passes, tmp_path, monkeypatch
+):
+    """The model comes from one checkpoint, the code from another: never the wrong exits."""
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(full).eval()
+    inputs = tokenizer("def main():", return_tensors="pt")
+    words = dict(**inputs, max_new_tokens=12, do_sample=False, trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"with the exits that are asked for.*exits_from="):
+        model.generate(**words, custom_generate=str(other))
+    model.generate(**words, custom_generate=str(other), exits_from=str(other))
+    assert kept_exits(model) == [3]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "damaged").mkdir()
+    (tmp_path / "checkpoints" / "damaged" / "exit_config.json").write_text("{")
+    shutil.copytree(other, tmp_path / "checkpoints" / "mine")
+    model.generate(**words, custom_generate=str(full))
+    assert kept_exits(model) == [2, 4]
+    model.generate(**words, custom_generate=str(other))  # found below checkpoints/ by its hash
+    assert kept_exits(model) == [3]
+
+
+def test_code_that_an_earlier_version_exported_still_runs(full, tokenizer, passes, tmp_path):
+    folder = tmp_path / "earlier"
+    shutil.copytree(full, folder)
+    (folder / "custom_generate" / "generate.py").write_text(
+        "def generate(model, **arguments):\n"
+        "    from hispec.generation import generate as with_exits\n"
+        "    return with_exits(model, **arguments)\n"
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer("def main():", return_tensors="pt")
+    words = dict(**inputs, max_new_tokens=12, do_sample=False)
+    ours = model.generate(**words, custom_generate=str(folder), trust_remote_code=True)
+    assert torch.equal(ours, model.generate(**words))
+
+
+def test_the_exits_follow_a_model_to_another_dtype(full, tokenizer, passes):
+    """Before, the exits kept the dtype of the first call, which is a RuntimeError."""
+    model = AutoModelForCausalLM.from_pretrained(full).eval()
+    inputs = tokenizer("def main():", return_tensors="pt")
+    words = dict(**inputs, max_new_tokens=12, do_sample=False)
+    custom = {"custom_generate": str(full), "trust_remote_code": True}
+    first = model.generate(**words, **custom)
+    model.to(torch.bfloat16)
+    assert torch.equal(model.generate(**words, **custom), model.generate(**words))
+    assert next(vars(model)["_hispec_exits"][1].heads.parameters()).dtype == torch.bfloat16
+    model.to(torch.float32)
+    again = model.generate(**words, **custom)
+    assert torch.equal(again, model.generate(**words))
+    assert again.shape == first.shape
+
+
+def test_nothing_is_found_by_walking_frames():
+    code = "".join(
+        file.read_text() for file in (Path(__file__).parents[1] / "hispec").rglob("*.py")
+    )
+    assert not re.findall(r"_getframe|currentframe|inspect\.stack|f_locals|f_back", code)

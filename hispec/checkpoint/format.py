@@ -6,11 +6,12 @@ section `exits`, where one would change the logits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from hispec.base_models.model_folder import EXITS, MAX_LAYERS, Size, matches
 from hispec.config import ExitConfig
@@ -35,7 +36,19 @@ def _inside(name: str) -> str:
     return name
 
 
-Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+def _is_sha256(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError("a SHA-256 of 64 hexadecimal digits")
+    return text
+
+
+def _names_exits(files: dict[str, str]) -> dict[str, str]:
+    if EXITS not in files:
+        raise ValueError(f"hashes by file name, {EXITS} among them")
+    return files
+
+
+Sha256 = Annotated[str, AfterValidator(_is_sha256)]
 FileName = Annotated[str, AfterValidator(_inside)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -136,16 +149,10 @@ class ExitConfigFile(_Open):
     exits: Exits
     model: Model
     base: Base
-    files: dict[FileName, Sha256]
+    files: Annotated[dict[FileName, Sha256], AfterValidator(_names_exits)]
     recipe: Recipe
     figures: Figures
     versions: dict[str, str] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _exits_are_named(self) -> ExitConfigFile:
-        if EXITS not in self.files:
-            raise ValueError(f"section 'files' must name {EXITS}")
-        return self
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -164,8 +171,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no EE checkpoint: it has no {CONFIG}")
     config = read_json(path)
     found = config.get("format_version")
-    if found != FORMAT_VERSION:
-        newer = isinstance(found, int) and found > FORMAT_VERSION
+    if type(found) is not int or found != FORMAT_VERSION:  # True is 1 for Python
+        newer = type(found) is int and found > FORMAT_VERSION
         raise ValueError(
             f"{path}: format_version={found!r} cannot be read, this hispec reads "
             f"{FORMAT_VERSION}" + ("; upgrade hispec" if newer else "")

@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import tiny_hf
 from safetensors.torch import load_file, save_file
+from small_disk import names
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hispec.base_models.local import LocalBase, find_base, load_base
 from hispec.checkpoint import io as checkpoint
 from hispec.config import ExitConfig
 from hispec.export import exporter as export
+from hispec.hub import contents
 from hispec.models.exit_model import ExitModel
 
 TOKENS = torch.tensor([[5, 9, 44, 7, 200, 31]])
@@ -136,10 +138,19 @@ def edit(folder, **changes):
         ({"exits__depths": [2, 6]}, "depth 6 is the full model"),
         ({"exits__depths": [2, 3]}, r"lacks exits.3.* and has the unknown exits.4"),
         ({"exits__blocks": 1}, "has the unknown exits.2.blocks.1"),
-        ({"base": {}}, "section 'base' lacks id"),
-        ({"exits": None}, "section 'exits' must be an object, it is None"),
-        ({"exits__width": 3}, "section 'exits' has the unknown width"),
-        ({"recipe": [1]}, "section 'recipe' must be an object"),
+        ({"base": {}}, r"exit_config.json: base.id is missing"),
+        ({"exits": None}, "exits=None is not possible: an object of keys and values"),
+        ({"exits__width": 3}, "unknown key 'exits.width'"),
+        ({"recipe": [1]}, r"recipe=\[1\] is not possible: an object of keys and values"),
+        ({"exits__depths": [[2], [4]]}, r"exits.depths\[0\]=\[2\] is not possible: a whole number"),
+        ({"exits__blocks": True}, "exits.blocks=True is not possible: a whole number"),
+        ({"exits__rank": 10**30}, "exits.rank=1000000.* is not possible: at most 65536"),
+        ({"model__num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not possible"),
+        ({"format_version": True}, "format_version=True cannot be read"),
+        ({"files__../x": "0" * 64}, "the name of a file in the checkpoint's folder"),
+        ({"files__/etc/passwd": "0" * 64}, "the name of a file in the checkpoint's folder"),
+        ({"files": {}}, "files={} is not possible: hashes by file name, exits.safetensors among"),
+        ({"base__weights": {"model.safetensors": None}}, "model.safetensors=None is not possible"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(saved, changes, message):
@@ -184,6 +195,48 @@ def test_missing_pieces_are_named(saved):
     (saved / "exit_config.json").unlink()
     with pytest.raises(ValueError, match=r"no EE checkpoint: it has no exit_config.json"):
         checkpoint.load_checkpoint(saved)
+
+
+MEASURED = ("plan.json", "plan.png", "agreement.json", "speed.json", "quality.json", "pulled.json")
+
+
+def test_measured_files_are_not_copied_into_another_checkpoint(full, trained, tmp_path):
+    """Before, `export --full` copied and pinned plan.json, so that the next `plan` "damaged" the
+    checkpoint; pulled.json was named but never pushed, so that nobody could pull it."""
+    source = tmp_path / "source"
+    shutil.copytree(full, source)
+    for name in (*MEASURED, "notes.json"):
+        (source / name).write_text('{"a": 1}')
+    checkpoint.save_checkpoint(tmp_path / "new", trained[0], find_base(str(source)), full=True)
+    assert not {*MEASURED, "notes.json"} & {*names(tmp_path / "new")}
+    assert {"config.json", "tokenizer.json", "generation_config.json"} <= {*names(tmp_path / "new")}
+    for name in MEASURED:
+        (tmp_path / "new" / name).write_text("{}")
+    checkpoint.load_checkpoint(tmp_path / "new")
+    checkpoint.copy_checkpoint(source, tmp_path / "copy")
+    assert not {*MEASURED} & {*names(tmp_path / "copy")}
+    checkpoint.load_checkpoint(tmp_path / "copy")
+
+
+def test_a_checkpoint_that_pins_measured_files_loads_after_they_change(full, tmp_path):
+    """As earlier versions wrote it."""
+    folder = tmp_path / "earlier"
+    shutil.copytree(full, folder)
+    (folder / "plan.json").write_text("{}")
+    files = json.loads((folder / "exit_config.json").read_text())["files"]
+    stale = {name: "0" * 64 for name in ("plan.json", "pulled.json", "agreement.json")}
+    edit(folder, files={**files, **stale})
+    checkpoint.load_checkpoint(folder)
+    assert contents.verify(folder)["files"].keys() >= stale.keys()
+
+
+def test_an_included_base_says_where_it_comes_from(trained, tmp_path):
+    note = {"origin": "org/base", "license": "mit", "packages": [{"name": "p", "version": "1"}]}
+    base = LocalBase(str(trained[1].folder), trained[1].folder, note)
+    checkpoint.save_checkpoint(tmp_path / "full", trained[0], base, full=True)
+    found = find_base(str(tmp_path / "full"))
+    assert (found.hub_id, found.license, found.revision) == ("org/base", "mit", "p==1")
+    assert not found.trained
 
 
 @pytest.mark.slow
