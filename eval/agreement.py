@@ -16,22 +16,25 @@ from typing import Any
 from omegaconf import MISSING
 from rich.table import Table
 
-from eval.prompts import TextSource, held_out_rows
+from eval.prompts import held_out_rows
+from eval.settings import Name, SeqLen, Sequences, TextSource
 from hispec.utils.command_line import parse_device, parse_dtype, run_cleanly
 from hispec.utils.console import Output, quiet_transformers
-from hispec.utils.files import new_file, write_json
+from hispec.utils.files import new_file, output_path, write_json
 from hispec.utils.settings import check, resolve
 
 
 @dataclass
 class Settings(TextSource):
-    """What to measure, and on what."""
+    """The checkpoint to measure, and the text to measure it on."""
 
-    checkpoint: str = MISSING
-    output: str | None = None
+    checkpoint: Name = MISSING
+    output: Name | None = None
     """Folder of the results; default: the checkpoint's own."""
-    seq_len: int = 256
-    sequences: int = 16
+    seq_len: SeqLen = 256
+    """Tokens of a row of text."""
+    sequences: Sequences = 16
+    """Rows of text."""
     dtype: str = "auto"
     device: str | None = "cpu"
 
@@ -42,10 +45,10 @@ def main(words: Sequence[str]) -> None:
     from hispec.models.exit_model import ExitModel
 
     settings = resolve(Settings, overrides=words)
-    check(settings.sequences >= 1, "sequences", settings.sequences, "1 or more")
-    check(settings.seq_len >= 2, "seq_len", settings.seq_len, "2 or more tokens")
     quiet_transformers()
     folder = Path(settings.checkpoint)
+    target = Path(settings.output) if settings.output else folder
+    output_path(target / "agreement.json")
     lm = load(folder, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device))
     check(bool(lm.model.exits.depths), "checkpoint", settings.checkpoint, "it has no exits")
     name, rows = held_out_rows(
@@ -67,7 +70,6 @@ def main(words: Sequence[str]) -> None:
         "agreement": [asdict(m) for m in trained],
         "untrained": [asdict(m) for m in untrained],
     }
-    target = Path(settings.output) if settings.output else folder
     write_json(target / "agreement.json", results)
     picture = target / "agreement.png"
     finals: list[Agreement] = [m for m in trained if m.deep == layers]
@@ -78,7 +80,13 @@ def main(words: Sequence[str]) -> None:
 
 def _table(trained: Sequence[Any], untrained: dict[int, Any]) -> Table:
     table = Table(title="agreement of exits with deeper depths")
-    for title in ("exit", "judged by", "same top token", "acceptance", "untrained: same top token"):
+    for title in (
+        "exit",
+        "verified by",
+        "same top token",
+        "acceptance",
+        "untrained: same top token",
+    ):
         table.add_column(title, justify="right")
     for m in trained:
         contrast = untrained[m.shallow]
@@ -93,7 +101,7 @@ def _table(trained: Sequence[Any], untrained: dict[int, Any]) -> Table:
 
 
 def draw(path: Path, trained: Sequence[Any], untrained: Sequence[Any], title: str) -> None:
-    """Agreement and acceptance over depth, as a PNG: lines untrained, markers trained."""
+    """Draw agreement and acceptance over depth as a PNG: lines untrained, markers trained."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Other packages' decoders on the same weights: transformers' own, and those of `economize`.
+"""Baselines: other packages' decoders on the same weights, transformers' and those of `economize`.
 
-Each drafts as many tokens as ours; what else there is to set is left as it comes. Exits with blocks
-of their own have a place in neither package's early exit, which reads a depth through the final
-norm. So there is a second row for them: the same exit as a draft model, with its trained head, a KV
-cache of its own and the first layers run twice.
+Each of them drafts as many tokens as ours; their other settings keep their defaults. Neither
+package's early exit can use a trained head: both read a depth through the final norm. So an exit is
+also a baseline as a draft model, with its trained head, a KV cache of its own, and its layers run
+twice.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from eval.presets import shown
-from eval.timing import FREE, Contestant, Outcome
+from eval.presets import ladder_text
+from eval.timing import FREE, Method, Outcome
 from hispec.config import check_depths
 from hispec.decoding.stats import DraftStats
 from hispec.export.draft_model import draft_model
@@ -33,41 +33,49 @@ ECONOMIZE = ("economize-lookup", "economize-early-exit", "economize-draft-model"
 
 @dataclass
 class Limits:
-    """What all decoders are held to."""
+    """Settings that all decoders share."""
 
     max_new_tokens: int
     eos: tuple[int, ...]
     draft_length: int
-    """Tokens that an exit or a draft model drafts."""
+    """Tokens that an exit or a draft model drafts at a time."""
     lookup_length: int
-    """Tokens that a lookup proposes."""
+    """Tokens that a prompt lookup proposes at a time."""
 
 
 def installed() -> list[str]:
-    """The rivals that this machine has."""
+    """Names of the baselines whose packages are installed."""
     has_economize = importlib.util.find_spec("economize") is not None
     return [*HF, *(ECONOMIZE if has_economize else ())]
 
 
-def by_generate(lm: EarlyExitLM, limits: Limits) -> Contestant:
-    """transformers' plain greedy `generate`, which all else is measured against."""
+def by_generate(lm: EarlyExitLM, limits: Limits) -> Method:
+    """transformers' plain greedy `generate`, the reference of all methods."""
     return _by_hf(lm, limits, "HF generate")
 
 
-def rivals(
+def baselines(
     lm: EarlyExitLM, limits: Limits, names: Sequence[str], exits: Sequence[int]
-) -> tuple[list[Contestant], list[str]]:
-    """(the rivals of these names, with each of the exits where they use one; what is left out).
+) -> tuple[list[Method], list[str]]:
+    """The baselines of these names.
+
+    Args:
+        exits: depths that early exits and draft models draft with, one method for each.
+
+    Returns:
+        The methods, and a sentence for each that cannot be had with this model.
 
     Raises:
-        ValueError: an unknown name, a rival that is not installed, or exits that the model cannot
-            have.
+        ValueError: an unknown name, a package that is not installed, or depths that the model does
+            not have.
     """
-    check_depths("rival_exits", exits, lm.model.num_layers, at_least=0)
+    check_depths("baseline_exits", exits, lm.model.num_layers, at_least=0)
     here = installed()
     for name in names:
-        check(name in (*HF, *ECONOMIZE), "rivals", name, f"known: {', '.join((*HF, *ECONOMIZE))}")
-        check(name in here, "rivals", name, "it needs economize: pip install 'hispec[rivals]'")
+        check(
+            name in (*HF, *ECONOMIZE), "baselines", name, f"known: {', '.join((*HF, *ECONOMIZE))}"
+        )
+        check(name in here, "baselines", name, "it needs economize: pip install 'hispec[rivals]'")
     makers = {"lookup": _lookup, "early-exit": _early_exit, "draft-model": _draft_model}
     found, left_out = [], []
     for name in names:
@@ -80,21 +88,21 @@ def rivals(
     return found, left_out
 
 
-def _lookup(lm: EarlyExitLM, limits: Limits, name: str, full: int) -> Contestant:
+def _lookup(lm: EarlyExitLM, limits: Limits, name: str, full: int) -> Method:
     if name in HF:
-        label, tokens = f"HF prompt lookup {shown([full])}", limits.lookup_length
+        label, tokens = f"HF prompt lookup {ladder_text([full])}", limits.lookup_length
         return _by_hf(lm, limits, label, {"prompt_lookup_num_tokens": tokens})
     from economize.techniques.lookup import LookupConfig
 
     drafter = LookupConfig(max_proposal=limits.lookup_length)
-    label = f"economize lookup {shown([full])}"
+    label = f"economize lookup {ladder_text([full])}"
     return _by_economize(lm, limits, label, drafter, limits.lookup_length, FREE)
 
 
-def _early_exit(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Contestant:
-    """An early exit is read through the final norm, so only a `shared` head is the same as ours."""
+def _early_exit(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Method:
+    """These packages read an exit through the final norm, which only a `shared` head does too."""
     own = "" if lm.model.exits.head == "shared" else ", final norm"
-    label = f"early exit{own} {shown([depth, lm.model.num_layers])}"
+    label = f"early exit{own} {ladder_text([depth, lm.model.num_layers])}"
     if name in HF:
         return _by_hf(lm, limits, f"HF {label}", {"assistant_early_exit": depth})
     from economize.techniques.early_exit import EarlyExitConfig
@@ -104,10 +112,10 @@ def _early_exit(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Conte
     return _by_economize(lm, limits, label, drafter, limits.draft_length, str(depth))
 
 
-def _draft_model(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Contestant:
+def _draft_model(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Method:
     """Raises ValueError where plain transformers cannot express the exit."""
     draft = draft_model(lm.model, depth)
-    label = f"exit as draft model {shown([depth, lm.model.num_layers])}"
+    label = f"exit as draft model {ladder_text([depth, lm.model.num_layers])}"
     if name in HF:
         draft.generation_config = GenerationConfig(  # the draft model's counts, not the target's
             num_assistant_tokens=limits.draft_length, pad_token_id=0
@@ -130,7 +138,7 @@ def _draft_model(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Cont
 
 def _by_hf(
     lm: EarlyExitLM, limits: Limits, name: str, assisted: dict[str, Any] | None = None
-) -> Contestant:
+) -> Method:
     """transformers' `generate`, with these arguments."""
     hf = lm.model.hf
     length = {"num_assistant_tokens": limits.draft_length} if assisted else {}
@@ -142,19 +150,19 @@ def _by_hf(
             )
         return Outcome(tokens, passes())
 
-    return Contestant(name, decode, outside=True)
+    return Method(name, decode, external=True)
 
 
 def _by_economize(
     lm: EarlyExitLM, limits: Limits, name: str, drafter: Any, draft_length: int, drafts: str
-) -> Contestant:
+) -> Method:
     """A decoder of `economize` with one of its drafters.
 
     Args:
-        drafts: what the drafter's tokens are called.
+        drafts: name of the drafts in the statistics.
 
     Raises:
-        ValueError: it cannot be had for this model.
+        ValueError: `economize` does not support the model.
     """
     import economize
 
@@ -172,12 +180,12 @@ def _by_economize(
         proposed, accepted = map(sum, zip((0, 0), *result.acceptance, strict=True))
         return Outcome(result.tokens.tolist(), passes(), {drafts: DraftStats(proposed, accepted)})
 
-    return Contestant(name, decode, outside=True)
+    return Method(name, decode, external=True)
 
 
 @contextmanager
 def _passes(hf: Any) -> Iterator[Callable[[], int]]:
-    """Count the passes through all layers: how often the last one is called."""
+    """Yield a function that returns how many passes have called the last layer so far."""
     count = 0
 
     def one_more(*_: Any) -> None:
@@ -193,8 +201,8 @@ def _passes(hf: Any) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def _same_depth(hf: Any) -> Iterator[None]:
-    """Restore the number of layers, whatever happens inside: `assistant_early_exit` writes it into
-    the config while it drafts, and leaves it there if it is interrupted."""
+    """Restore the config's number of layers afterwards: `assistant_early_exit` changes it while it
+    drafts, and does not restore it when it is interrupted."""
     layers = hf.config.num_hidden_layers
     try:
         yield

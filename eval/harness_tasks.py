@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: those of the Hub by name, ours and GSM8K from local files."""
+"""Tasks of lm-evaluation-harness: its own by name; ours, and GSM8K, from local files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from eval.harness import HarnessModel
-from hispec.data.documents import local_rows, reason
+from hispec.data.rows import NonEmpty, Row, local_rows, reason
+from hispec.utils.schema import validate
 from hispec.utils.settings import check
 
 LOCAL = Path(__file__).with_name("tasks_local")
@@ -30,12 +31,27 @@ OURS = {
     "local/common": ("common.yaml", "common.jsonl"),
     "local/word_problems": ("gsm8k.yaml", "word_problems.jsonl"),
 }
-"""Task file and rows of the tasks that need no network."""
+"""Task file and rows of each task that needs no network."""
 GSM8K = "gsm8k"
 
 
+class ProblemRow(Row):
+    """A word problem and its worked answer."""
+
+    question: NonEmpty
+    answer: NonEmpty
+
+
+class ChoiceRow(Row):
+    """A beginning of a sentence, its possible endings, and the index of the right one."""
+
+    question: NonEmpty
+    choices: list[NonEmpty]
+    answer: int
+
+
 @dataclass
-class Figure:
+class Metric:
     """One metric of one task for one model."""
 
     task: str
@@ -45,19 +61,19 @@ class Figure:
     documents: int
     higher_is_better: bool
     each: list[float] = field(default_factory=list, repr=False)
-    """Of every document, where the metric is a mean over them."""
+    """The value of every document, if the metric is their mean."""
 
 
 def load_tasks(names: Sequence[str], gsm8k_file: str | None = None) -> list[Any]:
-    """The harness's tasks (or groups of them) of these names.
+    """Load tasks, or groups of tasks, of the harness.
 
     Args:
-        names: ours (`local/...`), those of the harness, or a task's YAML file.
-        gsm8k_file: JSONL that `gsm8k` is read from, instead of the Hub.
+        names: of our own tasks (`local/...`), of the harness's, or of task files in YAML.
+        gsm8k_file: JSONL file that `gsm8k` is read from instead of the Hub.
 
     Raises:
         ValueError: an unknown name, a file without questions and answers, or a task whose data
-            cannot be had.
+            cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # a bar for every task of every depth
@@ -86,20 +102,18 @@ def load_tasks(names: Sequence[str], gsm8k_file: str | None = None) -> list[Any]
 
 def _local_task(name: str, task_file: str, file: Path) -> ConfigurableTask:
     config = yaml.safe_load((LOCAL / task_file).read_text("utf-8"))
-    rows = []
-    for line, row in local_rows(file):
-        for key in ("question", "answer"):
-            if key not in row:
-                raise ValueError(f"{file}, line {line} has no {key}; it has: {', '.join(row)}")
-        rows.append(row)
+    kind = ChoiceRow if config["output_type"] == "multiple_choice" else ProblemRow
+    rows = [
+        validate(kind, row, f"{file}, line {line}").model_dump() for line, row in local_rows(file)
+    ]
     if not rows:
         raise ValueError(f"{file} holds no questions")
     data = partial(_given, {config["test_split"]: Dataset.from_list(rows)})
     return ConfigurableTask(config={**config, "task": name, "custom_dataset": data})
 
 
-def _given(data: dict[str, Dataset], **asked: Any) -> dict[str, Dataset]:
-    """A dataset as the harness asks for one."""
+def _given(data: dict[str, Dataset], **_: Any) -> dict[str, Dataset]:
+    """Return `data`: the harness calls a function for a dataset that is not on the Hub."""
     return data
 
 
@@ -113,26 +127,26 @@ def _harness_tasks(manager: TaskManager, name: str) -> list[Any]:
     except Exception as error:  # data sets and task files raise a dozen unrelated types here
         own = f"; {GSM8K} reads gsm8k_file=FILE" if name == GSM8K else ""
         raise ValueError(
-            f"tasks: the data of {name!r} cannot be had: {reason(error)}; without network there "
+            f"tasks: the data of {name!r} cannot be loaded: {reason(error)}; without network there "
             f"are {', '.join(OURS)}{own}"
         ) from error
     return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
 
 
-def writes(task: Any) -> bool:
-    """Whether a task, or one of a group, has the model generate text."""
+def generates_text(task: Any) -> bool:
+    """Whether the model generates text for a task, or for one of a group."""
     members = task.get_all_tasks() if isinstance(task, Group) else [task]
     return any(member.OUTPUT_TYPE == "generate_until" for member in members)
 
 
 def run_tasks(
     model: HarnessModel, tasks: Sequence[Any], limit: int | None = None, chat: bool = False
-) -> list[Figure]:
-    """All figures of the tasks for one depth of a model.
+) -> list[Metric]:
+    """Run tasks for one depth of a model and return all their metrics.
 
     Args:
         limit: documents of each task; None for all.
-        chat: wrap what is asked in the chat template.
+        chat: whether to apply the chat template.
     """
     results = simple_evaluate(
         model,
@@ -142,10 +156,10 @@ def run_tasks(
         apply_chat_template=chat,
         bootstrap_iters=1000,
     )
-    asked = {name: count["effective"] for name, count in results["n-samples"].items()}
-    for named in (task for task in tasks if isinstance(task, Group)):
-        for group in (named, *named.get_all_groups()):
-            asked[group.name] = sum(asked[task.task_name] for task in group.get_all_tasks())
+    counts = {name: count["effective"] for name, count in results["n-samples"].items()}
+    for top in (task for task in tasks if isinstance(task, Group)):
+        for group in (top, *top.get_all_groups()):
+            counts[group.name] = sum(counts[task.task_name] for task in group.get_all_tasks())
     found = []
     for name, metrics in results["results"].items():
         samples = results["samples"].get(name, [])
@@ -159,12 +173,12 @@ def run_tasks(
                 each = []
             stderr = metrics.get(f"{metric}_stderr,{chain}")
             found.append(
-                Figure(
+                Metric(
                     name,
                     metric if chain == "none" else f"{metric}, {chain}",
                     float(value),
                     float(stderr) if isinstance(stderr, int | float) else None,
-                    asked.get(name, 0),
+                    counts.get(name, 0),
                     better.get(metric) is not False,
                     list(map(float, each)),
                 )
@@ -172,8 +186,11 @@ def run_tasks(
     return found
 
 
-def difference(ours: Figure, base: Figure) -> tuple[float, float | None]:
-    """(ours minus the base's, its standard error over the same documents, if that is known)."""
+def difference(ours: Metric, base: Metric) -> tuple[float, float | None]:
+    """(our value minus the base's, the standard error of that, or None if it is unknown).
+
+    The error is that of the paired differences over the documents, which both have answered.
+    """
     gap = ours.value - base.value
     if len(ours.each) != len(base.each) or len(ours.each) < 2:
         return gap, None

@@ -1,9 +1,9 @@
-"""Is the text exactly that of plain decoding? `python eval/lossless.py checkpoint=DIR`.
+"""Is the decoded text exactly that of plain decoding? `python eval/lossless.py checkpoint=DIR`.
 
 `against=generate` compares own plain decoding and every ladder with transformers' greedy text,
-`against=plain` every ladder with own plain decoding, at any temperature and seed. Lists every
-difference with its position, the gap between the two top scores, and its class: `tie`, `processor`
-or `bug` (`hispec.compare.Difference`). Ends with one JSON line.
+`against=plain` compares every ladder with own plain decoding, at any temperature and seed. Prints
+every difference with its position, the gap between the two highest scores, and its class: `tie`,
+`processor` or `bug` (see `hispec.metrics.equivalence.Difference`). Ends with one JSON line.
 
 Exit code 0: no difference, or with `allow_ties=true` nothing but ties. 1: any other difference.
 2: a setting that is not possible.
@@ -16,38 +16,41 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
-from eval.prompts import PromptSource, load_prompts
+from eval.prompts import load_prompts
+from eval.settings import BatchRows, Name, PromptSource
+from hispec.config import DRAFTERS
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, run_cleanly
 from hispec.utils.console import Output, bar, quiet_transformers
+from hispec.utils.limits import Seed, Temperature, one_of
 from hispec.utils.settings import check, resolve
 
 
 @dataclass
 class Settings(PromptSource):
-    """What is compared, and on what."""
+    """The model, the decode settings to compare, and the prompts."""
 
-    checkpoint: str = MISSING
+    checkpoint: Name = MISSING
     """EE checkpoint, or a base model: every depth is then read through the final norm."""
     ladders: list[str] = field(default_factory=list)
     """Such as ["6,30","6,12,30"]; default: every exit with the full model, and all together."""
-    drafters: list[str] = field(default_factory=lambda: ["exit"])
+    drafters: list[Annotated[str, one_of(*DRAFTERS)]] = field(default_factory=lambda: ["exit"])
     """Such as ["exit","lookup","recycle","lookup+exit","recycle+exit"]; each with each ladder."""
-    rows: int = 1
+    rows: BatchRows = 1
     """Prompts decoded together."""
-    against: str = "generate"
-    """`generate`: transformers', greedy only; `plain`: own plain decoding."""
-    temperature: float = 0.0
-    seed: int = 0
+    against: Annotated[str, one_of("generate", "plain")] = "generate"
+    """`generate`: transformers' `generate`, greedy only; `plain`: own plain decoding."""
+    temperature: Temperature = 0.0
+    seed: Seed = 0
     draft_length: int = 2
     buffer: int = 4
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     allow_ties: bool = False
-    """Let texts differ where rounding alone decides between two tokens."""
+    """Whether texts may differ where rounding alone decides between two tokens."""
     dtype: str = "float32"
     device: str | None = "cpu"
 
@@ -59,8 +62,14 @@ def main(words: Sequence[str]) -> int:
     from hispec.metrics.equivalence import TIE, first_difference, hf_generate
 
     settings = resolve(Settings, overrides=words)
-    allowed = ("plain",) if settings.temperature else ("generate", "plain")
-    check(settings.against in allowed, "against", settings.against, f"one of {', '.join(allowed)}")
+    check(
+        settings.temperature == 0 or settings.against == "plain",
+        *(
+            "against",
+            settings.against,
+            "plain: at temperatures above 0 transformers draws otherwise",
+        ),
+    )
     quiet_transformers()
     lm = load(
         settings.checkpoint, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device)
@@ -70,7 +79,6 @@ def main(words: Sequence[str]) -> int:
         *([e, full] for e in exits),
         *([[*exits, full]] if len(exits) > 1 else []),
     ]
-    check(settings.rows >= 1, "rows", settings.rows, "1 or more")
 
     penalties = {
         "repetition_penalty": settings.repetition_penalty,
@@ -97,7 +105,8 @@ def main(words: Sequence[str]) -> int:
     by_generate = settings.against == "generate"
     if by_generate:
         compared.insert(0, ([full], "exit"))
-    for ladder, drafter in compared:  # all of them are known to be possible before the first runs
+    check(bool(compared), "ladders", settings.ladders, "name some: nothing would be compared")
+    for ladder, drafter in compared:  # all are checked before the first one runs
         config(ladder, drafter).validate(full)
     prompts = load_prompts(lm, settings, settings.checkpoint)
     reference = "transformers' generate" if by_generate else "own plain decoding"
@@ -107,28 +116,28 @@ def main(words: Sequence[str]) -> int:
     groups = [by_length[i : i + settings.rows] for i in range(0, len(prompts), settings.rows)]
     most = settings.max_new_tokens
     for group in bar(groups, "comparing"):
-        rows = [asked.tokens for _, asked in group]
+        rows = [prompt.tokens for _, prompt in group]
         if by_generate:
             wanted = [hf_generate(lm.model.hf, row, most, lm.eos(), **penalties) for row in rows]
         else:
             wanted = decode(rows, [full], "exit")
         tokens += sum(map(len, wanted))
         for ladder, drafter in compared:
-            judged = config(ladder, drafter)
+            setting = config(ladder, drafter)
             texts = zip(group, decode(rows, ladder, drafter), wanted, strict=True)
-            for (number, asked), ours, theirs in texts:
-                found = first_difference(lm.model.hf, asked.tokens, ours, theirs, judged)
+            for (number, prompt), ours, theirs in texts:
+                found = first_difference(lm.model.hf, prompt.tokens, ours, theirs, setting)
                 if found is not None:
-                    where = {"prompt": number, "task": asked.task}
-                    setting = {"ladder": ladder, "drafter": drafter}
-                    differences.append({**where, **setting, **asdict(found)})
+                    where = {"prompt": number, "task": prompt.task}
+                    how = {"ladder": ladder, "drafter": drafter}
+                    differences.append({**where, **how, **asdict(found)})
 
     out = Output()
     for d in differences:
         out.say(
             f"{d['kind']}: prompt {d['prompt']}, ladder {tuple(d['ladder'])}, {d['drafter']}: "
             f"differs at new token {d['position']} ({d['ours']} instead of {d['theirs']}), gap of "
-            f"the two top scores {d['gap']:.5f}, rounding {d['rounding']:.5f}"
+            f"the two highest scores {d['gap']:.5f}, rounding {d['rounding']:.5f}"
         )
     shown = ", ".join(f"{tuple(ladder)} {drafter}" for ladder, drafter in compared)
     kinds = Counter(d["kind"] for d in differences)

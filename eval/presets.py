@@ -1,4 +1,4 @@
-"""The ways to decode that are settings of our own loop, under the names of the papers."""
+"""Methods that are settings of our own decode loop, under the names of their papers."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from eval.timing import Contestant, Outcome
+from eval.timing import Method, Outcome
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
 from hispec.lm import EarlyExitLM
 from hispec.utils.settings import check
 
 
-def shown(ladder: Sequence[int]) -> str:
+def ladder_text(ladder: Sequence[int]) -> str:
+    """A ladder as the tables show it, such as `(6, 12, 30)`."""
     return f"({', '.join(map(str, ladder))})"
 
 
-def preset(lm: EarlyExitLM, name: str, setting: Mapping[str, Any]) -> Contestant:
-    """A way to decode from keys of `DecodeConfig`, `ladder` among them; it is shown behind `name`.
+def preset(lm: EarlyExitLM, name: str, setting: Mapping[str, Any]) -> Method:
+    """A method of our own decode loop; its ladder is shown behind `name`.
+
+    Args:
+        setting: fields of `DecodeConfig`, `ladder` among them.
 
     Raises:
         ValueError: an unknown key, or a setting that this model cannot decode with.
@@ -34,15 +38,15 @@ def preset(lm: EarlyExitLM, name: str, setting: Mapping[str, Any]) -> Contestant
         run = Decode(lm.model, [prompt], config)
         return Outcome.of(run.finish()[0], run.stats)
 
-    return Contestant(f"{name} {shown(config.ladder)}", decode)
+    return Method(f"{name} {ladder_text(config.ladder)}", decode)
 
 
-def presets(lm: EarlyExitLM, common: Mapping[str, Any]) -> list[Contestant]:
-    """Plain decoding and what the checkpoint's exits allow of LayerSkip, HiSpec, prompt lookup,
-    token recycling and ECHO.
+def presets(lm: EarlyExitLM, common: Mapping[str, Any]) -> list[Method]:
+    """Plain decoding, and LayerSkip, HiSpec, prompt lookup, token recycling and ECHO as far as the
+    checkpoint has the exits for them.
 
     Args:
-        common: keys of `DecodeConfig` that all of them share.
+        common: fields of `DecodeConfig` that all of them share.
     """
     full, exits = lm.model.num_layers, lm.model.exits.depths
     found = [preset(lm, "plain", {**common, "ladder": [full]})]

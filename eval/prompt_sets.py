@@ -1,7 +1,8 @@
-"""Prompt sets by name: our own, those that papers measure on, and local files of the same shape.
+"""Prompt sets by name: the package's own, those that papers measure on, and local files.
 
-A set's rows keep the columns that they have where they come from; `as_asked` knows what each shape
-asks for. So a local JSONL of such rows does wherever the Hub cannot be reached.
+A row of a set has the columns that it has where it is published, and `to_prompt_row` knows what is
+asked in each shape. So a local JSONL file of such rows replaces a set where the Hub is out of
+reach.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hispec.data.documents import local_rows, reason
+from pydantic import Field
+
 from hispec.data.prompts import Prompt, builtin, to_prompt
+from hispec.data.rows import NonEmpty, Row, local_rows, reason
+from hispec.utils.schema import validate
 
 BUILTIN = "builtin"
-MOST = 2_000
-"""Rows of a set that are read: some have a hundred thousand."""
+MAX_ROWS = 2_000
+"""Rows of a set that are read; some sets have a hundred thousand."""
 _MT_BENCH = {
     *("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"),
 }
-"""Categories of Spec-Bench that are one task there."""
+"""Categories of Spec-Bench that together are its task MT-Bench."""
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedSet:
     """Where `datasets` finds a set."""
 
     path: str
@@ -33,11 +37,11 @@ class Published:
     config: str | None = None
     split: str = "test"
     file: str | None = None
-    """The one file of the dataset that is read, or an address."""
+    """The only file of the dataset that is read, or a URL."""
 
     def open(self) -> Iterable[Mapping[str, Any]]:
         """Its rows, streamed."""
-        from datasets import load_dataset  # slow to import, and seldom wanted
+        from datasets import load_dataset  # slow to import, and seldom needed
 
         return load_dataset(
             self.path, self.config, data_files=self.file, split=self.split, streaming=True
@@ -48,12 +52,12 @@ _SPEC_BENCH = (
     "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
 )
 SETS = {
-    "spec-bench": Published("json", split="train", file=_SPEC_BENCH),
-    "humaneval": Published("openai/openai_humaneval"),
-    "gsm8k": Published("openai/gsm8k", "main"),
-    "cnn-dm": Published("abisee/cnn_dailymail", "3.0.0"),
-    "xsum": Published("EdinburghNLP/xsum"),
-    "sharegpt": Published(
+    "spec-bench": PublishedSet("json", split="train", file=_SPEC_BENCH),
+    "humaneval": PublishedSet("openai/openai_humaneval"),
+    "gsm8k": PublishedSet("openai/gsm8k", "main"),
+    "cnn-dm": PublishedSet("abisee/cnn_dailymail", "3.0.0"),
+    "xsum": PublishedSet("EdinburghNLP/xsum"),
+    "sharegpt": PublishedSet(
         "anon8231489123/ShareGPT_Vicuna_unfiltered",
         split="train",
         file="ShareGPT_V3_unfiltered_cleaned_split.json",
@@ -61,12 +65,45 @@ SETS = {
 }
 
 
-def task_prompts(source: str) -> list[Prompt]:
-    """The prompts of a set, of `builtin`, or of a local JSONL file; rows without a task get the
-    name of the set.
+class CnnDailyMailRow(Row):
+    """A news article to summarise."""
+
+    article: NonEmpty
+
+
+class XSumRow(Row):
+    """A news article to summarise in one sentence."""
+
+    document: NonEmpty
+
+
+class SpecBenchRow(Row):
+    """A question of one or more turns; its category is its task."""
+
+    turns: list[NonEmpty] = Field(min_length=1)
+    category: str
+
+
+class ShareGptTurn(Row):
+    """One message of a ShareGPT chat."""
+
+    sender: str = Field(alias="from")
+    value: str
+
+
+class ShareGptRow(Row):
+    """A chat between a user and ChatGPT."""
+
+    conversations: list[ShareGptTurn]
+
+
+def load_prompt_set(source: str) -> list[Prompt]:
+    """Read the prompts of a set, of `builtin`, or of a local JSONL file.
+
+    The task of a row that names none is the set's or the file's name.
 
     Raises:
-        ValueError: nothing of that name, a set that cannot be had, or a row that asks nothing.
+        ValueError: nothing of that name, a set that cannot be read, or a row without a prompt.
     """
     if source == BUILTIN:
         return builtin()
@@ -84,7 +121,7 @@ def task_prompts(source: str) -> list[Prompt]:
 def _published_rows(name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     published = SETS[name]
     try:
-        yield from enumerate(islice(published.open(), MOST), start=1)
+        yield from enumerate(islice(published.open(), MAX_ROWS), start=1)
     except Exception as error:  # the library raises a dozen unrelated types here
         where = published.file if published.path == "json" else f"{published.path} on the Hub"
         raise ValueError(
@@ -94,45 +131,49 @@ def _published_rows(name: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _prompts(rows: Iterable[tuple[int, Mapping[str, Any]]], source: str, task: str) -> list[Prompt]:
-    """Raises ValueError: a row that asks nothing, or none at all."""
+    """Raises ValueError: a row without a prompt, or no rows with one."""
     prompts = []
     for line, row in rows:
-        asked = as_asked(row)
-        if asked is not None:
-            prompt = to_prompt(asked, line, f"{source}, line {line}")
+        where = f"{source}, line {line}"
+        prompt_row = to_prompt_row(row, where)
+        if prompt_row is not None:
+            prompt = to_prompt(prompt_row, line, where)
             prompts.append(prompt if prompt.task else replace(prompt, task=task))
     if not prompts:
         raise ValueError(f"{source} holds no prompts")
     return prompts
 
 
-def as_asked(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A row of any of the sets as a row of prompts (see `hispec.prompts.to_prompt`), or None where
-    nobody asks anything.
+def to_prompt_row(row: Mapping[str, Any], where: str) -> Mapping[str, Any] | None:
+    """Turn a row of any of the sets into a prompt row (see `hispec.data.prompts.to_prompt`).
 
-    CNN/DM (`article`, `highlights`) and XSum (`document`, `summary`) are texts to summarise,
-    ShareGPT (`conversations` of `from` and `value`) gives the first question, Spec-Bench (`turns`,
-    `category`) its category as the task. HumanEval (`prompt`) and GSM8K (`question`) are as they
-    should be.
+    CNN/DailyMail (`article`, `highlights`) and XSum (`document`, `summary`) ask for a summary,
+    ShareGPT (`conversations`) asks its first question, Spec-Bench (`turns`, `category`) has its
+    category as task. HumanEval (`prompt`) and GSM8K (`question`) are prompt rows already.
+
+    Args:
+        where: what messages call the row.
+
+    Returns:
+        None for a ShareGPT chat that the user does not begin: what is said after an answer that
+        is not there is no question.
+
+    Raises:
+        ValueError: the row has the columns of a set, but they hold something else.
     """
     if "article" in row and "highlights" in row:
-        return {"question": f"Summarize the following article.\n\n{row['article']}"}
+        article = validate(CnnDailyMailRow, dict(row), where).article
+        return {"question": f"Summarize the following article.\n\n{article}"}
     if "document" in row and "summary" in row:
-        return {
-            "question": f"Summarize the following article in one sentence.\n\n{row['document']}"
-        }
+        article = validate(XSumRow, dict(row), where).document
+        return {"question": f"Summarize the following article in one sentence.\n\n{article}"}
     if "conversations" in row:
-        return _first_question(row["conversations"])
+        first = next(iter(validate(ShareGptRow, dict(row), where).conversations), None)
+        if first is None or first.sender not in ("human", "user") or not first.value.strip():
+            return None
+        return {"question": first.value}
     if "turns" in row and "category" in row and "task" not in row:
-        category = row["category"]
-        return {"turns": row["turns"], "task": "mt_bench" if category in _MT_BENCH else category}
+        question = validate(SpecBenchRow, dict(row), where)
+        task = "mt_bench" if question.category in _MT_BENCH else question.category
+        return {"turns": question.turns, "task": task}
     return row
-
-
-def _first_question(turns: Iterable[Mapping[str, Any]]) -> dict[str, str] | None:
-    """Only a chat that the user begins counts: what is said after an answer that is not there is no
-    question."""
-    first = next(iter(turns), None)
-    if first is None or first.get("from") not in ("human", "user"):
-        return None
-    return {"question": first["value"]} if first["value"].strip() else None

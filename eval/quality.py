@@ -1,7 +1,7 @@
-"""Does training hurt the target? `python eval/quality.py checkpoint=DIR`.
+"""Does training change the quality of the model? `python eval/quality.py checkpoint=DIR`.
 
-Held-out text (perplexity, KL to the base) and tasks of lm-evaluation-harness, for the base, the
-full model and every exit, side by side. Prints a table, writes `quality.json` to `output`, and ends
+Measures perplexity and KL to the base on held-out text, and tasks of lm-evaluation-harness, for the
+base, the full model and every exit. Prints a table, writes `quality.json` to `output`, and ends
 with one JSON line.
 """
 
@@ -14,79 +14,88 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
+from pydantic import Field
 from rich.table import Table
 
-from eval.prompts import TextSource, held_out_rows
+from eval.prompts import held_out_rows
+from eval.settings import BatchRows, MaxNewTokens, Name, SeqLen, Sequences, TextSource
 from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.checkpoint.io import own_base
-from hispec.config import DecodeConfig
+from hispec.config import DRAFTERS, DecodeConfig
 from hispec.export.draft_model import check_expressible
 from hispec.hub.pull import locate
 from hispec.lm import AUTO, PLAIN, EarlyExitLM, load
 from hispec.metrics.equivalence import same_weights
-from hispec.metrics.perplexity import Fit, Reference, final_states, fit
+from hispec.metrics.perplexity import Perplexity, ReferenceStates, final_states, perplexity
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, run_cleanly
 from hispec.utils.console import Output, quiet_transformers
-from hispec.utils.files import write_json
+from hispec.utils.files import output_path, write_json
+from hispec.utils.limits import one_of
 from hispec.utils.settings import check, resolve
 
 
 @dataclass
 class Settings(TextSource):
-    """What to measure, and on what."""
+    """The model to measure, its base, the text and the tasks."""
 
-    checkpoint: str = MISSING
+    checkpoint: Name = MISSING
     """EE checkpoint, or a plain model: every depth is then read through the final norm."""
-    base: str | None = None
-    """What it is compared with, and where the base of a light checkpoint is; default: the base that
-    the checkpoint names."""
-    output: str | None = None
+    base: Name | None = None
+    """Model to compare with, and the base of a light checkpoint; default: the base that the
+    checkpoint names."""
+    output: Name | None = None
     """Folder of the results; default: the checkpoint's own, or `runs` if it is no folder."""
-    tasks: list[str] = field(default_factory=lambda: ["local/common"])
-    """`local/common`, `local/word_problems`, `gsm8k`, others that lm-evaluation-harness knows, or
-    YAML files of such; [] for the text alone."""
-    gsm8k_file: str | None = None
-    """JSONL of `question` and `answer` for the task `gsm8k`; without it the Hub is asked."""
-    limit: int | None = None
+    tasks: list[Name] = field(default_factory=lambda: ["local/common"])
+    """`local/common`, `local/word_problems`, `gsm8k`, other tasks of lm-evaluation-harness, or task
+    files in YAML; [] measures the text only."""
+    gsm8k_file: Name | None = None
+    """JSONL file of `question` and `answer` for the task `gsm8k`; default: the Hub's."""
+    limit: Annotated[int, Field(ge=1)] | None = None
     """Documents of each task; default: all."""
     depths: list[int] | None = None
-    """Exits to measure beside the full model; default: all of them."""
+    """Exits to measure besides the full model; default: all of them."""
     chat: bool = False
-    """Wrap what tasks ask in the chat template."""
+    """Whether to apply the chat template to the tasks' prompts."""
     ladder: str = AUTO
-    """How the full model generates text: depths such as 6,12,30, `plain`, or as planned, else all
-    exits. The text is the same."""
-    drafter: str | None = None
-    """Default: the plan's, or `exit`."""
-    max_new_tokens: int = 256
-    """Where a task does not say."""
-    batch_size: int = 16
-    """Texts that are scored together."""
-    rows: int = 4
+    """How the full model generates text, which does not change the text: depths such as 6,12,30,
+    `plain`, or `auto` for the plan's, or prompt lookup without a plan."""
+    drafter: Annotated[str, one_of(*DRAFTERS)] | None = None
+    """Default: the plan's, or `exit` with a ladder."""
+    max_new_tokens: MaxNewTokens = 256
+    """Used where a task names no number."""
+    batch_size: BatchRows = 16
+    """Texts whose log-likelihoods are computed together."""
+    rows: BatchRows = 4
     """Texts that are generated together."""
-    seq_len: int = 256
-    sequences: int = 16
+    seq_len: SeqLen = 256
+    """Tokens of a row of held-out text."""
+    sequences: Sequences = 16
+    """Rows of held-out text."""
     dtype: str = "auto"
     device: str | None = "cpu"
 
 
 @dataclass
 class Column:
-    """Everything that was measured of one depth of one model."""
+    """Everything that was measured for one depth of one model."""
 
     name: str
     lm: EarlyExitLM
     depth: int
-    text: Fit
-    figures: list[Any] = field(default_factory=list)
-    """A `Figure` per task and metric."""
+    text: Perplexity
+    metrics: list[Any] = field(default_factory=list)
+    """A `Metric` per task and metric."""
 
     def as_dict(self, each: bool) -> dict[str, Any]:
-        """Args: each: with the value of every document."""
-        figures = [asdict(figure) for figure in self.figures]
+        """The column as JSON holds it.
+
+        Args:
+            each: whether to include the value of every document.
+        """
+        figures = [asdict(metric) for metric in self.metrics]
         if not each:
             figures = [{k: v for k, v in figure.items() if k != "each"} for figure in figures]
         text = {**asdict(self.text), "perplexity": self.text.perplexity}
@@ -95,15 +104,13 @@ class Column:
 
 def main(words: Sequence[str]) -> None:
     settings = resolve(Settings, overrides=words)
-    for key in ("batch_size", "rows", "sequences", "max_new_tokens", "limit"):
-        value = getattr(settings, key)
-        check(value is None or value >= 1, key, value, "1 or more")
-    check(settings.seq_len >= 2, "seq_len", settings.seq_len, "2 or more tokens")
     quiet_transformers()
     tasks = _tasks(settings)
     folder = Path(settings.checkpoint)
     if not folder.exists():
         folder = locate(settings.checkpoint) or folder
+    target = Path(settings.output or (folder if folder.is_dir() else "runs"))
+    output_path(target / "quality.json")
     lm, base, same, verdict = _models(settings, folder)
     full = lm.model.num_layers
     exits = _exits(settings, lm)
@@ -113,18 +120,18 @@ def main(words: Sequence[str]) -> None:
 
     out = Output()
     out.say(verdict)
-    said = base or lm
-    reference = Reference(final_states(said.model, rows), said.model.hf.lm_head.weight)
+    other = (base or lm).model
+    reference = ReferenceStates(final_states(other, rows), other.hf.lm_head.weight)
     columns = [
         Column(
             "full model" if found.depth == full else f"exit {found.depth}", lm, found.depth, found
         )
-        for found in reversed(fit(lm.model, rows, [*exits, full], reference))
+        for found in reversed(perplexity(lm.model, rows, [*exits, full], reference))
     ]
     if same:
         columns[0].name, base = "full model = base", None
     elif base is not None:
-        (found,) = fit(base.model, rows, [base.model.num_layers], reference)
+        (found,) = perplexity(base.model, rows, [base.model.num_layers], reference)
         columns.insert(0, Column("base", base, found.depth, found))
     if tasks:
         _run(settings, columns, tasks, decoding, out)
@@ -146,7 +153,6 @@ def main(words: Sequence[str]) -> None:
         "dtype": dtype,
         "text": text,
     }
-    target = Path(settings.output or (folder if folder.is_dir() else "runs"))
     whole = [column.as_dict(each=True) for column in columns]
     write_json(target / "quality.json", {**results, "columns": whole, "differences": gaps})
     brief = [column.as_dict(each=False) for column in columns]
@@ -166,9 +172,11 @@ def _tasks(settings: Settings) -> list[Any]:
 def _models(
     settings: Settings, folder: Path
 ) -> tuple[EarlyExitLM, EarlyExitLM | None, bool | None, str]:
-    """(the model, its base, whether their weights are the same, what to say of that).
+    """Load the model and its base.
 
-    There may be no base, and then nothing is known.
+    Returns:
+        The model, its base or None, whether their weights are the same (None without a base), and
+        a sentence that says so.
     """
     how: dict[str, Any] = {
         "dtype": parse_dtype(settings.dtype),
@@ -199,9 +207,11 @@ def _models(
 
 
 def _exits(settings: Settings, lm: EarlyExitLM) -> list[int]:
-    """The depths to measure beside the full one, increasing."""
+    """The depths to measure besides the full one."""
     trained, full = lm.model.exits.depths, lm.model.num_layers
-    exits = trained if settings.depths is None else sorted(set(settings.depths) - {full})
+    asked = settings.depths or []
+    check(asked == sorted(set(asked)), "depths", asked, "increasing depths, none twice")
+    exits = trained if settings.depths is None else [depth for depth in asked if depth != full]
     allowed = f"the exits are {', '.join(map(str, trained))}" if trained else f"1 to {full - 1}"
     for depth in exits:
         check(depth in (trained or range(1, full)), "depths", settings.depths, allowed)
@@ -209,7 +219,7 @@ def _exits(settings: Settings, lm: EarlyExitLM) -> list[int]:
 
 
 def _decoding(settings: Settings, lm: EarlyExitLM) -> DecodeConfig:
-    """How the full model is to generate text."""
+    """Settings with which the full model generates text."""
     named = settings.ladder in (AUTO, PLAIN)
     ladder = settings.ladder if named else parse_depths("ladder", settings.ladder)
     drafter = {} if settings.drafter is None else {"drafter": settings.drafter}
@@ -223,64 +233,66 @@ def _run(
     decoding: DecodeConfig,
     out: Output,
 ) -> None:
-    """Fill the columns with the figures of the tasks."""
-    from eval.harness import HarnessModel, Scores, Writing, longest_text
-    from eval.harness_tasks import run_tasks, writes
+    """Run the tasks and put their metrics into the columns."""
+    from eval.harness import GenerationSettings, HarnessModel, LogLikelihoods, longest_text
+    from eval.harness_tasks import generates_text, run_tasks
 
-    shared: dict[int, Scores] = {}
+    shared: dict[int, LogLikelihoods] = {}
     for column in columns:
         lm, full = column.lm, column.lm.model.num_layers
         depths = [c.depth for c in columns if c.lm is lm]
         if id(lm) not in shared:
-            shared[id(lm)] = Scores(lm.model, depths, settings.batch_size, longest_text(lm.model))
+            longest = longest_text(lm.model)
+            shared[id(lm)] = LogLikelihoods(lm.model, depths, settings.batch_size, longest)
         of_base = column.name == "base"
-        writing = Writing(
+        generation = GenerationSettings(
             DecodeConfig([full]) if of_base else decoding, settings.rows, settings.max_new_tokens
         )
-        asked = list(tasks)
+        possible = list(tasks)
         if column.depth < full:
             try:
                 check_expressible(lm.model, column.depth)
             except ValueError as error:
-                asked = [task for task in tasks if not writes(task)]
-                if len(asked) < len(tasks):
+                possible = [task for task in tasks if not generates_text(task)]
+                if len(possible) < len(tasks):
                     out.say(f"{column.name} generates no text alone: {error}")
-        model = HarnessModel(lm, column.depth, shared[id(lm)], writing)
-        if asked:
-            column.figures = run_tasks(model, asked, settings.limit, settings.chat)
+        model = HarnessModel(lm, column.depth, shared[id(lm)], generation)
+        if possible:
+            column.metrics = run_tasks(model, possible, settings.limit, settings.chat)
 
 
-def _table(columns: Sequence[Column], judge: str) -> Table:
+def _table(columns: Sequence[Column], reference: str) -> Table:
     table = Table(title="quality")
     table.add_column("")
     for column in columns:
         table.add_column(column.name, justify="right")
     table.add_row("perplexity", *(f"{column.text.perplexity:.4g}" for column in columns))
-    table.add_row(f"KL to the {judge}, nats", *(f"{column.text.kl:.4f}" for column in columns))
-    for figure in columns[0].figures:
+    table.add_row(f"KL to the {reference}, nats", *(f"{column.text.kl:.4f}" for column in columns))
+    for metric in columns[0].metrics:
         cells = []
         for column in columns:
-            found = _same_figure(column, figure)
+            found = _same_metric(column, metric)
             error = f" ± {found.stderr:.3f}" if found and found.stderr is not None else ""
             cells.append(f"{found.value:.3f}{error}" if found else "")
-        table.add_row(f"{figure.task} {figure.metric} ({figure.documents})", *cells)
+        table.add_row(f"{metric.task} {metric.metric} ({metric.documents})", *cells)
     return table
 
 
-def _same_figure(column: Column, figure: Any) -> Any:
-    wanted = figure.task, figure.metric
-    return next((f for f in column.figures if (f.task, f.metric) == wanted), None)
+def _same_metric(column: Column, metric: Any) -> Any:
+    """The same task's and metric's value in another column, or None."""
+    wanted = metric.task, metric.metric
+    return next((m for m in column.metrics if (m.task, m.metric) == wanted), None)
 
 
 def _differences(columns: Sequence[Column]) -> list[dict[str, Any]]:
-    """What the full model lost or gained against the base, over the same documents."""
+    """The full model's metrics minus the base's, over the same documents."""
     from eval.harness_tasks import difference
 
     base, ours = columns[:2]
     found = []
-    for figure in base.figures:
-        gap, stderr = difference(_same_figure(ours, figure), figure)
-        found.append({"task": figure.task, "metric": figure.metric, "value": gap, "stderr": stderr})
+    for metric in base.metrics:
+        gap, stderr = difference(_same_metric(ours, metric), metric)
+        found.append({"task": metric.task, "metric": metric.metric, "value": gap, "stderr": stderr})
     return found
 
 

@@ -1,4 +1,4 @@
-"""The picture of `eval/speed.py`: one panel per task, one bar per way to decode."""
+"""The picture of `eval/speed.py`: one panel per task, one bar per method."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ _COLUMNS = 4
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Tokens per second of every row over all prompts and per task, as a PNG.
+    """Draw tokens per second of every method over all prompts and per task, as a PNG.
 
-    The thin lines reach from the lowest to the highest repeat; the number is the ratio to the
-    first row, `generate`.
+    Thin lines reach from the slowest to the fastest repeat; the number is the ratio to the first
+    row, transformers' `generate`.
+
+    Args:
+        rows: results of `eval.speed_results.summary`.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Timing of several ways to decode the same prompts, side by side."""
+"""Timing of several methods of decoding on the same prompts, side by side."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from eval.prompts import Asked
+from eval.prompts import TokenizedPrompt
 from hispec.decoding.stats import DecodeStats, DraftStats
 from hispec.utils.console import Progress
 
 FREE = "free"
-"""Name of the drafts that no rung made."""
+"""Name of drafts that cost no pass of the model."""
 
 
 @dataclass
-class Spent:
-    """What one rung did."""
+class RungTime:
+    """Passes of one rung and their time."""
 
     passes: int = 0
     seconds: float = 0.0
@@ -28,34 +28,36 @@ class Outcome:
     """One decode of one prompt."""
 
     tokens: list[int]
+    """New token ids."""
     target_passes: int
+    """Passes of the full model."""
     drafts: dict[str, DraftStats] = field(default_factory=dict)
-    """By the rung that made them, `free`, or another drafter's name."""
-    rungs: dict[str, Spent] = field(default_factory=dict)
-    """By depth; only our own decoder tells."""
+    """By what drafted: the depth of a rung, `free`, or the name of another package's drafter."""
+    rungs: dict[str, RungTime] = field(default_factory=dict)
+    """By depth; empty for other packages' decoders, which do not report it."""
 
     @classmethod
     def of(cls, tokens: list[int], stats: DecodeStats) -> Outcome:
-        """What our own decoder did."""
-        judged: dict[str, DraftStats] = {FREE: stats.free}
-        judged |= {str(rung.depth): rung for rung in stats.rungs[:-1]}
+        """The outcome of our own decoder."""
+        drafts: dict[str, DraftStats] = {FREE: stats.free}
+        drafts |= {str(rung.depth): rung for rung in stats.rungs[:-1]}
         return cls(
             tokens,
             stats.rungs[-1].passes,
-            {name: drafts for name, drafts in judged.items() if drafts.proposed},
-            {str(rung.depth): Spent(rung.passes, rung.seconds) for rung in stats.rungs},
+            {name: one for name, one in drafts.items() if one.proposed},
+            {str(rung.depth): RungTime(rung.passes, rung.seconds) for rung in stats.rungs},
         )
 
 
 @dataclass
-class Contestant:
-    """One way to decode."""
+class Method:
+    """A way to decode."""
 
     name: str
     decode: Callable[[list[int]], Outcome]
-    """Of a prompt's token ids."""
-    outside: bool = False
-    """Whether it is another package's."""
+    """Decodes a prompt, given as token ids."""
+    external: bool = False
+    """Whether it is another package's decoder."""
 
 
 @dataclass
@@ -68,44 +70,45 @@ class Rate:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Rate:
+        """The rate of some repeats."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass
-class Measured:
-    """What one contestant has done so far."""
+class Timing:
+    """The outcomes of one method, added up."""
 
     name: str
-    outside: bool
+    external: bool
     texts: list[list[list[int]]]
-    """New tokens of each prompt in each repeat: [repeat][prompt]."""
+    """New token ids: [repeat][prompt]."""
     seconds: list[list[float]]
-    """[repeat][prompt]."""
+    """Time of each decode: [repeat][prompt]."""
     target_passes: int = 0
     drafts: dict[str, DraftStats] = field(default_factory=dict)
-    rungs: dict[str, Spent] = field(default_factory=dict)
+    rungs: dict[str, RungTime] = field(default_factory=dict)
 
     def add(self, repeat: int, seconds: float, outcome: Outcome) -> None:
-        """Count one decode; prompts come in their order."""
+        """Add the decode of the next prompt of a repeat."""
         self.texts[repeat].append(outcome.tokens)
         self.seconds[repeat].append(seconds)
         self.target_passes += outcome.target_passes
         for name, drafts in outcome.drafts.items():
             self.drafts.setdefault(name, DraftStats()).merge(drafts)
         for name, rung in outcome.rungs.items():
-            spent = self.rungs.setdefault(name, Spent())
-            spent.passes += rung.passes
-            spent.seconds += rung.seconds
+            total = self.rungs.setdefault(name, RungTime())
+            total.passes += rung.passes
+            total.seconds += rung.seconds
 
     def rates(self, prompts: Sequence[int]) -> list[float]:
-        """Tokens per second over some prompts, one figure per repeat."""
+        """Tokens per second over the prompts of these indices, one figure per repeat."""
         return [
             sum(len(texts[p]) for p in prompts) / sum(seconds[p] for p in prompts)
             for texts, seconds in zip(self.texts, self.seconds, strict=True)
         ]
 
-    def same(self, other: Measured) -> int:
-        """Prompts whose text is in every repeat that of `other`."""
+    def same(self, other: Timing) -> int:
+        """Number of prompts whose text equals that of `other` in every repeat."""
         pairs = zip(self.texts, other.texts, strict=True)
         equal = [[a == b for a, b in zip(*texts, strict=True)] for texts in pairs]
         return sum(all(repeats) for repeats in zip(*equal, strict=True))
@@ -120,27 +123,28 @@ class Measured:
 
 
 def measure(
-    contestants: Sequence[Contestant],
-    prompts: Sequence[Asked],
+    methods: Sequence[Method],
+    prompts: Sequence[TokenizedPrompt],
     repeats: int,
-    progress: Progress = lambda things, _: things,
-) -> list[Measured]:
-    """Decode every prompt by everyone in turn, `repeats` times, after one warm-up each.
+    progress: Progress = lambda items, _: items,
+) -> list[Timing]:
+    """Decode every prompt with every method in turn, `repeats` times, after one warm-up each.
 
-    So a slow spell of the machine meets all of them; who begins changes from prompt to prompt.
+    Turns are taken prompt by prompt, so that a slow spell of the machine affects all methods; the
+    method that begins changes from prompt to prompt.
     """
-    for contestant in contestants:
-        contestant.decode(prompts[0].tokens)
-    measured = [
-        Measured(c.name, c.outside, [[] for _ in range(repeats)], [[] for _ in range(repeats)])
-        for c in contestants
+    for method in methods:
+        method.decode(prompts[0].tokens)
+    timings = [
+        Timing(m.name, m.external, [[] for _ in range(repeats)], [[] for _ in range(repeats)])
+        for m in methods
     ]
     rounds = [(repeat, p) for repeat in range(repeats) for p in range(len(prompts))]
-    turns = list(zip(contestants, measured, strict=True))
+    turns = list(zip(methods, timings, strict=True))
     for number, (repeat, p) in enumerate(progress(rounds, "timing")):
         first = number % len(turns)
-        for contestant, found in turns[first:] + turns[:first]:
+        for method, timing in turns[first:] + turns[:first]:
             began = time.perf_counter()
-            outcome = contestant.decode(prompts[p].tokens)
-            found.add(repeat, time.perf_counter() - began, outcome)
-    return measured
+            outcome = method.decode(prompts[p].tokens)
+            timing.add(repeat, time.perf_counter() - began, outcome)
+    return timings

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, tiny_model
 from lm_eval.api.instance import Instance
 
-from eval.harness import HarnessModel, Scores, Writing, longest_text
+from eval.harness import GenerationSettings, HarnessModel, LogLikelihoods, longest_text
 from hispec.config import DecodeConfig, ExitConfig
 from hispec.export.draft_model import draft_model
 from hispec.lm import EarlyExitLM
@@ -21,15 +21,18 @@ def request(kind: str, *arguments) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
-def harness_model(lm, depth: int, longest: int = 512, **writing) -> HarnessModel:
-    scores = Scores(lm.model, [*lm.model.exits.depths, lm.model.num_layers], 3, longest)
+def harness_model(lm, depth: int, longest: int = 512, **generation) -> HarnessModel:
+    scores = LogLikelihoods(lm.model, [*lm.model.exits.depths, lm.model.num_layers], 3, longest)
     return HarnessModel(
-        lm, depth, scores, Writing(DecodeConfig([2, 4, 6]), **{"max_new_tokens": 24, **writing})
+        lm,
+        depth,
+        scores,
+        GenerationSettings(DecodeConfig([2, 4, 6]), **{"max_new_tokens": 24, **generation}),
     )
 
 
 @torch.inference_mode()
-def law_of(lm, depth: int, tokens: list[int]) -> torch.Tensor:
+def log_probs_of(lm, depth: int, tokens: list[int]) -> torch.Tensor:
     """Log-probabilities [T, V] of a LayerSkip depth, by transformers alone."""
     hf = lm.model.hf
     out = hf(torch.tensor([tokens]), output_hidden_states=True)
@@ -46,13 +49,13 @@ def test_log_likelihoods_are_those_of_transformers(lm, depth):
     for (before, after), (total, is_greedy) in zip(TEXTS, found, strict=True):
         whole = lm.tokenizer(before + after)["input_ids"]
         start = len(lm.tokenizer(before.rstrip())["input_ids"])
-        law = law_of(lm, depth, whole)[start - 1 : -1]
+        log_probs = log_probs_of(lm, depth, whole)[start - 1 : -1]
         ending = torch.tensor(whole[start:])
-        expected = law.gather(-1, ending[:, None]).sum().item()
+        expected = log_probs.gather(-1, ending[:, None]).sum().item()
         assert total == pytest.approx(expected, abs=1e-4)
         assert not is_greedy
     ids = tuple(lm.tokenizer("while True:")["input_ids"])
-    best = law_of(lm, depth, list(ids))[-1].argsort(descending=True)[:2].tolist()
+    best = log_probs_of(lm, depth, list(ids))[-1].argsort(descending=True)[:2].tolist()
     first, second = model.scores.of([(ids, (token,)) for token in best], depth)
     assert (first[1], second[1]) == (True, False)
 
@@ -67,7 +70,7 @@ def test_log_likelihoods_of_every_family_and_head(family):
     model = ExitModel(tiny_model(family).hf, exits).eval()
     for head in model.heads.values():
         torch.nn.init.normal_(head.mix.weight, std=0.3)
-    scores = Scores(model, [2, 4, 6], 3, 512)
+    scores = LogLikelihoods(model, [2, 4, 6], 3, 512)
     for depth in (2, 4, 6):
         for text, (total, _) in zip(texts, scores.of(pairs, depth), strict=True):
             tokens = torch.tensor([text[:-1]])
@@ -75,8 +78,8 @@ def test_log_likelihoods_of_every_family_and_head(family):
                 final = model.final(tokens)
                 before = torch.cat([torch.zeros_like(final[:, :1]), final[:, :-1]], 1)
                 state = model.run(model.embed(tokens), 0, depth)
-                law = model.logits(depth, state, None, before)[0, 1:].log_softmax(-1)
-            expected = law.gather(-1, torch.tensor(text[2:])[:, None]).sum().item()
+                log_probs = model.logits(depth, state, None, before)[0, 1:].log_softmax(-1)
+            expected = log_probs.gather(-1, torch.tensor(text[2:])[:, None]).sum().item()
             assert total == pytest.approx(expected, abs=1e-3)
 
 
@@ -100,8 +103,8 @@ def test_of_a_long_text_the_beginning_is_left_out(lm):
     )
     whole = lm.tokenizer("import os\n" * 11)["input_ids"]
     count = min(len(whole) - len(lm.tokenizer(("import os\n" * 9).rstrip())["input_ids"]), 8)
-    law = law_of(lm, 6, whole[-9:-1])[-count:]
-    expected = law.gather(-1, torch.tensor(whole[-count:])[:, None]).sum().item()
+    log_probs = log_probs_of(lm, 6, whole[-9:-1])[-count:]
+    expected = log_probs.gather(-1, torch.tensor(whole[-count:])[:, None]).sum().item()
     assert found[0] == pytest.approx(expected, abs=1e-4)
 
 
@@ -109,8 +112,8 @@ def test_a_text_from_its_first_token_on(lm):
     """Rolling: every token once, after BOS; an empty context is the same for one window."""
     text = "import os\nimport sys\n"
     ids = lm.tokenizer(text)["input_ids"]
-    law = law_of(lm, 4, [lm.tokenizer.bos_token_id, *ids[:-1]])
-    expected = law.gather(-1, torch.tensor(ids)[:, None]).sum().item()
+    log_probs = log_probs_of(lm, 4, [lm.tokenizer.bos_token_id, *ids[:-1]])
+    expected = log_probs.gather(-1, torch.tensor(ids)[:, None]).sum().item()
     model = harness_model(lm, 4)
     (rolled,) = model.loglikelihood_rolling([request("loglikelihood_rolling", text)])
     ((total, _),) = model.loglikelihood([request("loglikelihood", "", text)])

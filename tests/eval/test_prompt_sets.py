@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_hf, tiny_tokenizer
 
-from eval import prompt_sets as tasks
-from eval.prompt_sets import SETS, Published, task_prompts
-from eval.prompts import PromptSource, load_prompts
+from eval import prompt_sets
+from eval.prompt_sets import SETS, PublishedSet, load_prompt_set
+from eval.prompts import load_prompts
+from eval.settings import PromptSource
 from hispec.lm import EarlyExitLM
 
 # Rows with the columns that the published sets have; what they say is ours.
@@ -57,9 +58,9 @@ def write(folder: Path, name: str, rows: list[dict]) -> Path:
 def test_each_set_through_the_library_and_from_a_local_file(name, tmp_path, monkeypatch):
     """The rows are streamed by `datasets` as they would be from the Hub."""
     file = write(tmp_path, name, ROWS[name])
-    monkeypatch.setitem(SETS, name, Published("json", split="train", file=str(file)))
+    monkeypatch.setitem(SETS, name, PublishedSet("json", split="train", file=str(file)))
     for source in (name, str(file)):
-        prompts = task_prompts(source)
+        prompts = load_prompt_set(source)
         said = [(p.task, p.messages[0]["content"] if p.messages else p.text) for p in prompts]
         assert said == ASKED[name]
         assert bool(prompts[0].messages) == (name != "humaneval")
@@ -67,25 +68,25 @@ def test_each_set_through_the_library_and_from_a_local_file(name, tmp_path, monk
 
 def test_no_more_of_a_set_is_read_than_needed(tmp_path, monkeypatch):
     file = write(tmp_path, "many", [{"question": f"{i}?"} for i in range(30)])
-    monkeypatch.setitem(SETS, "gsm8k", Published("json", split="train", file=str(file)))
-    monkeypatch.setattr(tasks, "MOST", 20)
-    assert [p.line for p in task_prompts("gsm8k")] == list(range(1, 21))
+    monkeypatch.setitem(SETS, "gsm8k", PublishedSet("json", split="train", file=str(file)))
+    monkeypatch.setattr(prompt_sets, "MAX_ROWS", 20)
+    assert [p.line for p in load_prompt_set("gsm8k")] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "spec-bench"])
 def test_without_the_hub_it_says_what_to_do(name):
     message = f"prompts_from='{name}': .* cannot be read .*; name a local JSONL file .* or builtin"
     with pytest.raises(ValueError, match=message):
-        task_prompts(name)
+        load_prompt_set(name)
 
 
 def test_what_is_no_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a local file nor one of builtin, spec-bench"):
-        task_prompts("gsm9k")
+        load_prompt_set("gsm9k")
     with pytest.raises(ValueError, match="holds no prompts"):
-        task_prompts(str(write(tmp_path, "silent", ROWS["sharegpt"][1:])))
+        load_prompt_set(str(write(tmp_path, "silent", ROWS["sharegpt"][1:])))
     with pytest.raises(ValueError, match="line 1 has none of turns, question"):
-        task_prompts(str(write(tmp_path, "other", [{"text": "x"}])))
+        load_prompt_set(str(write(tmp_path, "other", [{"text": "x"}])))
 
 
 def test_an_evaluation_takes_prompts_of_every_task(tmp_path):
@@ -93,14 +94,14 @@ def test_an_evaluation_takes_prompts_of_every_task(tmp_path):
     rows = [{"question": f"{task} {i}?", "task": task} for task in "abc" for i in range(5)]
     source = PromptSource(prompts_from=str(write(tmp_path, "rows", rows)))
     taken = load_prompts(lm, source, "none")
-    assert [asked.task for asked in taken] == ["a", "a", "b", "b", "c", "c"]
-    said = [lm.tokenizer.decode(asked.tokens) for asked in taken]
+    assert [prompt.task for prompt in taken] == ["a", "a", "b", "b", "c", "c"]
+    said = [lm.tokenizer.decode(prompt.tokens) for prompt in taken]
     assert said == [f"user: {task} {i}?\nassistant: " for task in "abc" for i in (0, 2)]
     source.chat = False
     assert lm.tokenizer.decode(load_prompts(lm, source, "none")[1].tokens) == "a 2?"
     ours = load_prompts(lm, PromptSource(prompts_from="builtin", prompts=12), "none")
-    assert len({asked.task for asked in ours}) == 6
+    assert len({prompt.task for prompt in ours}) == 6
     beginnings = load_prompts(lm, PromptSource(data="stdlib", prompts=2, prompt_tokens=9), "none")
-    assert [(asked.task, len(asked.tokens)) for asked in beginnings] == [("held-out", 9)] * 2
+    assert [(prompt.task, len(prompt.tokens)) for prompt in beginnings] == [("held-out", 9)] * 2
     with pytest.raises(ValueError, match="chat=True is not possible: prompts_from='held-out'"):
         load_prompts(lm, PromptSource(chat=True), "none")

@@ -13,8 +13,8 @@ from lm_eval.tasks import TaskManager
 
 import eval.harness_tasks
 import eval.quality
-from eval.harness import HarnessModel, Scores, Writing
-from eval.harness_tasks import Figure, difference, load_tasks, run_tasks
+from eval.harness import GenerationSettings, HarnessModel, LogLikelihoods
+from eval.harness_tasks import Metric, difference, load_tasks, run_tasks
 from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint import io as checkpoint
 from hispec.config import DecodeConfig, ExitConfig
@@ -145,7 +145,7 @@ def test_an_exit_that_cannot_write_alone_is_only_scored(tiny_base, tmp_path, cap
 
 def test_the_difference_is_paired():
     ours, base = (
-        Figure("t", "acc", sum(each) / 4, 0.25, 4, True, each)
+        Metric("t", "acc", sum(each) / 4, 0.25, 4, True, each)
         for each in ([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0])
     )
     gap, stderr = difference(ours, base)
@@ -159,7 +159,9 @@ class Knowing(HarnessModel):
     """Answers from the answers: what is scored right must be right."""
 
     def __init__(self, lm, answers):
-        super().__init__(lm, 6, Scores(lm.model, [6], 4, 512), Writing(DecodeConfig([6])))
+        super().__init__(
+            lm, 6, LogLikelihoods(lm.model, [6], 4, 512), GenerationSettings(DecodeConfig([6]))
+        )
         self.answers = answers
         self.prompts: list[str] = []
 
@@ -230,7 +232,7 @@ def test_tasks_that_cannot_be_are_refused(names, file, message):
 def test_a_gsm8k_file_of_another_shape_is_refused(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"question": "why?", "reply": "so"}\n')
-    with pytest.raises(ValueError, match="line 1 has no answer; it has: question, reply"):
+    with pytest.raises(ValueError, match="line 1: answer is missing"):
         load_tasks(["gsm8k"], str(file))
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no questions"):
@@ -249,7 +251,9 @@ def test_names_of_the_harness(tmp_path, monkeypatch):
     monkeypatch.setattr(eval.harness_tasks, "TaskManager", lambda: few)
     with pytest.raises(ValueError, match=r"no task 'quizz'; did you mean quiz\?"):
         load_tasks(["quizz"])
-    with pytest.raises(ValueError, match=r"the data of 'quiz' cannot be had: .*; without network"):
+    with pytest.raises(
+        ValueError, match=r"the data of 'quiz' cannot be loaded: .*; without network"
+    ):
         load_tasks(["quiz"])
 
 
@@ -263,7 +267,9 @@ def test_a_task_file_of_the_user(lm, tmp_path, monkeypatch):
     )
     few = TaskManager(include_defaults=False)
     monkeypatch.setattr(eval.harness_tasks, "TaskManager", lambda **_: few)
-    model = HarnessModel(lm, 6, Scores(lm.model, [6], 4, 512), Writing(DecodeConfig([6])))
+    model = HarnessModel(
+        lm, 6, LogLikelihoods(lm.model, [6], 4, 512), GenerationSettings(DecodeConfig([6]))
+    )
     found = run_tasks(model, load_tasks([str(mine)]))
     assert {(f.task, f.documents) for f in found} == {("mine", 3)}
 
@@ -285,8 +291,10 @@ def test_a_group_of_the_harness(lm, tmp_path, monkeypatch):
     few = TaskManager(include_defaults=False, include_path=tasks)
     monkeypatch.setattr(eval.harness_tasks, "TaskManager", lambda **_: few)
     (group,) = found = load_tasks(["both"])
-    assert not eval.harness_tasks.writes(group)
-    model = HarnessModel(lm, 6, Scores(lm.model, [6], 4, 512), Writing(DecodeConfig([6])))
+    assert not eval.harness_tasks.generates_text(group)
+    model = HarnessModel(
+        lm, 6, LogLikelihoods(lm.model, [6], 4, 512), GenerationSettings(DecodeConfig([6]))
+    )
     counts = {f.task: f.documents for f in run_tasks(model, found) if f.metric == "acc"}
     assert counts == {"one": 3, "two": 3, "both": 6}
 
@@ -300,7 +308,7 @@ def test_the_command_is_clean_without_network(ee, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["columns"][0]["text"]["kl"] == 0
     absent = run(*words, "tasks=[arc_easy]")
     assert absent.returncode == 2
-    assert "tasks: the data of 'arc_easy' cannot be had" in absent.stderr
+    assert "tasks: the data of 'arc_easy' cannot be loaded" in absent.stderr
     wrong = run(*words, "depths=[3]")
     assert wrong.returncode == 2
     assert "depths=[3] is not possible: the exits are 2, 4" in wrong.stderr

@@ -12,11 +12,12 @@ from conftest import plan_of, tiny_hf, tiny_tokenizer
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 import eval.speed
-from eval.baselines import ECONOMIZE, HF, Limits, by_generate, installed, rivals
+from eval.baselines import ECONOMIZE, HF, Limits, baselines, by_generate, installed
 from eval.presets import preset, presets
-from eval.prompts import Asked
+from eval.prompts import TokenizedPrompt
 from eval.speed_plot import draw
-from eval.timing import Contestant, Outcome, Spent, measure
+from eval.speed_results import report, summary
+from eval.timing import Method, Outcome, RungTime, measure
 from hispec.config import ExitConfig
 from hispec.decoding.stats import DraftStats
 from hispec.lm import EarlyExitLM, load
@@ -38,7 +39,7 @@ def tokens_of(lm) -> list[list[int]]:
 
 def test_a_preset_is_a_setting_of_the_loop(ee):
     lm = load(ee, device="cpu")
-    names = [contestant.name for contestant in presets(lm, COMMON)]
+    names = [method.name for method in presets(lm, COMMON)]
     assert names == [
         *("plain (6)", "LayerSkip (2, 6)", "LayerSkip (4, 6)", "HiSpec (2, 4, 6)"),
         *("prompt lookup (6)", "token recycling (6)", "ECHO (4, 6)"),
@@ -62,7 +63,7 @@ def test_a_preset_is_a_setting_of_the_loop(ee):
 def test_a_reduced_vocabulary_is_shown_against_the_whole_one():
     exits = ExitConfig([2, 4], "block", 1, draft_vocab=50)
     lm = EarlyExitLM(ExitModel(tiny_hf(vocab_size=320), exits).eval(), tiny_tokenizer())
-    found = {contestant.name: contestant for contestant in presets(lm, COMMON)}
+    found = {method.name: method for method in presets(lm, COMMON)}
     prompt = tokens_of(lm)[0]
     part, whole = (found[f"LayerSkip{of} (2, 6)"] for of in ("", ", whole vocabulary"))
     assert part.decode(prompt).tokens == whole.decode(prompt).tokens
@@ -72,38 +73,38 @@ def test_a_reduced_vocabulary_is_shown_against_the_whole_one():
 @pytest.mark.parametrize(
     "name", [*HF, *(pytest.param(n, marks=needs_economize) for n in ECONOMIZE)]
 )
-def test_every_rival_gives_the_text_of_generate_and_leaves_the_model_alone(name, ee):
+def test_every_baseline_gives_the_text_of_generate_and_leaves_the_model_alone(name, ee):
     lm = load(ee, device="cpu")
-    (rival,), left_out = rivals(lm, LIMITS, [name], [4])
+    (baseline,), left_out = baselines(lm, LIMITS, [name], [4])
     plain = by_generate(lm, LIMITS)
     before = {key: value.clone() for key, value in lm.model.hf.state_dict().items()}
     for prompt in tokens_of(lm):
         wanted = plain.decode(prompt)
         assert wanted.tokens == hf_generate(lm.model.hf, prompt, 14, (2,))
         assert wanted.target_passes == len(wanted.tokens)
-        outcome = rival.decode(prompt)
+        outcome = baseline.decode(prompt)
         assert outcome.tokens == wanted.tokens
         assert 1 <= outcome.target_passes <= wanted.target_passes
         for drafts in outcome.drafts.values():
             assert 0 <= drafts.accepted <= drafts.proposed
-    assert (rival.outside, left_out) == (True, [])
+    assert (baseline.external, left_out) == (True, [])
     after = lm.model.hf.state_dict()
     assert all(value.equal(after[key]) for key, value in before.items())
     assert lm.model.hf.config.num_hidden_layers == 6
     assert not lm.model.hf.model.layers[-1]._forward_hooks
 
 
-def test_rivals_draft_with_the_exit_that_is_named(ee):
+def test_baselines_draft_with_the_exit_that_is_named(ee):
     """Where deeper layers add nothing, the exit is always right, by either reading."""
     lm = load(ee, device="cpu")
     for layer in (*lm.model.hf.model.layers[2:], *lm.model.head(2).blocks):
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     names = [name for name in installed() if not name.endswith("lookup")]
-    for rival in rivals(lm, LIMITS, names, [2])[0]:
-        outcome = rival.decode(tokens_of(lm)[0])
+    for baseline in baselines(lm, LIMITS, names, [2])[0]:
+        outcome = baseline.decode(tokens_of(lm)[0])
         # 14 tokens, of which a pass adds one; transformers ends a draft that it is not sure of
-        assert outcome.target_passes <= (7 if rival.name.startswith("HF") else 5), rival.name
+        assert outcome.target_passes <= (7 if baseline.name.startswith("HF") else 5), baseline.name
         for drafts in outcome.drafts.values():
             assert drafts.accepted == drafts.proposed > 0
 
@@ -111,27 +112,27 @@ def test_rivals_draft_with_the_exit_that_is_named(ee):
 def test_the_early_exit_of_transformers_keeps_what_it_has_read(ee):
     """Its drafts are no assisted decodes themselves, each of which would read the prompt anew."""
     lm = load(ee, device="cpu")
-    (rival,), _ = rivals(lm, LIMITS, ["hf-early-exit"], [2])
+    (baseline,), _ = baselines(lm, LIMITS, ["hf-early-exit"], [2])
     read: list[int] = []
     hook = lm.model.hf.model.layers[0].register_forward_pre_hook(
         lambda module, arguments: read.append(arguments[0].shape[1])
     )
     prompt = tokens_of(lm)[0]
-    rival.decode(prompt)
+    baseline.decode(prompt)
     hook.remove()
     assert sum(length >= len(prompt) for length in read) == 2  # once to draft, once to verify
 
 
 def test_an_interrupted_early_exit_leaves_the_model_whole(ee, monkeypatch):
     lm = load(ee, device="cpu")
-    (rival,), _ = rivals(lm, LIMITS, ["hf-early-exit"], [2])
+    (baseline,), _ = baselines(lm, LIMITS, ["hf-early-exit"], [2])
 
     def interrupted(self, input_ids, **words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(AssistedCandidateGenerator, "get_candidates", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rival.decode(tokens_of(lm)[0])
+        baseline.decode(tokens_of(lm)[0])
     assert lm.model.hf.config.num_hidden_layers == 6
     assert not lm.model.hf.model.layers[-1]._forward_hooks
 
@@ -139,37 +140,37 @@ def test_an_interrupted_early_exit_leaves_the_model_whole(ee, monkeypatch):
 def test_what_cannot_be_timed_is_said(monkeypatch):
     exits = ExitConfig([2], "adapter")
     lm = EarlyExitLM(ExitModel(tiny_hf(vocab_size=320), exits).eval(), tiny_tokenizer())
-    found, left_out = rivals(lm, LIMITS, ["hf-early-exit", "hf-draft-model"], [2])
-    assert [rival.name for rival in found] == ["HF early exit, final norm (2, 6)"]
+    found, left_out = baselines(lm, LIMITS, ["hf-early-exit", "hf-draft-model"], [2])
+    assert [baseline.name for baseline in found] == ["HF early exit, final norm (2, 6)"]
     assert left_out[0].startswith("hf-draft-model is left out: head='adapter' is not possible")
-    with pytest.raises(ValueError, match="rivals='vllm' is not possible: known: hf-lookup"):
-        rivals(lm, LIMITS, ["vllm"], [])
-    with pytest.raises(ValueError, match=r"rival_exits=.*depths from 1 to 5"):
-        rivals(lm, LIMITS, [], [6])
+    with pytest.raises(ValueError, match="baselines='vllm' is not possible: known: hf-lookup"):
+        baselines(lm, LIMITS, ["vllm"], [])
+    with pytest.raises(ValueError, match=r"baseline_exits=.*depths from 1 to 5"):
+        baselines(lm, LIMITS, [], [6])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert installed() == list(HF)
     with pytest.raises(ValueError, match=r"it needs economize: pip install 'hispec\[rivals\]'"):
-        rivals(lm, LIMITS, ["economize-lookup"], [])
+        baselines(lm, LIMITS, ["economize-lookup"], [])
     shared = EarlyExitLM.from_transformers(tiny_hf(vocab_size=320), tiny_tokenizer(), (2,))
-    (same,), _ = rivals(shared, LIMITS, ["hf-early-exit"], [2])
+    (same,), _ = baselines(shared, LIMITS, ["hf-early-exit"], [2])
     assert same.name == "HF early exit (2, 6)"  # its head is ours
 
 
 def test_everyone_decodes_every_prompt_and_begins_once():
-    """Three contestants on two prompts, twice, after a warm-up each."""
+    """Three methods on two prompts, twice, after a warm-up each."""
     calls: list[tuple[str, int]] = []
 
-    def contestant(name: str) -> Contestant:
+    def method(name: str) -> Method:
         def decode(prompt: list[int]) -> Outcome:
             calls.append((name, prompt[0]))
             text = [7] * prompt[0] if name != "c" or len(calls) < 13 else [8]
             drafts = {"2": DraftStats(4, 3)}
-            return Outcome(text, 2, drafts, {"2": Spent(5, 0.25), "6": Spent(2, 0.5)})
+            return Outcome(text, 2, drafts, {"2": RungTime(5, 0.25), "6": RungTime(2, 0.5)})
 
-        return Contestant(name, decode)
+        return Method(name, decode)
 
-    prompts = [Asked("x", [3]), Asked("y", [4])]
-    a, b, c = measure([contestant(name) for name in "abc"], prompts, 2)
+    prompts = [TokenizedPrompt("x", [3]), TokenizedPrompt("y", [4])]
+    a, b, c = measure([method(name) for name in "abc"], prompts, 2)
     rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
     assert ["".join(name for name, _ in turn) for turn in rounds] == [
         *("abc", "abc", "bca", "cab", "abc"),
@@ -204,7 +205,7 @@ def test_the_picture_has_room_for_all(tmp_path):
 
 
 def test_speed_reports_all_of_it(ee, tmp_path, capsys):
-    words = [f"checkpoint={ee}", f"output={tmp_path}", "rivals=[hf-lookup]", "repeats=2"]
+    words = [f"checkpoint={ee}", f"output={tmp_path}", "baselines=[hf-lookup]", "repeats=2"]
     words += ["prompts_from=builtin", "prompts=2", "max_new_tokens=6"]
     eval.speed.main([*words, 'ladders=["1,6"]', 'drafters=["exit","lookup+exit"]'])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -248,23 +249,23 @@ def test_a_wrong_text_is_counted_and_classed(ee, capsys):
         tokens = right.decode(prompt).tokens
         return Outcome([*tokens[:2], (tokens[2] + 1) % 320, *tokens[3:]], len(tokens))
 
-    prompts = [Asked("a", tokens) for tokens in tokens_of(lm)]
+    prompts = [TokenizedPrompt("a", tokens) for tokens in tokens_of(lm)]
     plain = preset(lm, "plain", {**COMMON, "ladder": [6]})
-    measured = measure([right, plain, Contestant("wrong", one_wrong)], prompts, 1)
-    rows = eval.speed.summary(lm.model.hf, measured, prompts)
+    measured = measure([right, plain, Method("wrong", one_wrong)], prompts, 1)
+    rows = summary(lm.model.hf, measured, prompts)
     assert (rows[1]["same_as_generate"], rows[1]["differences"]) == (2, {})
     assert (rows[2]["same_as_generate"], rows[2]["same_as_plain"]) == (0, 0)
     assert (rows[2]["differences"], rows[2]["largest_gap"] > 0) == ({"bug": 2}, True)
-    eval.speed.report(Output(), rows, prompts)
+    report(Output(), rows, prompts)
     assert "0 of 2, 2 bug" in capsys.readouterr().out
 
 
 def test_speed_refuses_before_it_decodes(ee):
     for word, message in (
-        ("repeats=0", "repeats=0 is not possible"),
-        ('drafters=["guess"]', "drafters='guess' is not possible"),
+        ("repeats=0", "repeats=0 is not possible: 1 or more"),
+        ('drafters=["guess"]', r"drafters\[0\]='guess' is not possible: one of exit, lookup"),
         ('ladders=["2,4"]', "it must end at 6"),
-        ("rivals=[vllm]", "rivals='vllm' is not possible"),
+        ("baselines=[vllm]", "baselines='vllm' is not possible"),
     ):
         with pytest.raises(ValueError, match=message):
             eval.speed.main([f"checkpoint={ee}", word])
@@ -279,6 +280,6 @@ def test_a_model_that_economize_does_not_know_is_left_out(monkeypatch):
 
     monkeypatch.setattr("economize.apply", refuse)
     lm = EarlyExitLM.from_transformers(tiny_hf(vocab_size=320), tiny_tokenizer())
-    found, left_out = rivals(lm, LIMITS, ["hf-lookup", "economize-lookup"], [])
-    assert [rival.name for rival in found] == ["HF prompt lookup (6)"]
+    found, left_out = baselines(lm, LIMITS, ["hf-lookup", "economize-lookup"], [])
+    assert [baseline.name for baseline in found] == ["HF prompt lookup (6)"]
     assert left_out == ["economize-lookup is left out: economize: no adapter for it"]
