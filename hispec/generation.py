@@ -287,8 +287,8 @@ def _at(name: str) -> Path | None:
 
 def _not_found(place: str | None) -> ValueError:
     return ValueError(
-        f"no EE checkpoint at {place or 'any place named'!r} with the exits that are asked for, and "
-        f"none below {ROOT}; name its folder, or ORG/NAME on the Hub, as exits_from=..."
+        f"no EE checkpoint at {place or 'any place named'!r} with the exits that are asked for, "
+        f"and none below {ROOT}; name its folder, or ORG/NAME on the Hub, as exits_from=..."
     )
 
 

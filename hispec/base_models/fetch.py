@@ -60,7 +60,6 @@ def fetch(name: str, root: Path = DEFAULT_ROOT, *, say: Callable[[str], None] = 
         FetchError: no network, wrong hashes, an unexpected model, a full disk.
     """
     folder = fetched_path(name, root)
-    output_path(folder)
     try:
         for leftover in clear_leftovers(folder):
             say(f"cleaned up {leftover.name}, left behind by an interrupted fetch of {name}")
@@ -70,6 +69,7 @@ def fetch(name: str, root: Path = DEFAULT_ROOT, *, say: Callable[[str], None] = 
                 say(f"{name} is already in {folder}")
                 return folder
             say(f"{folder} is damaged, fetching {name} again: {'; '.join(damage)}")
+        output_path(folder)
         downloads = root / ".downloads"
         downloads.mkdir(parents=True, exist_ok=True)
         if name in BASES:

@@ -53,6 +53,16 @@ class ModelConfig(Schema):
     rms_norm_eps: Annotated[float, Field(ge=0, lt=1)] | None = None
 
 
+class GenerationDefaults(Schema):
+    """The part of `generation_config.json` that ends a text."""
+
+    model_config = ConfigDict({**STRICT, "extra": "ignore"})
+
+    eos_token_id: int | list[int] | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
 class WeightIndex(Schema):
     """The list of a model's weight files: the file that holds each tensor."""
 
@@ -142,6 +152,9 @@ def check_model_files(folder: Path) -> None:
         ValueError: the message names the file and what is wrong with it.
     """
     read_model_config(folder)
+    defaults = folder / "generation_config.json"
+    if defaults.is_file():
+        validate(GenerationDefaults, parse_json(defaults.read_bytes(), defaults), defaults)
     files = base_weight_files(folder)
     if not files:
         raise ValueError(f"{folder} has no *.safetensors with the weights of a base model")
