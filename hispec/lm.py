@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from tokenizers.decoders import DecodeStream
 from transformers import (
     LogitsProcessorList,
@@ -27,16 +28,12 @@ from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
 from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
-from hispec.planner.plan_file import Machine, Plan, Setting, read_plan, shown
+from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
+from hispec.utils.command_line import parse_device, parse_dtype
+from hispec.utils.schema import STRICT, validate
 from hispec.utils.settings import check
 
 PLAIN, AUTO = "plain", "auto"
-PLANNED = {
-    *("drafter", "draft_length", "max_draft_length", "draft_threshold", "draft_vocab"),
-    *("lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
-    *("buffer", "buffer_threshold"),
-}
-"""Settings that a plan may choose, besides the ladder."""
 _FREE = {"drafter", "lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"}
 """Those of drafts that no exit makes."""
 
@@ -62,6 +59,30 @@ class Piece:
     text: str
 
 
+@dataclass
+class _Arguments:
+    """Arguments of `decode` that are not fields of `DecodeConfig`."""
+
+    __pydantic_config__ = STRICT
+
+    prompts: list[str]
+    chat: bool | None
+    stop_strings: list[Annotated[str, Field(min_length=1)]]
+    seeds: list[Annotated[int, Field(ge=-(2**63), lt=2**64)]] | None
+    logits_processor: list[Callable[..., Any]] | None
+    stopping_criteria: list[Callable[..., Any]] | None
+
+
+def _is_auto(ladder: Any) -> bool:
+    return ladder is None or (isinstance(ladder, str) and ladder == AUTO)
+
+
+def _as_list(value: Any) -> Any:
+    """The members of a sequence or an iterator; anything else as it is, for a schema to refuse."""
+    whole = not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping)
+    return value if whole else list(value)
+
+
 class EarlyExitLM:
     """An early-exit model and its tokenizer."""
 
@@ -75,13 +96,11 @@ class EarlyExitLM:
         """Depths of a ladder: as given, `plain` for the full model alone, or `auto`, the same as
         None, for all trained exits and the full model."""
         full = self.model.num_layers
-        if ladder is None or ladder == AUTO:
+        if _is_auto(ladder):
             return [*self.model.exits.depths, full]
-        if ladder == PLAIN:
-            return [full]
-        if isinstance(ladder, str):
-            raise ValueError(f"ladder={ladder!r} is not possible: depths, {AUTO!r} or {PLAIN!r}")
-        return list(ladder)
+        depths = [full] if isinstance(ladder, str) and ladder == PLAIN else _as_list(ladder)
+        check(isinstance(depths, list), "ladder", ladder, f"depths, {AUTO!r} or {PLAIN!r}")
+        return depths
 
     def planned(self) -> tuple[Setting | None, str]:
         """(the plan's setting, or None if there is none for this model and machine; a sentence
@@ -111,7 +130,7 @@ class EarlyExitLM:
             (the settings, with a ladder among them; a sentence that says why these, empty if the
             caller chose).
         """
-        if ladder not in (None, AUTO):
+        if not _is_auto(ladder):
             return {"ladder": self.ladder(ladder), **settings}, ""
         named = PLANNED & settings.keys()
         by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
@@ -140,7 +159,7 @@ class EarlyExitLM:
         Raises:
             ValueError: an architecture that is not supported, or depths that it does not have.
         """
-        model = ExitModel(hf, ExitConfig(list(exits), head="shared"))
+        model = ExitModel(hf, ExitConfig(_as_list(exits), head="shared"))
         return cls(model.eval(), tokenizer)
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
@@ -152,7 +171,13 @@ class EarlyExitLM:
         Raises:
             ValueError: an empty prompt, or `chat` without a template.
         """
+        check(isinstance(prompt, str), "prompt", prompt, "a text")
         check(bool(prompt), "prompt", prompt, "it cannot be empty")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            where = f"character {error.start} is half of a pair (a lone surrogate)"
+            raise ValueError(f"prompt is not possible: {where}, which UTF-8 cannot hold") from None
         has_template = self.tokenizer.chat_template is not None
         if chat is None:
             chat = has_template
@@ -197,24 +222,35 @@ class EarlyExitLM:
         Raises:
             ValueError: a setting or a prompt that this model cannot decode.
         """
+        arguments = validate(
+            _Arguments,
+            {
+                "prompts": _as_list(prompts),
+                "chat": chat,
+                "stop_strings": [stop_strings]
+                if isinstance(stop_strings, str)
+                else _as_list(stop_strings),
+                "seeds": _as_list(seeds),
+                "logits_processor": logits_processor,
+                "stopping_criteria": stopping_criteria,
+            },
+        )
         settings = current_names(settings)
-        if ladder == PLAIN:
-            drafter = settings.get("drafter", "exit")
-            check(drafter == "exit", "drafter", drafter, f"ladder {PLAIN!r} has no drafter")
         known = {field.name for field in fields(DecodeConfig)}
         for key in settings:
             check(key in known, key, settings[key], f"known settings: {', '.join(sorted(known))}")
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        check("" not in strings, "stop_strings", strings, "an empty string stops nothing")
+        if isinstance(ladder, str) and ladder == PLAIN:
+            drafter = settings.get("drafter", "exit")
+            check(drafter == "exit", "drafter", drafter, f"ladder {PLAIN!r} has no drafter")
         stopping = StoppingCriteriaList(stopping_criteria or [])
-        if strings:
-            stopping.append(StopStringCriteria(self.tokenizer, strings))
+        if arguments.stop_strings:
+            stopping.append(StopStringCriteria(self.tokenizer, arguments.stop_strings))
         config = DecodeConfig(**{"eos": self.eos(), **self.choose(ladder, settings)[0]})
         return Decode(
             self.model,
-            [self.encode(prompt, chat) for prompt in prompts],
+            [self.encode(prompt, chat) for prompt in arguments.prompts],
             config,
-            seeds=seeds,
+            seeds=arguments.seeds,
             logits_processor=logits_processor,
             stopping_criteria=stopping,
         )
@@ -231,9 +267,13 @@ class EarlyExitLM:
         Raises:
             ValueError: a setting or a prompt that this model cannot decode.
         """
-        rows = [prompts] if isinstance(prompts, str) else list(prompts)
-        check(streamer is None or len(rows) == 1, "streamer", streamer, "for one prompt only")
-        run = self.decode(rows, **settings)
+        run = self.decode([prompts] if isinstance(prompts, str) else prompts, **settings)
+        check(
+            streamer is None or (hasattr(streamer, "put") and run.state.rows == 1),
+            "streamer",
+            streamer,
+            "a streamer of transformers, for one prompt only",
+        )
         if streamer is not None:
             streamer.put(torch.from_numpy(run.state.tokens_BN[:1, : run.state.prompt_B[0]]))
             for (committed,) in run.run():
@@ -247,6 +287,7 @@ class EarlyExitLM:
     def stream(self, prompt: str | Decode, **settings: Any) -> Iterator[Piece]:
         """Yield the committed tokens of one prompt, with text as soon as it is whole characters."""
         run = prompt if isinstance(prompt, Decode) else self.decode([prompt], **settings)
+        check(run.state.rows == 1, "prompt", f"{run.state.rows} rows", "one row only")
         detokenizer = DecodeStream(skip_special_tokens=True)
         tokens, shown = [], 0
         for committed in run.run():
@@ -278,7 +319,7 @@ def load(
             `hispec fetch` has fetched, or an EE checkpoint on the Hub, `ORG/NAME` or
             `ORG/NAME@REVISION`: as `hispec pull` left it, else out of huggingface_hub's cache.
         dtype: "auto" takes the dtype that the base is stored in.
-        device: the accelerator, if there is one, else the CPU.
+        device: default: the accelerator, if there is one, else the CPU.
         exits: for a plain model, depths to use as exits.
         base: for an EE checkpoint, where its base is, if not where its name says.
 
@@ -286,8 +327,13 @@ def load(
         ValueError: nothing there, or a checkpoint that does not hold what its config says.
         HubError: nothing here, and the Hub refuses it or cannot be reached.
     """
+    check(isinstance(path, str | Path) and str(path) != "", "path", path, "a folder or a name")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(device, str):
+        device = parse_device(device)
+    if isinstance(dtype, str):
+        dtype = parse_dtype(dtype)
     folder = Path(path)
     if not folder.exists():
         folder = locate(str(path)) or folder
@@ -300,7 +346,7 @@ def load(
     home = find_base(str(path)).folder
     tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
-    lm = EarlyExitLM.from_transformers(hf, tokenizer, exits or ())
+    lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits)
     lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
     return lm
 

@@ -121,17 +121,19 @@ def prompts() -> list[list[int]]:
 
 def plan_of(setting, *, here=None, speedup=2.0, **keys):
     """A plan for this machine that chose some setting of a model with exits 2 and 4 of 6."""
-    from hispec.planner.plan_file import Machine, Plan
+    from hispec.planner.plan_file import Machine, Plan, Tried
 
+    plain = Tried({"ladder": [6]}, 10.0, 1.0, 1, 10.0, (10.0, 10.0), 1)
+    chosen = Tried(setting, 10.0 * speedup, 1.5, 1, 10.0 * speedup, (9.0, 99.0), 1)
     return Plan(
         setting=setting,
         tokens_per_second=10 * speedup,
         plain_tokens_per_second=10.0,
         machine=here or Machine.here(torch.device("cpu"), torch.float32),
-        text={"prompts": 1, "new_tokens": 4},
+        text=dict(source="a test", tasks=[""], prompts=1, prompt_tokens=[3, 9], new_tokens=4),
         exits=[2, 4],
         num_layers=6,
-        **keys,
+        **{"confirmed": [chosen, plain], "settings": [chosen, plain], **keys},
     )
 
 

@@ -60,9 +60,9 @@ SCRIPTS = """
 eval/agreement.py checkpoint=c output=o seq_len=32 sequences=2 dtype=float32 device=cpu
 eval/agreement.py checkpoint=c data=stdlib data_split=train text_column=text held_out=0.1
 eval/speed.py checkpoint=c prompts_from=builtin prompts=6 repeats=1 rivals=[hf-lookup]
-eval/speed.py checkpoint=c 'ladders=["4,30","4,10,30"]' 'drafters=["exit","lookup+exit"]' max_new_tokens=32
+eval/speed.py checkpoint=c 'ladders=["4,30","4,10,30"]' 'drafters=["exit","lookup+exit"]'
 eval/speed.py checkpoint=c output=o draft_length=2 lookup_length=8 buffer=4 rival_exits=[6]
-eval/speed.py checkpoint=c stop_at_eos=false chat=true rivals=[] device=cpu
+eval/speed.py checkpoint=c max_new_tokens=9 stop_at_eos=false chat=true rivals=[] device=cpu
 eval/lossless.py checkpoint=c against=plain temperature=0.8 seed=3
 eval/lossless.py checkpoint=c 'drafters=["lookup","recycle+exit"]' rows=6 allow_ties=true
 eval/lossless.py checkpoint=c prompts=24 max_new_tokens=96 prompts_from=spec-bench draft_length=3
@@ -100,9 +100,9 @@ RECIPE_KEYS = shlex.split("""
 base output exits head head_blocks head_rank draft_vocab head_previous trunk lora_rank lora_alpha
 layer_dropout dropout_schedule dropout_warmup base_kl max_drift data data_split text_column
 held_out streaming seq_len max_rows states states_top_k steps max_minutes batch_size accumulate lr
-lr_schedule gradient_checkpointing warmup min_lr weight_decay clip distill_weight divergence neighbour_share
-ce_weight exit_weights e_scale curriculum loss_chunk fused_loss precision threads seed eval_every
-eval_sequences log_with save_every export_full
+lr_schedule gradient_checkpointing warmup min_lr weight_decay clip distill_weight divergence
+neighbour_share ce_weight exit_weights e_scale curriculum loss_chunk fused_loss precision threads
+seed eval_every eval_sequences log_with save_every export_full
 """)
 
 DECODE_SETTINGS = shlex.split("""

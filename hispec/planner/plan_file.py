@@ -3,32 +3,99 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
-from hispec.config import DecodeConfig
+from hispec.config import DecodeConfig, check_depths
 from hispec.utils.files import read_json, write_json
-from hispec.utils.settings import differences
+from hispec.utils.schema import STRICT, Schema, filled, validate
+from hispec.utils.settings import check, differences
 
 PLAN, PICTURE = "plan.json", "plan.png"
 FORMAT = 1
+PLANNED = (
+    *("drafter", "draft_length", "max_draft_length", "draft_threshold", "draft_vocab"),
+    *("lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
+    *("buffer", "buffer_threshold"),
+)
+"""Settings that a plan may choose, besides the ladder: those that do not change the text."""
+_AGAIN = "`hispec plan` writes it anew"
 
-Setting = dict[str, Any]
+
+def _like(kind: type[Schema]) -> AfterValidator:
+    """Checks a dict against a schema, and leaves it a dict."""
+
+    def check_it(value: dict[str, Any]) -> dict[str, Any]:
+        validate(kind, value)
+        return value
+
+    return AfterValidator(check_it)
+
+
+def _to(kind: type[Any]) -> Callable[[Any], Any]:
+    """Makes an instance of a dataclass from its JSON object."""
+
+    def make(value: Any) -> Any:
+        if not isinstance(value, dict | kind):
+            raise ValueError("an object of keys and values")
+        return filled(kind, value, "") if isinstance(value, dict) else value
+
+    return make
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_HINTS = get_type_hints(DecodeConfig, include_extras=True)
+_FIELDS: Any = {"ladder": (_HINTS["ladder"], ...), **{key: (_HINTS[key], None) for key in PLANNED}}
+_Planned = create_model("_Planned", __base__=Schema, **_FIELDS)
+Setting = Annotated[dict[str, Any], _like(_Planned)]
 """Fields of `DecodeConfig` that a plan may choose, `ladder` always among them."""
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
+"""Tokens per second, or per pass."""
+
+
+class Text(Schema):
+    """The prompts that a plan was made on."""
+
+    source: str
+    """Where they come from."""
+    tasks: list[str]
+    prompts: Annotated[int, Field(ge=1)]
+    prompt_tokens: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    """Of the shortest and the longest."""
+    new_tokens: Annotated[int, Field(ge=1)]
+    """Decoded of each prompt."""
+
+
+class Timings(Schema):
+    """What the predictions were made from, see `Latency`."""
+
+    lengths: list[Count] = Field(default_factory=list)
+    tokens: list[Count] = Field(default_factory=list)
+    seconds: dict[str, list[list[float]]] = Field(default_factory=dict)
+    scale: float = 1.0
+    """Measured over predicted speed, the median over what was confirmed."""
 
 
 @dataclass
 class Machine:
-    """What a plan's figures hold for."""
+    """The machine that a plan's figures hold for."""
+
+    __pydantic_config__ = STRICT
 
     device: str
     """Name of the processor or the accelerator."""
-    threads: int | None
-    """Of torch, where the processor computes."""
+    threads: Annotated[int, Field(ge=1)] | None
+    """Threads of torch, if the processor computes."""
     dtype: str
     torch_version: str
 
@@ -48,7 +115,7 @@ class Machine:
         )
 
     def differences(self, other: Machine) -> list[str]:
-        """Why figures of the one do not hold for the other; torch's version does not count."""
+        """Why figures of one machine do not hold for the other; torch's version is ignored."""
         return differences(vars(self), vars(other), ("device", "threads", "dtype"))
 
     def __str__(self) -> str:
@@ -58,41 +125,47 @@ class Machine:
 
 @dataclass
 class Tried:
-    """One setting: what was predicted for it, and what was measured if it was confirmed."""
+    """One setting: its predicted speed, and its measured one if it was confirmed."""
+
+    __pydantic_config__ = STRICT
 
     setting: Setting
-    predicted: float
+    predicted: Rate
     """Tokens per second."""
-    tokens_per_target_pass: float
-    prompts: int = 0
-    """That it was tried on."""
-    measured: float | None = None
+    tokens_per_target_pass: Rate
+    prompts: Count = 0
+    """Number of prompts that it was tried on."""
+    measured: Rate | None = None
     """Tokens per second, the median over the repeats."""
-    spread: tuple[float, float] | None = None
+    spread: Annotated[tuple[Rate, Rate], BeforeValidator(_pair)] | None = None
     """The slowest and the fastest repeat."""
-    same_text: int | None = None
-    """Prompts whose text was that of own plain decoding."""
+    same_text: Count | None = None
+    """Number of prompts whose text was that of own plain decoding."""
 
 
 @dataclass
 class Plan:
-    """What `hispec plan` found."""
+    """The result of `hispec plan`."""
+
+    __pydantic_config__ = STRICT
 
     setting: Setting
-    tokens_per_second: float
-    plain_tokens_per_second: float
-    machine: Machine
-    text: dict[str, Any]
-    """Prompts, where they come from, their lengths, new tokens of each."""
-    exits: list[int]
+    """The fastest one."""
+    tokens_per_second: Rate
+    plain_tokens_per_second: Rate
+    machine: Annotated[Machine, BeforeValidator(_to(Machine))]
+    text: Annotated[dict[str, Any], _like(Text)]
+    """See `Text`."""
+    exits: list[Count]
     """Depths that were tried as exits."""
-    num_layers: int
-    confirmed: list[Tried] = field(default_factory=list)
-    """Really decoded, fastest first."""
-    settings: list[Tried] = field(default_factory=list)
-    """All that were tried, by prediction, fastest first."""
-    latency: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    confirmed: list[Annotated[Tried, BeforeValidator(_to(Tried))]] = field(default_factory=list)
+    """The settings that were really decoded, fastest first."""
+    settings: list[Annotated[Tried, BeforeValidator(_to(Tried))]] = field(default_factory=list)
+    """All settings that were tried, by prediction, fastest first."""
+    latency: Annotated[dict[str, Any], _like(Timings)] = field(default_factory=dict)
+    """See `Timings`."""
+    seconds: Annotated[float, Field(ge=0)] = 0.0
     """How long planning took."""
     format_version: int = FORMAT
 
@@ -124,39 +197,44 @@ def read_plan(folder: Path, num_layers: int | None = None) -> Plan | None:
     return parse(read_json(path), str(path), num_layers) if path.is_file() else None
 
 
-def parse(found: dict[str, Any], name: str, num_layers: int | None = None) -> Plan:
+def parse(content: dict[str, Any], name: str, num_layers: int | None = None) -> Plan:
     """A plan from the content of `plan.json`.
 
     Args:
+        name: the file, for messages.
         num_layers: of the model that the plan is for, if that is known.
 
     Raises:
         ValueError: it is no plan, another version of HiSpec wrote it, or it is for another model.
     """
-    again = "`hispec plan` writes it anew"
-    if found.get("format_version") != FORMAT:
-        raise ValueError(
-            f"{name}: format_version={found.get('format_version')!r} is not possible: this version "
-            f"reads {FORMAT}; {again}"
-        )
+    version = content.get("format_version")
+    allowed = f"this version reads {FORMAT}; {_AGAIN}"
+    check(type(version) is int and version == FORMAT, f"{name}: format_version", version, allowed)
     try:
-        plan = Plan(**{key.name: found[key.name] for key in fields(Plan)})
-        plan.machine = Machine(**found["machine"])
-        plan.confirmed = [Tried(**tried) for tried in found["confirmed"]]
-        plan.settings = [Tried(**tried) for tried in found["settings"]]
-        DecodeConfig(**plan.setting).validate(plan.num_layers)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{name} is no plan ({error}); {again}") from error
-    if num_layers is not None and plan.num_layers != num_layers:
-        raise ValueError(
-            f"{name}: num_layers={plan.num_layers!r} is not possible: the model has {num_layers} "
-            f"layers; {again}"
-        )
+        plan = validate(Plan, {key: content[key] for key in content if key != "speedup"})
+        _check_ladders(plan)
+        layers, allowed = plan.num_layers, f"the model has {num_layers} layers"
+        check(num_layers in (None, layers), "num_layers", layers, allowed)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; {_AGAIN}") from None
     return plan
 
 
+def _check_ladders(plan: Plan) -> None:
+    """Raise ValueError unless every setting can be decoded, and all are comparable."""
+    check_depths("exits", plan.exits, plan.num_layers, at_least=0)
+    settings = [plan.setting, *(tried.setting for tried in [*plan.confirmed, *plan.settings])]
+    for setting in settings:
+        DecodeConfig(**setting).validate(plan.num_layers)
+        ladder = setting["ladder"]
+        check(set(ladder[:-1]) <= set(plan.exits), "ladder", ladder, f"exits of {plan.exits}")
+    for key in ("confirmed", "settings"):
+        has_plain = any(is_plain(tried.setting) for tried in getattr(plan, key))
+        check(has_plain, key, "...", "plain decoding is among them")
+
+
 def shown(setting: Setting) -> str:
-    """A setting in words, as the tables have it."""
+    """A setting in words, as tables show it."""
     if is_plain(setting):
         return "plain"
     rest = {key: value for key, value in setting.items() if key not in ("ladder", "drafter")}

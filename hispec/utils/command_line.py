@@ -115,7 +115,7 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Stands in for `warnings.showwarning`, which would print a place in the code."""
     print(f"hispec: warning: {_line(str(message))}", file=sys.stderr)
 

@@ -61,3 +61,6 @@ Threads = Annotated[
 ]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Temperature = Annotated[float, AfterValidator(_temperature), Field(le=100)]
+MaxNewTokens = Annotated[
+    int, Field(ge=1), at_most(2**17, "the KV cache has room for all of them from the start")
+]

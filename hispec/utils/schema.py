@@ -55,7 +55,7 @@ def validate(kind: type[T], value: Any, source: str | Path = "") -> T:
         ValueError: the message names the source, the key, the value and what is allowed.
     """
     if is_dataclass(kind) and isinstance(value, Mapping):
-        value = _filled(kind, value, source)
+        value = filled(kind, value, source)
     try:
         found: T = _adapter(kind).validate_python(value)  # type: ignore[arg-type]
         return found
@@ -63,7 +63,7 @@ def validate(kind: type[T], value: Any, source: str | Path = "") -> T:
         raise ValueError(in_words(error, source)) from None
 
 
-def _filled(kind: type[T], values: Mapping[Any, Any], source: str | Path) -> T:
+def filled(kind: type[T], values: Mapping[Any, Any], source: str | Path) -> T:
     """An instance of a dataclass with these fields, none of them checked yet."""
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     where = f"{source}: " if str(source) else ""
@@ -183,13 +183,13 @@ def _allowed(detail: ErrorDetails) -> str:
         case "literal_error" | "enum":
             return f"one of {limits['expected']}"
         case "greater_than_equal":
-            return f"{limits['ge']} or more"
+            return f"{_number(limits['ge'])} or more"
         case "greater_than":
-            return f"more than {limits['gt']}"
+            return f"more than {_number(limits['gt'])}"
         case "less_than_equal":
-            return f"at most {limits['le']}"
+            return f"at most {_number(limits['le'])}"
         case "less_than":
-            return f"less than {limits['lt']}"
+            return f"less than {_number(limits['lt'])}"
         case "too_short":
             return f"at least {limits['min_length']} values"
         case "too_long":
@@ -198,6 +198,10 @@ def _allowed(detail: ErrorDetails) -> str:
             return "a text that is not empty"
     message = detail["msg"]
     return _TYPES.get(kind, message[:1].lower() + message[1:])
+
+
+def _number(limit: float) -> str:
+    return f"{limit:g}" if isinstance(limit, float) else str(limit)
 
 
 @cache
