@@ -151,16 +151,19 @@ def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 def whole_state(module: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """The state dict of a module whose weights may be spread over the processes.
 
-    Every process must call it. The first one gets the tensors, gathered one at a time and, if they
-    were spread, on the CPU; all others get an empty dict.
+    Every process must call it. The first one gets the tensors, gathered one at a time and copied to
+    the CPU if they were spread; all others get an empty dict.
     """
     whole: dict[str, torch.Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         with _gathered([tensor] if hasattr(tensor, "ds_id") else []):
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if accelerator.is_main_process:
-                spread = full is not tensor or hasattr(tensor, "ds_id")
-                whole[name] = full.detach().to("cpu", copy=True) if spread else full.detach()
+                own = full.detach()
+                # ZeRO-2 keeps all weights in one buffer, of which a file would hold the whole.
+                lent = own.untyped_storage().nbytes() != own.nbytes
+                spread = lent or full is not tensor or hasattr(tensor, "ds_id")
+                whole[name] = own.to("cpu", copy=True) if spread else own
     return whole
 
 
