@@ -55,7 +55,7 @@ class KVCache:
         self._index: torch.Tensor | None = None
         """Buffer indices [B * T] of the announced slots."""
         self._tree: _PlacedTree | None = None
-        self._whole = False
+        self._whole_B: np.ndarray | None = None
         self.visible = 0
         """Slots of a row that the current pass may see."""
 
@@ -76,7 +76,7 @@ class KVCache:
         tree: DraftTree | None = None,
         base_B: np.ndarray | None = None,
         *,
-        whole: bool = False,
+        whole_B: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Announce a pass over the tokens in `slots`; returns their positions [B, T].
 
@@ -84,14 +84,14 @@ class KVCache:
         side by side in the tree share a position, and see their own ancestors only.
 
         Args:
-            whole: the pass reads texts of one length from their first tokens on, so that plain
-                causal attention needs no mask.
+            whole_B: lengths of the texts, if the pass reads all of them from their first tokens on.
+                Plain causal attention is enough then.
         """
         visible = int(slots_BT.max()) + 1
         self._slots_BT = torch.from_numpy(slots_BT).to(self.device)
         self._index = (self._slots_BT + self._offsets_B1).reshape(-1)
         self._tree = None
-        self._whole = whole
+        self._whole_B = whole_B
         if tree is not None and not tree.chain:
             assert base_B is not None
             self._tree = _PlacedTree(tree, base_B, self.device)
@@ -100,10 +100,12 @@ class KVCache:
         self.visible = round_up(visible)  # the few slots more are all masked
         return self._slots_BT if self._tree is None else self._tree.positions(self._slots_BT)
 
-    def needs_no_mask(self, window: int | None) -> bool:
-        """Whether plain causal attention over the tokens of the announced pass is enough."""
-        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
-        return self._whole and (window is None or self._slots_BT.shape[1] <= window)
+    def whole_texts(self, window: int | None) -> list[int] | None:
+        """Lengths of the texts that the announced pass reads from their first tokens on, where
+        plain causal attention over each is enough; None for any other pass."""
+        if self._whole_B is None or (window is not None and int(self._whole_B.max()) > window):
+            return None
+        return self._whole_B.tolist()
 
     def previous_slots(self) -> torch.Tensor:
         """Slots [B, T] of the tokens before those of the announced pass; -1 for none."""

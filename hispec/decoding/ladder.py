@@ -18,8 +18,8 @@ from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.kv_cache import KVCache, Segment
 from hispec.models.exit_model import ExitModel
 
-_PREFILL = 512  # tokens of one pass over prompts: bounds the mask, [tokens, slots]
-_FIRST_PREFILL = 4096  # tokens of the first pass where no mask is needed: bounds the activations
+_FIRST_PREFILL = 4096  # tokens of the first pass over prompts, without a mask: bounds activations
+_PREFILL = 512  # tokens of each further pass: bounds the mask, [tokens, slots]
 
 
 class Ladder:
@@ -67,9 +67,7 @@ class Ladder:
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
-        padded = bool((upto_B != upto_B[0]).any())
-        stop = _PREFILL if padded else _FIRST_PREFILL
-        longest = int(upto_B.max())
+        stop, longest = _FIRST_PREFILL, int(upto_B.max())
         while True:
             block_B = np.minimum(stop, upto_B)
             self.bring(len(self.depths) - 1, tokens_BN, block_B)
@@ -176,8 +174,8 @@ class Ladder:
         base_B: np.ndarray | None,
     ) -> torch.Tensor:
         """Announce a pass to the cache; returns the positions [B, T] of its tokens."""
-        whole = not start_B.any() and bool((upto_B == upto_B[0]).all())
-        return self.cache.place(slots_BT, tree, base_B, whole=whole)
+        whole_B = None if start_B.any() or tree is not None else upto_B
+        return self.cache.place(slots_BT, tree, base_B, whole_B=whole_B)
 
     def _run_segment(
         self,

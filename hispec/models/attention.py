@@ -59,8 +59,9 @@ class Branch:
 class PassCache(Protocol):
     """What a cached pass asks of the cache, besides the `update` that transformers' layers call."""
 
-    def needs_no_mask(self, window: int | None) -> bool:
-        """Whether plain causal attention over the tokens of the announced pass is enough."""
+    def whole_texts(self, window: int | None) -> list[int] | None:
+        """Lengths of the texts that the announced pass reads from their first tokens on, where
+        plain causal attention over each is enough; None for any other pass."""
 
     def seen(self, window: int | None) -> torch.Tensor:
         """Which slots the tokens of the announced pass attend to, bool [B, T, S]."""
@@ -79,19 +80,17 @@ def masked_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     branches: Sequence[Branch] = (),
+    lengths: Sequence[int] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention over the cache, with an explicit mask [B, 1, heads per KV head * T, S].
 
-    With `branches` they are computed one by one, with the masks that they bring. With neither, the
-    tokens of the pass are whole texts from their first tokens on, and get transformers' own causal
-    attention, which skips the keys that lie ahead.
+    With `branches` they are computed one by one, with the masks that they bring. With `lengths` the
+    rows are whole texts, which get transformers' own causal attention: it skips the keys ahead.
+    Each text is computed alone, so its bits do not depend on the length of the others.
     """
-    if attention_mask is None and not branches:
-        length = query.shape[2]
-        return sdpa_attention_forward(
-            module, query, key[:, :, :length], value[:, :, :length], None, scaling=scaling
-        )
+    if lengths is not None:
+        return _whole_texts(module, query, key, value, scaling, lengths), None
     if branches:
         out = _branch_by_branch(query, key, value, scaling, branches)
     else:
@@ -100,6 +99,30 @@ def masked_attention(
 
 
 AttentionInterface.register(NAME, masked_attention)
+
+
+def _whole_texts(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    lengths: Sequence[int],
+) -> torch.Tensor:
+    """Causal attention [B, T, Hq, D] of rows that are whole texts; 0 for their padding."""
+    B, Hq, T, D = query.shape
+    if min(lengths) == T:
+        out, _ = sdpa_attention_forward(
+            module, query, key[:, :, :T], value[:, :, :T], None, scaling=scaling
+        )
+        return out
+    out = query.new_zeros(B, T, Hq, D)
+    for row, length in enumerate(lengths):
+        part = slice(row, row + 1), slice(None), slice(0, length)
+        out[row : row + 1, :length], _ = sdpa_attention_forward(
+            module, query[part], key[part], value[part], None, scaling=scaling
+        )
+    return out
 
 
 def _grouped(

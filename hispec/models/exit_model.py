@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,12 @@ class LayerInputs:
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     branches: list[Branch] = field(default_factory=list)
     """Of a tree whose branches are computed one by one, each with a mask of its own."""
+    lengths: list[int] | None = None
+    """Of whole texts, which get plain causal attention."""
+
+    def of_cache(self) -> dict[str, Any]:
+        """What `masked_attention` gets besides the arguments that all attention functions get."""
+        return {"branches": self.branches, "lengths": self.lengths}
 
     def rows(self, rows_K: torch.Tensor) -> LayerInputs:
         """The inputs for some of the rows of the batch, without a cache."""
@@ -285,7 +292,7 @@ class ExitModel(nn.Module):
                     position_ids=positions_BT,
                     past_key_values=cache,
                     use_cache=cache is not None,
-                    **({"branches": inputs[kind].branches} if cache is not None else {}),
+                    **(inputs[kind].of_cache() if cache is not None else {}),
                 )
         return hidden_BTH
 
@@ -327,8 +334,8 @@ class ExitModel(nn.Module):
             if document_BT is not None:
                 seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
             return LayerInputs(_mask(seen, hidden_BTH.dtype), rope)
-        if cache.needs_no_mask(window):
-            return LayerInputs(None, rope)
+        if (lengths := cache.whole_texts(window)) is not None:
+            return LayerInputs(None, rope, lengths=lengths)
         mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
         if rounds_alike(positions_BT.numel(), hidden_BTH):
             branches = cache.branches(window, mask)

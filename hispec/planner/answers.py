@@ -229,7 +229,7 @@ class _Forest(KVCache):
         tree: Any = None,
         base_B: Any = None,
         *,
-        whole: bool = False,
+        whole_B: Any = None,
     ) -> torch.Tensor:
         super().place(slots_BT)
         self.visible = round_up(self.used)

@@ -70,6 +70,7 @@ def test_rows_get_what_they_get_alone(ladder, prompts):
 @pytest.mark.parametrize("ladder", LADDERS)
 def test_prompts_are_read_in_blocks(family, ladder, monkeypatch):
     """Rows end in the first, at the end of the second, and inside the third block."""
+    monkeypatch.setattr("hispec.decoding.ladder._FIRST_PREFILL", 5)
     monkeypatch.setattr("hispec.decoding.ladder._PREFILL", 5)
     model = tiny_model(family, exits=(2, 4))
     prompts = [torch.arange(1, n + 1).mul(7).remainder(VOCAB).tolist() for n in (3, 10, 13)]
@@ -80,6 +81,25 @@ def test_prompts_are_read_in_blocks(family, ladder, monkeypatch):
     )
     assert decode(model, prompts, ladder, max_new_tokens=12)[0] == expected
     assert widths[:3] == [5, 5, 3]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prompts_are_read_by_causal_attention_without_a_mask(family, rows, prompts):
+    """A mask makes the kernel multiply with all keys, those ahead too."""
+    model = tiny_model(family, exits=(2,))
+    masks: list[torch.Tensor | None] = []
+    lengths: list[list[int] | None] = []
+
+    def note(_, args, kwargs):
+        masks.append(kwargs["attention_mask"])
+        lengths.append(kwargs["lengths"])
+
+    model.hf.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    decode(model, prompts[:rows], (2, 6), max_new_tokens=4)
+    assert masks[0] is None
+    assert lengths[0] == [len(prompt) for prompt in prompts[:rows]]
+    assert all(mask is not None for mask in masks[1:])
+    assert lengths[1:] == [None] * len(lengths[1:])
 
 
 class LayerLog:
