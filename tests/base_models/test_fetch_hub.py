@@ -18,7 +18,7 @@ from conftest import ROOT
 from fetching import closed_port, hidden, run_fetch
 from safetensors.torch import save_file
 
-from hispec.utils.files import read_json
+from hispec.utils.schema import read_json
 
 
 class Hub:

@@ -70,7 +70,7 @@ def test_assisted_generation_takes_it_and_gives_the_targets_text(
     if temperature is None:
         text = target.generate(**inputs, max_new_tokens=24, do_sample=False, assistant_model=draft)
         assert torch.equal(text, wanted)
-    else:  # sampled text is of the target's law, not its text
+    else:  # sampled text has the target's distribution, but is another text
         torch.manual_seed(0)
         text = target.generate(
             **inputs,

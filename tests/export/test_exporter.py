@@ -99,7 +99,7 @@ def saved(tiny_base, tmp_path):
 
 
 def request(source, written, **more):
-    return verify.Request(str(source), str(written), "", **more)
+    return verify.Request(str(source), str(written), **more)
 
 
 def test_every_family_passes_its_check(family, tmp_path):

@@ -12,7 +12,7 @@ from fetching import closed_port, hidden
 from hub_server import ALICE, BOB, READER, Repo
 from hub_worker import PROMPT, WORKER, edit, flip, pushed
 
-from hispec.utils.files import read_json
+from hispec.utils.schema import read_json
 
 
 def test_tokens_and_rights(worker, server, made, tmp_path):
@@ -66,7 +66,10 @@ def test_names_that_leave_the_folder_are_not_followed(worker, server, made):
     config = edit(repo.files["exit_config.json"], files=files)
     repo.commit({**repo.files, "exit_config.json": config, "../../planted.txt": b"boo"})
     message = worker.fails("pull", "alice/ee", worker.folder / "deep" / "never")
-    assert "'../../planted.txt', which is no file of this folder" in message
+    assert (
+        "'../../planted.txt' is not possible: the name of a file in the checkpoint's folder"
+        in message
+    )
     assert not list(worker.folder.rglob("planted.txt"))
 
 
@@ -95,7 +98,7 @@ def test_names_that_leave_the_folder_are_not_followed(worker, server, made):
                     files={"exits.safetensors": "0" * 64, "../light/README.md": "0" * 64},
                 )
             ),
-            r"'../light/README.md', which is no file of this folder",
+            r"'../light/README.md' is not possible: the name of a file in the checkpoint's folder",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from hub_worker import flip, look, pushed
 from hispec.checkpoint.model_card import WRITTEN, model_card
 from hispec.hub import contents
 from hispec.planner.plan_file import Tried
-from hispec.utils.files import read_json
+from hispec.utils.schema import read_json
 
 PROMPT = "def main():\n    return"
 
