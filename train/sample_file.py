@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from hispec.data.documents import local_rows
-from hispec.utils.files import read_json, write_json
+from hispec.utils.files import DiskFullError, disk_is_full, write_json
+from hispec.utils.schema import STRICT, Schema, read_json, validate
 from hispec.utils.settings import differences
 
 FORMAT = 1
@@ -21,15 +24,25 @@ _ADVICE = "remove it and its .meta.json, or name another output"
 class Progress:
     """The progress of a file."""
 
-    next: int = 0
+    __pydantic_config__ = STRICT
+
+    next: Annotated[int, Field(ge=0)] = 0
     """Number of the next sample; all before it were written or dropped."""
-    rows: int = 0
-    bytes: int = 0
+    rows: Annotated[int, Field(ge=0)] = 0
+    bytes: Annotated[int, Field(ge=0)] = 0
     """Length of the file with these rows, in bytes."""
     tokens: int = 0
     """Tokens that were decoded, for dropped samples too."""
     seconds: float = 0.0
     dropped: dict[str, int] = field(default_factory=dict)
+
+
+class Meta(Schema):
+    """`OUTPUT.meta.json`."""
+
+    format: int
+    made_by: dict[str, Any]
+    progress: Progress
 
 
 class SampleFile:
@@ -64,15 +77,15 @@ class SampleFile:
             path.touch()
 
     def _go_on(self) -> None:
-        meta = read_json(self.meta)
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"{self.meta}: format={meta.get('format')!r}, it must be {FORMAT}")
-        there = meta["made_by"]
+        meta = validate(Meta, read_json(self.meta), self.meta)
+        if meta.format != FORMAT:
+            raise ValueError(f"{self.meta}: format={meta.format!r} is not possible: {FORMAT}")
+        there = meta.made_by
         if changed := differences(there, self.made_by, sorted({*there, *self.made_by})):
             raise ValueError(
                 f"{self.path} was begun with other settings ({'; '.join(changed)}); {_ADVICE}"
             )
-        self.progress = Progress(**meta["progress"])
+        self.progress = meta.progress
         self._cut_off()
 
     def _cut_off(self) -> None:
@@ -117,13 +130,24 @@ class SampleFile:
 
     def append(self, rows: list[dict[str, Any]], progress: Progress) -> None:
         """Write the rows of a group one line at a time, then the progress, whose numbers of rows
-        and bytes are filled in."""
-        with open(self.path, "ab") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-            os.fsync(file.fileno())
-            progress.bytes = file.tell()
+        and bytes are filled in.
+
+        Raises:
+            DiskFullError: they do not fit; the groups before are kept.
+        """
+        lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]
+        try:
+            with open(self.path, "ab") as file:
+                for line in lines:
+                    file.write(line)
+                    file.flush()
+                os.fsync(file.fileno())
+                progress.bytes = file.tell()
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            need = sum(map(len, lines))
+            raise DiskFullError(self.path, f"{need:,} bytes more are needed") from error
         progress.rows = self.progress.rows + len(rows)
         self.progress = progress
         self._note()

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hispec.utils.command_line import parse_device, parse_dtype, run_cleanly
 from hispec.utils.console import Output, quiet_transformers
+from hispec.utils.files import output_path
 from hispec.utils.settings import resolve
 from train.synthesis_settings import Settings
 
@@ -30,6 +31,7 @@ from train.synthesis_settings import Settings
 def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     settings.validate()
+    output_path(Path(settings.output))
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     import torch  # after the settings are known to be good: slow to import
 

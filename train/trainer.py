@@ -18,7 +18,7 @@ from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint.io import check_target
 from hispec.models.exit_model import ExitModel
 from hispec.utils.console import Output, quiet_transformers
-from hispec.utils.files import clear_leftovers, write_json
+from hispec.utils.files import clear_leftovers, output_path, write_json
 from train.batches import loaded_batches, streamed_batches
 from train.best import BestCheckpoint
 from train.data import TrainingRows, frequent_tokens, training_sets
@@ -59,6 +59,7 @@ class Trainer:
         self.output = Path(recipe.output)
         check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"
+        output_path(self.run_folder / "state")
         self.accelerator = build_accelerator(recipe, self.run_folder / "logs")
         if recipe.fused_loss:
             check_kernels(self.accelerator.device)
@@ -332,7 +333,7 @@ class Trainer:
         progress = {"step": self.step, "minutes": self.minutes, "history": self.history}
         if self.stream is not None:
             progress["stream"] = asdict(self.stream.position)
-        save_state(self.accelerator, self.run_folder / "state", self.recipe, progress)
+        save_state(self.accelerator, self.wrapped, self.run_folder / "state", self.recipe, progress)
 
     def _resume(self) -> None:
         """Go on from the saved state, if there is one."""
@@ -378,8 +379,8 @@ class Trainer:
                     "set a smaller eval_every"
                 )
             self.best.write(self.history[-1], self.history[0]["agreement"])
-        if self.accelerator.is_main_process:
-            write_json(self.run_folder / "history.json", {"history": self.history})
+        history = {"history": self.history}
+        on_first(self.accelerator, lambda: write_json(self.run_folder / "history.json", history))
         figures = self.best.export(self.output)
         self.say(
             f"EE checkpoint: {self.output}, the fastest by expectation, "

@@ -209,7 +209,7 @@ def test_the_command_refuses_with_exit_code_2(tiny_base, texts, tmp_path, change
     words = settings(tiny_base, texts, tmp_path / "ee", **changes)
     done = run(sys.executable, "train/ee_finetune.py", *words)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("ee_finetune: ")
+    assert done.stderr.splitlines()[-1].startswith("hispec: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
