@@ -146,6 +146,7 @@ def plan(
     folder = output or Path(checkpoint)
     allowed = "an existing folder" if output else "no folder of that name: name one with --output"
     check(folder.is_dir(), "output", str(folder), allowed)
+    planning.check_output(folder)
     check(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, "2 or more")
     check(confirm >= 1, "confirm", confirm, "1 or more")
     check(repeats >= 1, "repeats", repeats, "1 or more")

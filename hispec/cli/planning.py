@@ -12,12 +12,26 @@ from rich.table import Table
 from hispec.data.prompts import Prompt
 from hispec.lm import EarlyExitLM
 from hispec.planner.heatmap import draw
-from hispec.planner.plan_file import PICTURE, Plan, is_plain, shown
+from hispec.planner.plan_file import PICTURE, PLAN, Plan, is_plain, shown
 from hispec.planner.planner import WORTH_IT, Planner
 from hispec.utils.console import Output, bar
+from hispec.utils.files import output_path
 
+_SPACE = 1 << 20
+"""Bytes that a plan and its picture need at most."""
 _BUSY = 1.2
 """Largest error of the prediction for plain decoding on an idle machine."""
+
+
+def check_output(folder: Path) -> None:
+    """Check before the work that a plan and its picture can be written to `folder`.
+
+    Raises:
+        ValueError: one of them is a link that leads nowhere, or the folder is read-only.
+        DiskFullError: too little space.
+    """
+    for name in (PLAN, PICTURE):
+        output_path(folder / name, _SPACE)
 
 
 def plan_checkpoint(
@@ -44,9 +58,9 @@ def plan_checkpoint(
     planner = Planner(lm.model, prompts, exits=exits, new_tokens=new_tokens, eos=lm.eos())
     text = {"source": source, "tasks": sorted({prompt.task for prompt in chosen})}
     plan = planner.run(text, confirm=confirm, repeats=repeats, progress=bar)
+    report(out, plan)  # first, so that it is not lost if the disk has become full meanwhile
     path = plan.save(folder)
     draw(plan, folder / PICTURE, f"{folder.name}: {plan.machine}")
-    report(out, plan)
     if not planner.replayed:
         out.say(
             "the heads read the token before, so ladders with exits were decoded, not replayed: "
