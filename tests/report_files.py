@@ -118,7 +118,7 @@ def write_agreement(folder: Path) -> None:
 
 def write_speed(folder: Path) -> None:
     def rate(median):
-        return {"median": median, "lowest": median - 1, "highest": median + 2}
+        return {"median": median, "lowest": max(median - 1, 0.0), "highest": median + 2}
 
     def row(name, outside, over_all, tasks, acceptance):
         def cells(value):

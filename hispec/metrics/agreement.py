@@ -72,7 +72,7 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
         Agreement(
             *pair,
             top1=first_RT[pair].float().mean().item(),
-            acceptance=acceptance[pair] / count,
+            acceptance=min(acceptance[pair] / count, 1.0),  # sums of float32 may be a little above
             tokens=count,
             runs=run_shares(first_RT[pair], later_RT[pair], rows.positions_RT),
         )

@@ -1,1 +1,1 @@
-"""Everything known of a checkpoint on one HTML page."""
+"""Everything known about a checkpoint on one HTML page."""

@@ -1,21 +1,15 @@
-"""What the files of a checkpoint say of it, as plain values that a report can show."""
+"""A checkpoint's config and plan as plain values that a report shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hispec.checkpoint.inspect import heads_in_words
 from hispec.checkpoint.model_card import accepted, public, training_settings
-from hispec.planner.heatmap import FREE, axes_of, gain_by_exits, place
-from hispec.planner.plan_file import PLAN, Plan, is_plain, read_plan, shown
-from hispec.utils.files import read_json
-
-AGREEMENT, SPEED = "agreement.json", "speed.json"
-
-Figures = dict[str, Any]
+from hispec.planner.heatmap import axes_of, gain_by_exits, place
+from hispec.planner.plan_file import Plan, is_plain, read_plan, shown
+from hispec.report.measured import Figures, longest
 
 
 def lead(config: Figures) -> str:
@@ -29,10 +23,10 @@ def lead(config: Figures) -> str:
 
 
 def facts(config: Figures) -> dict[str, str]:
-    """What the checkpoint is, by name, from its `exit_config.json`."""
+    """Facts about the checkpoint from its `exit_config.json`, by name."""
     model, exits, base = config["model"], config["exits"], config["base"]
     figures, versions = config["figures"], config.get("versions", {})
-    trunk = "its layers trained too" if base.get("trained") else "its layers as they were"
+    trunk = "its layers trained too" if base.get("trained") else "its layers unchanged"
     where = "included" if base["included"] else "not included"
     found = {
         "model": f"{model['model_type']}, {model['num_hidden_layers']} layers, hidden size "
@@ -50,7 +44,7 @@ def facts(config: Figures) -> dict[str, str]:
     if check := figures.get("check"):
         found["checked"] = (
             f"{check['prompts']} prompts, {check['new_tokens']} new tokens in {check['dtype']}: "
-            f"the full model's own text; accepted of the drafts: {accepted(check)}"
+            f"the text of the full model; accepted drafts: {accepted(check)}"
         )
     if versions:
         found["written by"] = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -58,61 +52,18 @@ def facts(config: Figures) -> dict[str, str]:
 
 
 def settings(config: Figures) -> list[tuple[str, str]]:
-    """(key, value) of how the exits were trained."""
+    """(key, value) of the settings that the exits were trained with."""
     return training_settings(config["recipe"])
 
 
-def agreement(folder: Path, config: Figures) -> Figures | None:
-    """How often exits agree with the full model; from the training if nothing else was measured.
-
-    Raises:
-        ValueError: `agreement.json` is not what `eval/agreement.py` writes.
-    """
-    layers = config["model"]["num_hidden_layers"]
-
-    def take(found: Figures) -> Figures:
-        rows, untrained = found["agreement"], found["untrained"]
-        contrast = {(row["shallow"], row["deep"]): row["top1"] for row in untrained}
-        keys = ("shallow", "deep", "top1", "acceptance")
-        exits = [
-            {key: row[key] for key in keys} | {"untrained": contrast.get(_pair(row))}
-            for row in rows
-        ]
-        return {
-            "tokens": rows[0]["tokens"],
-            "layers": layers,
-            "exits": exits,
-            "points": [row for row in exits if row["deep"] == layers],
-            "curve": [{key: row[key] for key in keys} for row in untrained if _full(row)],
-            "ticks": _ticks(layers),
-        }
-
-    def _full(row: Figures) -> bool:
-        return bool(row["deep"] == layers)
-
-    measured = _taken(folder, AGREEMENT, "eval/agreement.py", take)
-    if measured is not None:
-        return {**measured, "of_training": False}
-    figures = config["figures"]
-    if not figures.get("agreement"):
-        return None
-    # The training looks at the exits alone, which makes no curve over depth.
-    trained = take({"agreement": figures["agreement"], "untrained": figures.get("untrained", ())})
-    return {**trained, "curve": [], "of_training": True}
-
-
 def plan(folder: Path) -> Figures | None:
-    """What the planner found, if it was asked, and its map: what each pair of exits gains.
+    """What the planner found, None without a plan, and its map of the gain of each pair of exits.
 
     Raises:
         ValueError: `plan.json` is not what `hispec plan` writes.
     """
-
-    def take() -> Figures | None:
-        found = read_plan(folder)
-        return None if found is None else _planned(found)
-
-    return _checked(folder / PLAN, "hispec plan", take)
+    found = read_plan(folder)
+    return None if found is None else _planned(found)
 
 
 def _planned(found: Plan) -> Figures:
@@ -148,16 +99,16 @@ def _planned(found: Plan) -> Figures:
         "tried": len(found.settings),
         "seconds": found.seconds,
         "confirmed": confirmed,
-        "longest": _longest(confirmed),
+        "longest": longest(confirmed),
         "map": _map(found),
     }
 
 
 def _map(found: Plan) -> Figures:
-    """Rows of cells: the gain over plain decoding, and how strong a colour it has, 0 to 1."""
+    """Rows of cells: the gain over plain decoding, and the strength of its colour, 0 to 1."""
     rows, columns = axes_of(found)
     gains = gain_by_exits(found)
-    # Twice as fast and half as fast are as far from plain decoding as each other.
+    # twice as fast and half as fast get colours of the same strength
     reach = max(0.05, *(abs(math.log(gain)) for gain in gains.values()))
 
     def cell(row: str, column: str) -> Figures | None:
@@ -177,77 +128,6 @@ def _map(found: Plan) -> Figures:
     }
 
 
-def speed(folder: Path) -> Figures | None:
-    """What `eval/speed.py` has timed, if it has.
-
-    Raises:
-        ValueError: `speed.json` is not what it writes.
-    """
-
-    def take(found: Figures) -> Figures:
-        results, asked = found["results"], found["settings"]
-        plain = results[1]["tokens_per_second"]["median"]
-        rows = [
-            {
-                "name": row["setting"],
-                "kind": ("outside" if row["outside"] else "ours") if number else "reference",
-                "rate": _rate(**row["tokens_per_second"]),
-                "over_plain": row["over_plain"]["median"],
-                "over_generate": row["over_generate"]["median"],
-                "tokens_per_target_pass": row["tokens_per_target_pass"],
-                "acceptance": {_rung(n): share for n, share in row["acceptance"].items()},
-                "same_as_generate": row["same_as_generate"],
-                "same_as_plain": row["same_as_plain"],
-                "differences": row["differences"],
-                "tasks": [
-                    {
-                        "rate": row["tasks"][task]["tokens_per_second"]["median"],
-                        "over_plain": row["tasks"][task]["over_plain"]["median"],
-                    }
-                    for task in results[0]["tasks"]
-                ],
-            }
-            for number, row in enumerate(results)
-        ]
-        tasks = list(results[0]["tasks"])
-        for number in range(len(tasks)):
-            best = max(row["tasks"][number]["rate"] for row in rows)
-            for row in rows:
-                row["tasks"][number]["best"] = row["tasks"][number]["rate"] == best
-        return {
-            "rows": rows,
-            "tasks": tasks,
-            "plain": plain,
-            "best": max(
-                (row for row in rows if row["kind"] == "ours"),
-                key=lambda row: row["over_generate"],
-            ),
-            "longest": _longest(rows),
-            "prompts": sum(found["prompts"].values()),
-            "new_tokens": asked["max_new_tokens"],
-            "repeats": asked["repeats"],
-            "machine": _machine(found["machine"]),
-        }
-
-    return _taken(folder, SPEED, "eval/speed.py", take)
-
-
-def _taken(
-    folder: Path, name: str, writer: str, take: Callable[[Figures], Figures]
-) -> Figures | None:
-    """What `take` makes of a JSON file, None if the file is not there."""
-    path = folder / name
-    return _checked(path, writer, lambda: take(read_json(path))) if path.is_file() else None
-
-
-def _checked(path: Path, writer: str, read: Callable[[], Figures | None]) -> Figures | None:
-    try:
-        return read()
-    except (KeyError, TypeError, IndexError, AttributeError, ZeroDivisionError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is not what `{writer}` writes ({why}); write it anew") from error
-
-
 def _rate(median: float | None, lowest: float | None, highest: float | None) -> Figures:
     rate = median or 0.0
     return {
@@ -257,42 +137,6 @@ def _rate(median: float | None, lowest: float | None, highest: float | None) -> 
     }
 
 
-def _longest(rows: list[Figures]) -> float:
-    """What a bar of full length stands for."""
-    return max((row["rate"]["highest"] for row in rows), default=0.0) or 1.0
-
-
-def _machine(machine: Figures) -> str:
-    """The machine of `speed.json` as the plan's is written."""
-    threads = machine.get("threads")
-    return ", ".join(
-        [
-            str(machine["device"]),
-            *([f"{threads} threads"] if threads else []),
-            str(machine["dtype"]),
-            f"torch {machine.get('torch_version', machine.get('torch'))}",
-        ]
-    )
-
-
-def _rung(name: str) -> str:
-    """`free`, a depth, or another package's drafter."""
-    return FREE if name == "free" else f"depth {name}" if name.isdigit() else name
-
-
-def _pair(row: Figures) -> tuple[int, int]:
-    return row["shallow"], row["deep"]
-
-
 def _depths(depths: list[int]) -> str:
     *most, last = map(str, depths)
     return "depth " + (f"{', '.join(most)} and {last}" if most else last)
-
-
-def _ticks(layers: int) -> list[int]:
-    """About six round depths, 0 and the last one among them."""
-    step = next((s for s in (1, 2, 5, 10, 20) if layers / s <= 7), 50)
-    marks = [*range(0, layers, step)]
-    if len(marks) > 1 and layers - marks[-1] < step / 2:
-        del marks[-1]
-    return [*marks, layers]

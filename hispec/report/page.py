@@ -1,4 +1,4 @@
-"""The `hispec report` command: what is known of a checkpoint, as one HTML file on its own."""
+"""The `hispec report` command: everything known about a checkpoint in one HTML file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hispec.checkpoint.io import read_config
+from hispec.checkpoint.format import read_config
 from hispec.data.prompts import some
 from hispec.lm import EarlyExitLM
-from hispec.report import figures
+from hispec.report import figures, measured
 from hispec.report.texts import decode
 from hispec.utils.console import Output, bar
 from hispec.utils.files import write_text
@@ -24,11 +24,14 @@ _TEMPLATE = "report.html.jinja"
 
 
 def gather(folder: Path) -> dict[str, Any]:
-    """What the files of a checkpoint hold, as plain values; what is not there is None, and
-    `missing` names the command that would make it.
+    """Read the files of a checkpoint.
+
+    Returns:
+        Plain values by section. The value of a section whose file does not exist is None, and
+        `missing` has the command that makes it.
 
     Raises:
-        ValueError: no checkpoint, or a file that cannot be read.
+        ValueError: `folder` is no checkpoint, or a file in it is damaged.
     """
     config = read_config(folder)
     found: dict[str, Any] = {
@@ -38,9 +41,9 @@ def gather(folder: Path) -> dict[str, Any]:
         "lead": figures.lead(config),
         "facts": figures.facts(config),
         "settings": figures.settings(config),
-        "agreement": figures.agreement(folder, config),
+        "agreement": measured.agreement(folder, config),
         "plan": figures.plan(folder),
-        "speed": figures.speed(folder),
+        "speed": measured.speed(folder),
         "texts": None,
     }
     commands = {
@@ -61,10 +64,15 @@ def gather(folder: Path) -> dict[str, Any]:
 def add_texts(
     found: dict[str, Any], lm: EarlyExitLM, *, data: Path | None, count: int, new_tokens: int
 ) -> None:
-    """Decode some prompts for what `gather` has found.
+    """Decode prompts and add their texts to what `gather` has found.
+
+    Args:
+        data: JSONL file of prompts; None for the package's own.
+        count: number of prompts.
+        new_tokens: most new tokens of each.
 
     Raises:
-        ValueError: no prompts, or numbers that are not possible.
+        ValueError: no prompts, or a number below 1.
     """
     check(new_tokens >= 1, "max_new_tokens", new_tokens, "1 or more")
     prompts, source = some(data, count)
@@ -74,7 +82,7 @@ def add_texts(
 
 
 def render(found: dict[str, Any]) -> str:
-    """The page: no file, script or address is loaded by it, and all values are escaped."""
+    """The page as HTML: it loads no file, script or address, and all values are escaped."""
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -84,7 +92,7 @@ def render(found: dict[str, Any]) -> str:
     )
     jinja.filters["percent"] = lambda share, digits=0: f"{share:.{digits}%}"
     jinja.filters["times"] = lambda ratio: f"{ratio:.2f}x"
-    # A ladder such as (6, 12, 30) stays on one line.
+    # no line break within a ladder such as (6, 12, 30)
     jinja.filters["whole"] = lambda text: re.sub(
         r"\([\d, ]+\)", lambda ladder: ladder[0].replace(" ", "\N{NO-BREAK SPACE}"), text
     )
@@ -92,7 +100,7 @@ def render(found: dict[str, Any]) -> str:
 
 
 def write(out: Output, found: dict[str, Any], path: Path) -> None:
-    """Write the page to `path`, whole or not at all, and say where it is and what it lacks."""
+    """Write the page to `path`, whole or not at all, and print where it is and what is missing."""
     check(not path.is_dir(), "output", str(path), "a file to write, such as report.html")
     write_text(path, render(found))
     for part, command in found["missing"].items():

@@ -1,4 +1,4 @@
-"""Prompts decoded for a report: which rung made every token, and how much each task accepted."""
+"""Prompts decoded for a report: which rung made each token, and the acceptance of each task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hispec.planner.plan_file import Machine, Setting, is_plain, shown
 from hispec.utils.console import Progress
 
 SHOWN = 3
-"""Prompts whose text is shown; the others only count."""
+"""Prompts whose text is shown; the others only count in the acceptance."""
 _LONGEST_PROMPT = 240  # characters of it that are shown
 _COLOURS = 4
 
@@ -25,12 +25,16 @@ def decode(
     lm: EarlyExitLM,
     prompts: Sequence[Prompt],
     new_tokens: int,
-    progress: Progress = lambda things, _: things,
+    progress: Progress = lambda items, _: items,
 ) -> dict[str, Any]:
-    """Decode the prompts as `generate` does here, and by all exits if that leaves them out.
+    """Decode prompts with the plan's setting, and with all exits if the plan uses none.
+
+    Args:
+        new_tokens: most new tokens of each prompt.
 
     Returns:
-        `ways` with acceptance per task, `texts` with every token's rung, and what they hold for.
+        `ways`: the settings with their acceptance per task; `texts`: the first prompts with the
+        rung of each token; and the plan, the numbers and the machine that these hold for.
     """
     planned, words = lm.planned()
     by_exits: Setting = {"ladder": lm.ladder()}
@@ -51,8 +55,8 @@ def decode(
             by_task[prompt.task].append(run.stats)
             shown_ways.append(_text(way, pieces, run.stats, classes))
         if prompt.line in to_show:
-            asked = prompt.messages[-1]["content"] if prompt.messages else prompt.text
-            texts.append({"task": prompt.task, "prompt": _short(asked), "ways": shown_ways})
+            question = prompt.messages[-1]["content"] if prompt.messages else prompt.text
+            texts.append({"task": prompt.task, "prompt": _short(question), "ways": shown_ways})
     return {
         "ways": [
             {
@@ -73,7 +77,7 @@ def decode(
 
 
 def _levels(way: Setting) -> list[str]:
-    """What drafts and is judged, shallowest first."""
+    """What drafts: free drafts, then the depths below the full model, shallowest first."""
     free = [FREE] if way.get("drafter", "exit") != "exit" else []
     return free + [f"depth {depth}" for depth in way["ladder"][:-1]]
 
@@ -101,7 +105,7 @@ def _row(task: str, way: Setting, found: Sequence[DecodeStats]) -> dict[str, Any
 def _text(
     way: Setting, pieces: Sequence[tuple[int, str]], stats: DecodeStats, classes: dict[int, str]
 ) -> dict[str, Any]:
-    """One continuation, token by token, and how many tokens each rung made."""
+    """One continuation: its tokens with their rungs, and the number of tokens of each rung."""
     made = [depth for depth, _ in pieces]
     rungs = ([0] if way.get("drafter", "exit") != "exit" else []) + list(way["ladder"])
     return {
@@ -126,14 +130,14 @@ def _text(
 
 
 def _by(depth: int, full: int) -> str:
-    """Who made a token, in words."""
+    """What proposed a token, in words."""
     if depth == 0:
         return "free draft"
     return f"depth {depth}" + (", full model" if depth == full else "")
 
 
 def _classes(ways: Sequence[Setting], full: int) -> dict[int, str]:
-    """Style of each depth's tokens, the same in all ways."""
+    """CSS class of the tokens of each depth, the same for all settings."""
     exits = sorted({depth for way in ways for depth in way["ladder"]} - {full})
     coloured = {depth: f"exit{number % _COLOURS}" for number, depth in enumerate(exits)}
     return {0: "free", **coloured, full: "full"}

@@ -202,7 +202,7 @@ def test_text_of_prompt_model_and_files_is_escaped(mine):
     config = json.loads((mine / "exit_config.json").read_text())
     config["base"]["license"] = evil
     (mine / "exit_config.json").write_text(json.dumps(config))
-    plan_text = {"source": evil, "tasks": [evil], "prompts": 1, "prompt_tokens": [3],
+    plan_text = {"source": evil, "tasks": [evil], "prompts": 1, "prompt_tokens": [3, 3],
                  "new_tokens": 2}  # fmt: skip
     write_plan(mine, text=plan_text)
     _, found = decoded(mine, prompts_file(mine, {"prompt": evil}), count=1)
@@ -242,9 +242,9 @@ def test_nothing_comes_from_elsewhere(mine):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("speed.json", '{"results": []}', "is not what `eval/speed.py` writes"),
+        ("speed.json", '{"results": []}', "settings is missing; `eval/speed.py` writes it anew"),
         ("speed.json", "{", "is not valid JSON"),
-        ("agreement.json", '{"agreement": [], "untrained": []}', "`eval/agreement.py` writes"),
+        ("agreement.json", '{"agreement": [], "untrained": []}', "agreement=.. is not possible: at least 1 values; `eval/agreement.py`"),
         ("plan.json", '{"format_version": 99}', "`hispec plan` writes it anew"),
     ],
 )
