@@ -18,6 +18,8 @@ NAME = "hispec"
 # On a CPU in bf16, from one more on: `F.linear` and attention round a row otherwise (decisions.md).
 _ALIKE_TOKENS = 27
 _ALIKE_ROWS = 32
+# Without AMX, attention rounds the last rows of a pass differently unless rows come in fours.
+_ROWS_AT_ONCE = 4
 
 
 def rounds_alike(tokens: int, like: torch.Tensor) -> bool:
@@ -109,14 +111,14 @@ def _whole_texts(
     scaling: float | None,
     lengths: Sequence[int],
 ) -> torch.Tensor:
-    """Causal attention [B, T, Hq, D] of rows that are whole texts; 0 for their padding."""
-    B, Hq, T, D = query.shape
+    """Causal attention [B, T, A, E] of rows that are whole texts; 0 for their padding."""
+    B, A, T, E = query.shape
     if min(lengths) == T:
         out, _ = sdpa_attention_forward(
             module, query, key[:, :, :T], value[:, :, :T], None, scaling=scaling
         )
         return out
-    out = query.new_zeros(B, T, Hq, D)
+    out = query.new_zeros(B, T, A, E)
     for row, length in enumerate(lengths):
         part = slice(row, row + 1), slice(None), slice(0, length)
         out[row : row + 1, :length], _ = sdpa_attention_forward(
@@ -134,31 +136,39 @@ def _grouped(
 ) -> torch.Tensor:
     """Attention [B, A, T, E] with the query heads that share a KV head as rows of one problem.
 
-    So the keys are not copied per head. It also keeps a pass of one token off the kernel for single
-    rows, which rounds otherwise: a token gets the same bits in any small pass.
+    So the keys are not copied per head. A query that has fewer rows than its mask is padded, see
+    `padded_rows`.
     """
     B, A, T, E = query.shape
     kv_heads = key.shape[1]
     most = max(1, _ALIKE_ROWS // (A // kv_heads))
     if most < T and rounds_alike(B * T, query):
         assert mask is not None
-        mask_BGTS = mask.view(B, A // kv_heads, T, -1)
+        mask_BGTS = mask[:, :, : A // kv_heads * T].view(B, A // kv_heads, T, -1)
         parts = [
             _grouped(
                 query[:, :, start : start + most],
                 key,
                 value,
-                mask_BGTS[:, :, start : start + most].flatten(1, 2)[:, None],
+                padded_rows(mask_BGTS[:, :, start : start + most].flatten(1, 2)[:, None]),
                 scaling,
             )
             for start in range(0, T, most)
         ]
         return torch.cat(parts, dim=2)
-    packed = query.reshape(B, kv_heads, A // kv_heads * T, E)
-    if packed.shape[2] == 1:
-        packed = packed.expand(-1, -1, 2, -1)
+    rows = A // kv_heads * T
+    packed = query.reshape(B, kv_heads, rows, E)
+    if mask is not None and mask.shape[2] > rows:
+        packed = F.pad(packed, (0, 0, 0, mask.shape[2] - rows))
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out[:, :, : A // kv_heads * T].reshape(B, A, T, E)
+    return out[:, :, :rows].reshape(B, A, T, E)
+
+
+def padded_rows(mask_B1RS: torch.Tensor) -> torch.Tensor:
+    """A mask with rows for padding of the query, so that a token gets the same bits in any small
+    pass. The rows added see every slot."""
+    missing = -mask_B1RS.shape[2] % _ROWS_AT_ONCE
+    return F.pad(mask_B1RS, (0, 0, 0, missing)) if missing else mask_B1RS
 
 
 def _branch_by_branch(

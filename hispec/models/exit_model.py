@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hispec.config import ExitConfig
 from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
-from hispec.models.attention import NAME, Branch, PassCache, causal, rounds_alike
+from hispec.models.attention import NAME, Branch, PassCache, causal, padded_rows, rounds_alike
 from hispec.models.exit_heads import ExitHead, Gather, build_head
 from hispec.utils.settings import check
 
@@ -336,7 +335,10 @@ class ExitModel(nn.Module):
             return LayerInputs(_mask(seen, hidden_BTH.dtype), rope)
         if (lengths := cache.whole_texts(window)) is not None:
             return LayerInputs(None, rope, lengths=lengths)
-        mask = partial(_mask, dtype=hidden_BTH.dtype, repeats=self._heads_per_kv)
+
+        def mask(seen_BTS: torch.Tensor) -> torch.Tensor:
+            return padded_rows(_mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv))
+
         if rounds_alike(positions_BT.numel(), hidden_BTH):
             branches = cache.branches(window, mask)
             if branches:
