@@ -33,16 +33,25 @@ class TrainingRows(Dataset[dict[str, torch.Tensor]]):
 
 
 def training_sets(recipe: Recipe, tokenizer: Any, processes: int = 1) -> tuple[TrainingRows, Rows]:
-    """(training rows, held-out rows). Both depend on the recipe alone."""
-    training, held_out = split(
-        documents(recipe.data, recipe.text_column, recipe.data_split), recipe.held_out
-    )
+    """(training rows, held-out rows). Both depend on the recipe alone.
+
+    Raises:
+        ValueError: the data cannot be read, or is less than one row of either.
+    """
+    found = documents(recipe.data, recipe.text_column, recipe.data_split)
+    name = f"data={recipe.data!r}"
+    try:
+        training, held_out = split(found, recipe.held_out)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     random.Random(recipe.seed).shuffle(training)
     needed = recipe.steps * recipe.batch_size * recipe.accumulate * processes
     if recipe.max_rows is not None:
         needed = min(needed, recipe.max_rows)
-    held_out_rows = windows(held_out, tokenizer, recipe.seq_len)
-    rows = windows(training, tokenizer, recipe.seq_len, needed)
+    held_out_rows = windows(
+        held_out, tokenizer, recipe.seq_len, name=f"the held-out documents of {name}"
+    )
+    rows = windows(training, tokenizer, recipe.seq_len, needed, name)
     return TrainingRows(rows), evenly_spaced(held_out_rows, recipe.eval_sequences)
 
 

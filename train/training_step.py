@@ -260,11 +260,7 @@ class TrainingStep:
     ) -> torch.Tensor:
         """Run one layer over the samples `kept_K`; the others pass through."""
 
-        def run(
-            hidden: torch.Tensor,
-            positions: torch.Tensor | None,
-            inputs: dict[str, LayerInputs] | None,
-        ) -> torch.Tensor:
+        def run(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
             args = (hidden, layer, layer + 1, positions, None, inputs)
             if self.recipe.gradient_checkpointing:
                 output = checkpoint(model.run, *args, use_reentrant=False)
@@ -273,14 +269,16 @@ class TrainingStep:
             return model.run(*args)
 
         if len(kept_K) == len(hidden_BTH):
-            return run(hidden_BTH, positions_BT, inputs)
-        if len(kept_K) == 0:  # enters because another process does
-            return hidden_BTH + 0.0 * run(hidden_BTH[:1], None, None).sum()
-        rows_K = torch.from_numpy(kept_K).to(hidden_BTH.device)
+            return run(hidden_BTH, positions_BT)
+        # With none kept one row runs all the same, because another process enters the layer: ZeRO
+        # expects all of them to call the same modules, the rotary embedding included.
+        rows_K = torch.from_numpy(kept_K if len(kept_K) else np.zeros(1, int)).to(hidden_BTH.device)
         positions_KT = None if positions_BT is None else positions_BT[rows_K]
         kind = model.layer_types[layer]
-        of_rows = {kind: inputs[kind].rows(rows_K)}
-        ran_KTH = run(hidden_BTH.index_select(0, rows_K), positions_KT, of_rows)
+        inputs = {kind: inputs[kind].rows(rows_K)}
+        ran_KTH = run(hidden_BTH.index_select(0, rows_K), positions_KT)
+        if len(kept_K) == 0:
+            return hidden_BTH + 0.0 * ran_KTH.sum()
         return hidden_BTH.index_copy(0, rows_K, ran_KTH.to(hidden_BTH.dtype))
 
     @torch.no_grad()

@@ -201,7 +201,7 @@ def test_a_damaged_state_is_named(tiny_base, texts, tmp_path, changes, message):
     progress = tmp_path / "ee.run" / "state" / "progress.json"
     content = json.loads(progress.read_text())
     progress.write_text("{" if changes is None else json.dumps({**content, **changes}))
-    with pytest.raises(ValueError, match="progress.json") as error:
+    with pytest.raises(ValueError, match=r"progress\.json") as error:
         Trainer(load_recipe(words)).train()
     assert message in str(error.value)
 
@@ -222,6 +222,6 @@ def test_damaged_notes_of_samples_are_named(tmp_path, changes, message):
     meta = tmp_path / "a.jsonl.meta.json"
     content = json.loads(meta.read_text())
     meta.write_text("{" if changes is None else json.dumps({**content, **changes}))
-    with pytest.raises(ValueError, match="a.jsonl.meta.json") as error:
+    with pytest.raises(ValueError, match=r"a\.jsonl\.meta\.json") as error:
         SampleFile(tmp_path / "a.jsonl", {"key": 1})
     assert message in str(error.value)
