@@ -87,7 +87,7 @@ def output_law(model, config: DecodeConfig, sampler=Enumerator) -> dict[tuple[in
     path: list[int] | None = []
     while path is not None:
         run = Decode(model, [PROMPT], config)
-        run.sampler = walk = sampler(config, run.sampler._probs_BPV.shape, model.device, path)
+        run.sampler = walk = sampler(config, run.sampler._probs_BNV.shape, model.device, path)
         run._verify = partial(_verify, run, walk, run._verify)
         text = tuple(run.finish()[0])
         law[text] = law.get(text, 0) + walk.probability
