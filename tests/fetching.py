@@ -1,4 +1,4 @@
-"""What the tests of fetching share: a tiny GGUF file, and processes that fetch."""
+"""Helpers for the tests of fetching: a tiny GGUF file, and processes that fetch."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class HubServer:
         self.headers: list[str] = []  # the Authorization header of each request
         self.received: dict[str, int] = {}  # bytes of large files by SHA-256
         self.served: dict[str, int] = {}  # bytes of downloads by file name
-        self.meddled: set[str] = set()  # repositories that somebody else pushes to meanwhile
+        self.meddled: set[str] = set()  # repositories that another user pushes to meanwhile
         self.cut_uploads: set[str] = set()  # SHA-256 of what breaks off half way
         self.cut_downloads: set[str] = set()  # names of what does
         self.flipped: set[str] = set()  # names of what arrives with a byte changed
@@ -88,7 +88,7 @@ class HubServer:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def environment(self, home: Path, token: str | None = ALICE) -> dict[str, str]:
-        """What a process needs to take this for the Hub, and only this."""
+        """Environment variables for a process that uses this Hub and no other."""
         given = {"HF_TOKEN": token} if token else {}
         client = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
         return {**client, **given, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}

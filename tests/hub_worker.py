@@ -32,7 +32,7 @@ for line in sys.stdin:
             code = end.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
 """
-# What a user's program would do with a checkpoint's name; prints what every exit says.
+# Loads checkpoints by name, as a user's program does; prints a digest of every exit's logits.
 LOOK = """
 import hashlib, json, sys, torch, hispec
 for name in sys.argv[1:]:
@@ -105,7 +105,7 @@ class Worker:
 
 
 def look(worker: Worker, *names: object, **environment: str) -> list:
-    """What a fresh process finds at each name: a digest of the logits per exit, and a text."""
+    """For each name, the digests of all exits' logits and a text, from a fresh process."""
     done = worker.fresh("-c", LOOK, *names, **environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()[-len(names) :]]

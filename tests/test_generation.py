@@ -68,7 +68,7 @@ def texts(plain, full, inputs, **settings):
 
 
 def with_exits(full):
-    """What makes `generate` decode through the exits of a folder, whatever the model's own is."""
+    """Arguments with which `generate` decodes through the exits of a folder."""
     return {"custom_generate": str(full), "exits_from": str(full), "trust_remote_code": True}
 
 

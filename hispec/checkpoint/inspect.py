@@ -124,7 +124,7 @@ def _why_not(folder: Path) -> str | None:
 
 
 def _what_it_is(folder: Path) -> str:
-    """What lies in a folder that is no model, as the end of a sentence."""
+    """The content of a folder that is no model, as the end of a sentence."""
     if folder.is_file():
         return "is a file; name the folder of a checkpoint or of a model"
     if (folder / "adapter_config.json").is_file():

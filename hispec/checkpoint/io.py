@@ -197,8 +197,7 @@ def check_target(folder: Path) -> None:
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Write a checkpoint a second time, whole or not at all. What was measured beside it is left
-    where it is.
+    """Write a checkpoint a second time, whole or not at all, without its measured files.
 
     Raises:
         ValueError: `source` is none or not whole, or `folder` may not be replaced.
@@ -280,7 +279,7 @@ def base_folder(folder: Path, config: dict[str, Any], base: str | None) -> Path:
 def own_base(folder: Path, config: dict[str, Any]) -> LocalBase:
     """The base that the checkpoint in `folder` names: by its id, or by what it is on the Hub.
 
-    What `hispec fetch` brought comes first, then huggingface_hub's cache.
+    Models that `hispec fetch` brought come first, then huggingface_hub's cache.
 
     Raises:
         ValueError: it is not on this machine; the message says how to get it.

@@ -215,7 +215,7 @@ def _prompts(parts: Sequence[Tokens]) -> list[list[int]]:
 def main(word: str) -> int:
     request = Request(**json.loads(word))
     result = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever else is printed must not mix with the result
+    os.dup2(2, 1)  # other output must not mix with the result
     quiet_transformers()
     try:
         found: dict[str, Any] = {"figures": verify(request)}

@@ -8,13 +8,12 @@ from typing import Annotated, Any
 from huggingface_hub.utils import validate_repo_id
 from pydantic import Field
 
-from hispec.base_models.model_folder import MODEL_FILES, base_weight_files, matches
+from hispec.base_models.model_folder import MODEL_FILES, base_weight_files, is_inside, matches
 from hispec.checkpoint.format import (
     CARD,
     CONFIG,
     PULLED,
     file_fault,
-    is_inside,
     pinned,
     read_config,
 )
@@ -23,7 +22,7 @@ from hispec.planner.plan_file import PICTURE, PLAN, read_plan
 from hispec.utils.schema import Schema, read_json, validate
 
 BESIDE = (CARD, FIGURE, "agreement.json", PLAN, PICTURE, "LICENSE*", "custom_generate/*.py")
-"""What may lie beside weights and config; of a base that is included, `MODEL_FILES` too."""
+"""Files that may lie beside weights and config; with a base that is included, `MODEL_FILES` too."""
 
 
 class Pulled(Schema):

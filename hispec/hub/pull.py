@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
+from hispec.base_models.hub_listing import hub_listing
 from hispec.base_models.local import base_path, find_base, is_path
 from hispec.base_models.model_folder import MODEL_FILES
 from hispec.base_models.registry import BASES
@@ -39,8 +40,8 @@ def pull(
 ) -> Path:
     """Bring an EE checkpoint from the Hub, whole or not at all; returns its folder.
 
-    A pull that broke off goes on where it was. What was pulled before is replaced by what the Hub
-    has now; any other checkpoint and any other folder is left alone.
+    A pull that broke off continues. An earlier pull from the same repository is replaced; any other
+    checkpoint and any other folder is left as it is.
 
     Args:
         name: `ORG/NAME` or `ORG/NAME@REVISION`.
@@ -57,7 +58,8 @@ def pull(
     clear_leftovers(folder)
     _check_target(folder, repo)
     with clearly(f"{repo} could not be pulled"):
-        commit, listed, sizes = _listing(HfApi(), repo, revision)
+        listing = hub_listing(repo, revision)
+        commit, listed = listing.commit, listing.hashes()
         _check_listing(repo, commit, listed)
         if is_checkpoint(folder) and _is_whole(folder, commit):
             say(f"{repo} at {commit} is already in {folder}")
@@ -65,7 +67,7 @@ def pull(
         # By commit, so that an interrupted download goes on without mixing two of them.
         arrived = folder.parent / ".downloads" / folder.name / commit
         say(f"{'going on with' if arrived.exists() else 'downloading'} {repo} at {commit}")
-        config = _download(repo, commit, sizes, arrived, folder)
+        config = _download(repo, commit, listing.sizes(), arrived, folder)
     wanted = _wanted(listed, config)
     _check_arrived(repo, commit, {file: listed[file] for file in wanted}, arrived)
     with new_folder(folder) as new:
@@ -84,7 +86,7 @@ def pull(
 def locate(name: str) -> Path | None:
     """The folder of the EE checkpoint `name` of the Hub, downloaded if it is not here.
 
-    What `hispec pull` brought comes first.
+    A checkpoint that `hispec pull` brought comes first.
 
     Returns:
         None for a name that is no Hub id, or is that of a base that `hispec fetch` has fetched.
@@ -109,13 +111,14 @@ def locate(name: str) -> Path | None:
     )
     try:
         with clearly(absent):
-            commit, listed, _ = _listing(HfApi(), repo, revision)
-            _check_listing(repo, commit, listed)
+            listing = hub_listing(repo, revision)
+            listed = listing.hashes()
+            _check_listing(repo, listing.commit, listed)
             found = snapshot_download(repo, revision=revision, allow_patterns=[CONFIG])
             wanted = _wanted(listed, read_config(Path(found)))
             return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except UnreachableError:
-        # What huggingface_hub keeps in its cache may be whole all the same.
+        # The checkpoint may be whole in huggingface_hub's cache all the same.
         try:
             found = snapshot_download(
                 repo,
@@ -141,16 +144,6 @@ def _parse(name: str, revision: str | None) -> tuple[str, str | None]:
         raise ValueError(f"{name!r} and revision={revision!r}: name one revision")
     check_repo(repo)
     return repo, given or revision
-
-
-def _listing(
-    api: HfApi, repo: str, revision: str | None
-) -> tuple[str, dict[str, str | None], dict[str, int]]:
-    """(commit, SHA-256 of its large files by name and None of small ones, bytes by name)."""
-    info = api.model_info(repo, revision=revision, files_metadata=True)
-    files = info.siblings or ()
-    hashes = {f.rfilename: f.lfs.sha256 if f.lfs else None for f in files}
-    return str(info.sha), hashes, {f.rfilename: f.size or 0 for f in files}
 
 
 def _check_listing(repo: str, commit: str, listed: dict[str, str | None]) -> None:

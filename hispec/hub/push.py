@@ -33,7 +33,7 @@ _REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json"),
     *(FIGURE, "agreement.json", PLAN, PICTURE, "custom_generate/*.py"),
 )
-# What the Hub itself puts into a new repository; anything else belongs to somebody.
+# Files that the Hub itself puts into a new repository.
 _OF_A_NEW_REPOSITORY = {".gitattributes", CARD}
 
 
@@ -55,7 +55,7 @@ def push(
 
     Args:
         revision: a branch, made if there is none of that name; default `main`.
-        dry_run: say what would be sent and print the card, contact nobody.
+        dry_run: list the files and print the card, without asking the Hub.
 
     Raises:
         ValueError: `folder` is no whole checkpoint or could be used by nobody else, or `repo` is

@@ -165,6 +165,19 @@ def test_hub_download_goes_on_after_a_kill(hub: Hub, tmp_path: Path) -> None:
     assert hidden(root) == []
 
 
+def test_names_that_leave_the_folder_are_refused_before_the_download(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.files["../evil.json"] = b"{}"
+    hub.declared["../evil.json"] = "0" * 64
+    code, _, errors = hub.fetch("org/tiny", tmp_path / "base")
+    assert code == 1
+    assert "ListingError: the Hub's listing of org/tiny: files" in errors
+    assert "'../evil.json' is not possible: the name of a file inside its folder" in errors
+    assert not any("resolve" in path for path in hub.asked)
+    assert not list(tmp_path.rglob("evil.json"))
+
+
 def test_hub_failures_are_one_clear_line(hub: Hub, tmp_path: Path) -> None:
     root = tmp_path / "base"
     for name in ("org/missing", "org/tiny@v9"):

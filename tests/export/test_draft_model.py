@@ -132,7 +132,7 @@ def test_only_drafts_are_replaced(trained, tmp_path):
 
 
 def test_a_file_that_says_something_else_is_noticed(trained, monkeypatch, tmp_path):
-    """What is on disk is compared with what was meant, before it gets its name."""
+    """The written file is compared with the model before it gets its name."""
     from transformers import LlamaForCausalLM
 
     write = LlamaForCausalLM.save_pretrained

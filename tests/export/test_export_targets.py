@@ -1,4 +1,4 @@
-"""What an export leaves out, where it may go, and what a full disk or a kill leaves of it."""
+"""Exports: files that are left out, targets, full disks and kills."""
 
 from __future__ import annotations
 

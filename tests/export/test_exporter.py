@@ -282,7 +282,7 @@ def test_the_command_says_what_was_checked(saved, tmp_path):
     figures = json.loads((tmp_path / "out" / "exit_config.json").read_text())["figures"]["check"]
     shares = figures["acceptance"]
     assert (
-        f"checked: 8 prompts, {figures['new_tokens']} new tokens, accepted of the drafts "
+        f"verified: 8 prompts, {figures['new_tokens']} new tokens, accepted of the drafts "
         f"{shares['2']:.3f} at depth 2, {shares['4']:.3f} at depth 4\n"
     ) in done.stdout
     inspected = run(*HISPEC, "inspect", tmp_path / "out").stdout

@@ -1,4 +1,4 @@
-"""What is not pushed and not pulled, and the one message that says why."""
+"""Refused pushes and pulls, each with one message that gives the reason."""
 
 from __future__ import annotations
 
@@ -66,10 +66,7 @@ def test_names_that_leave_the_folder_are_not_followed(worker, server, made):
     config = edit(repo.files["exit_config.json"], files=files)
     repo.commit({**repo.files, "exit_config.json": config, "../../planted.txt": b"boo"})
     message = worker.fails("pull", "alice/ee", worker.folder / "deep" / "never")
-    assert (
-        "'../../planted.txt' is not possible: the name of a file in the checkpoint's folder"
-        in message
-    )
+    assert "'../../planted.txt' is not possible: the name of a file inside its folder" in message
     assert not list(worker.folder.rglob("planted.txt"))
 
 
@@ -98,7 +95,7 @@ def test_names_that_leave_the_folder_are_not_followed(worker, server, made):
                     files={"exits.safetensors": "0" * 64, "../light/README.md": "0" * 64},
                 )
             ),
-            r"'../light/README.md' is not possible: the name of a file in the checkpoint's folder",
+            r"'../light/README.md' is not possible: the name of a file inside its folder",
         ),
     ],
 )
