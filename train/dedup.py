@@ -75,9 +75,9 @@ class SeenTexts:
         """
         count = max(1, len(words) - _WORDS + 1)
         shingles = {_digest(words[i : i + _WORDS])[:8] for i in range(count)}
-        hashes_S = np.frombuffer(b"".join(sorted(shingles)), dtype=np.uint64)
-        mixed_SF = hashes_S[:, None] * self._factors + self._shifts
-        return (mixed_SF >> np.uint64(32)).min(axis=0).astype(np.uint32)
+        hashes_N = np.frombuffer(b"".join(sorted(shingles)), dtype=np.uint64)
+        mixed = hashes_N[:, None] * self._factors + self._shifts
+        return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
 
 def _words(text: str) -> list[str]:

@@ -42,7 +42,7 @@ class Meta(Schema):
 
     format: int
     made_by: dict[str, Any]
-    progress: Progress
+    progress: dict[str, Any]
 
 
 class SampleFile:
@@ -85,7 +85,7 @@ class SampleFile:
             raise ValueError(
                 f"{self.path} was begun with other settings ({'; '.join(changed)}); {_ADVICE}"
             )
-        self.progress = meta.progress
+        self.progress = validate(Progress, meta.progress, f"{self.meta}: progress")
         self._cut_off()
 
     def _cut_off(self) -> None:

@@ -210,7 +210,7 @@ def test_a_damaged_state_is_named(tiny_base, texts, tmp_path, changes, message):
     ("changes", "message"),
     [
         (dict(format=2), "format=2 is not possible: 1"),
-        (dict(progress={"rows": -1}), "progress.rows=-1 is not possible: 0 or more"),
+        (dict(progress={"rows": -1}), "progress: rows=-1 is not possible: 0 or more"),
         (dict(made_by=[]), "made_by=[] is not possible: an object of keys and values"),
         (None, "is not valid JSON"),
     ],
