@@ -95,9 +95,10 @@ def test_prompts_are_read_by_causal_attention_without_a_mask(family, rows, promp
         lengths.append(kwargs["lengths"])
 
     model.hf.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
-    decode(model, prompts[:rows], (2, 6), max_new_tokens=4)
+    read = [prompt[:7] if row else prompt[:5] for row, prompt in enumerate(prompts[:rows])]
+    decode(model, read, (2, 6), max_new_tokens=4)  # shorter than the windows of sliding attention
     assert masks[0] is None
-    assert lengths[0] == [len(prompt) for prompt in prompts[:rows]]
+    assert lengths[0] == [len(prompt) for prompt in read]
     assert all(mask is not None for mask in masks[1:])
     assert lengths[1:] == [None] * len(lengths[1:])
 
