@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; read when triton is imported
 
+import fork_server
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,6 +36,8 @@ LAUNCH = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
     "train/ee_finetune.py",
 )
+TRAIN = (sys.executable, "train/ee_finetune.py")
+"""The same command without the launcher, which would start a second process."""
 
 FIGURES = {
     "text": "held-out documents of stdlib",
@@ -314,14 +317,16 @@ def history(output: Path) -> list[dict]:
 
 
 def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the project in a process of its own, from the repository's root."""
+    """Run a command of the project in a process of its own, from the repository's root.
+
+    With an environment of its own it starts from nothing: libraries read theirs on import.
+    """
+    told = [str(word) for word in words]
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if not environment and fork_server.can_run(told):
+        return fork_server.run(told, ROOT, everything, timeout=600)
     return subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
+        told, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=600
     )
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LAUNCH, history, run
+from conftest import TRAIN, history, run
 from test_losses import H, N, V, problem, students_of
 from test_trainer import settings
 
@@ -74,7 +74,7 @@ def test_a_run_with_kernels_has_the_losses_of_one_without(tiny_base, texts, tmp_
     for fused in ("false", "true"):
         output = tmp_path / fused / "ee"
         changes = {"steps": 4, "eval_every": 4, "fused_loss": fused, **words}
-        done = run(*LAUNCH, *settings(tiny_base, texts, output, **changes))
+        done = run(*TRAIN, *settings(tiny_base, texts, output, **changes))
         assert done.returncode == 0, done.stderr
         found.append([m["acceptance"] for m in history(output)[-1]["agreement"]])
     assert found[1] == pytest.approx(found[0], abs=1e-3)

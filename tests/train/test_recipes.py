@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LAUNCH, ROOT, run, tiny_hf, tiny_tokenizer
+from conftest import LAUNCH, ROOT, TRAIN, run, tiny_hf, tiny_tokenizer
 from test_trainer import settings
 
 from hispec.checkpoint import io as checkpoint
@@ -50,7 +50,8 @@ def test_a_recipe_trains_two_steps_through_the_command(name, texts, tmp_path):
         **dict(steps=2, batch_size=2, text_column="text", head_blocks=1, lr=1e-4),
         draft_vocab=min(recipe.draft_vocab, 200),
     )
-    done = run(*LAUNCH, f"recipe={name}", *words[1:])
+    command = LAUNCH if name == "smoke" else TRAIN
+    done = run(*command, f"recipe={name}", *words[1:])
     assert done.returncode == 0, done.stderr
     model, _ = checkpoint.load_checkpoint(tmp_path / "ee")
     assert model.hf.config.model_type == family
@@ -98,7 +99,7 @@ def test_gradient_checkpointing_and_a_second_base_are_planned_for():
 
 
 def test_the_command_prints_the_plan_and_loads_nothing():
-    done = run(*LAUNCH, "--plan", "recipe=llama3-8b")
+    done = run(*TRAIN, "--plan", "recipe=llama3-8b")
     assert done.returncode == 0, done.stderr
     assert "34.9 GiB" in done.stdout
     assert "872.5 M of 8,902.7 M are trained" in done.stdout
@@ -106,7 +107,7 @@ def test_the_command_prints_the_plan_and_loads_nothing():
 
 
 def test_a_base_of_unknown_size_is_refused():
-    done = run(*LAUNCH, "--plan", "recipe=llama3-8b", "base=nobody/nothing")
+    done = run(*TRAIN, "--plan", "recipe=llama3-8b", "base=nobody/nothing")
     assert done.returncode != 0
     assert "hispec fetch nobody/nothing" in done.stderr
 

@@ -10,7 +10,16 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import LAUNCH, documents_of, history, kill_when, run, tiny_tokenizer, write_jsonl
+from conftest import (
+    LAUNCH,
+    TRAIN,
+    documents_of,
+    history,
+    kill_when,
+    run,
+    tiny_tokenizer,
+    write_jsonl,
+)
 from test_trainer import exits_of, settings, train_to
 
 from hispec.checkpoint import io as checkpoint
@@ -240,7 +249,7 @@ def test_a_run_on_a_hub_dataset_resumes_in_mid_epoch(hub_dataset, tiny_base, tmp
 def finished(tiny_base, texts, tmp_path_factory):
     """An uninterrupted run through `accelerate launch`."""
     output = tmp_path_factory.mktemp("run") / "ee"
-    done = run(*LAUNCH, *settings(tiny_base, texts, output, **STREAM))
+    done = run(*TRAIN, *settings(tiny_base, texts, output, **STREAM))
     assert done.returncode == 0, done.stderr
     return output
 
@@ -253,7 +262,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp
     kill_when(progress.exists, *LAUNCH, *words)
     saved = json.loads(progress.read_text())
     assert saved["stream"]["row"] == saved["step"] * 4
-    resumed = run(*LAUNCH, *words)
+    resumed = run(*TRAIN, *words)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step " in resumed.stdout
     expected, got = exits_of(finished), exits_of(output)

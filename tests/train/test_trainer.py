@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCH, history, kill_when, run
+from conftest import LAUNCH, TRAIN, history, kill_when, run
 
 from hispec.base_models.local import load_base, weight_hashes
 from hispec.checkpoint import io as checkpoint
@@ -138,7 +138,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_base, texts, tmp
     kill_when(progress.exists, *LAUNCH, *words)
     step = json.loads(progress.read_text())["step"]
     assert not output.exists() or step == 12
-    resumed = run(*LAUNCH, *words)
+    resumed = run(*TRAIN, *words)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on at step " in resumed.stdout
     expected, got = exits_of(finished[0]), exits_of(output)
@@ -224,7 +224,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_before_training(tiny_base, te
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_state_is_said_to_start_anew(tiny_base, texts, tmp_path):
     (tmp_path / "ee.run" / "state.new").mkdir(parents=True)
-    done = run(*LAUNCH, *settings(tiny_base, texts, tmp_path / "ee", steps=2))
+    done = run(*TRAIN, *settings(tiny_base, texts, tmp_path / "ee", steps=2))
     assert "saved no state: starting anew" in done.stdout
     assert checkpoint.is_checkpoint(tmp_path / "ee")
 
