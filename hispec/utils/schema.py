@@ -151,11 +151,16 @@ def _describe(detail: ErrorDetails) -> str:
     return f"{place or 'the value'}={_short(detail['input'])} is not possible: {_allowed(detail)}"
 
 
-def _short(value: Any) -> str:
+def in_full(value: Any) -> str:
+    """A value as Python writes it, for a message."""
     try:
-        shown = repr(value)
-    except ValueError:  # a number of more digits than Python prints
-        shown = "a number of thousands of digits"
+        return repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def _short(value: Any) -> str:
+    shown = in_full(value)
     return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
 
 

@@ -13,7 +13,7 @@ from yaml import SafeLoader
 from yaml import parse as parse_events
 from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from hispec.utils.schema import validate
+from hispec.utils.schema import in_full, validate
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ _DEEPEST = 20  # levels of lists in a setting
 def check(condition: bool, key: str, value: Any, allowed: str) -> None:
     """Raise the one kind of error that a wrong setting gets: key, value, what is allowed."""
     if not condition:
-        raise ValueError(f"{key}={value!r} is not possible: {allowed}")
+        raise ValueError(f"{key}={in_full(value)} is not possible: {allowed}")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
