@@ -108,11 +108,11 @@ def test_stored_probs_of_every_token_teach_what_the_full_model_teaches(kind, ce)
         exit_loss(
             head,
             [Student(h, WEIGHTS[e], ce, teachers, 0.7, kind) for e, h in enumerate(exits)],
-            judged,
+            measured_by,
             labels,
             chunk=4,
         )
-        for teachers, judged in (([Teacher(final)], final), (probs, probs))
+        for teachers, measured_by in (([Teacher(final)], final), (probs, probs))
     ]
     (dense, stored) = taught
     torch.testing.assert_close(stored.loss, dense.loss, rtol=1e-6, atol=1e-6)
@@ -158,7 +158,7 @@ def test_agreement_counts_equal_argmaxes_of_labelled_tokens():
 
 
 def test_a_teacher_with_a_head_of_its_own():
-    """What the full model is held to: the base as it was."""
+    """The base before training, as the teacher of the full model."""
     head, _, final, labels = problem()
     other = torch.nn.Linear(H, V, bias=False, dtype=torch.float64)
     own = final.clone().requires_grad_()

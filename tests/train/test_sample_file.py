@@ -27,5 +27,5 @@ def test_a_file_that_was_changed_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has \d+ bytes, a.jsonl.meta.json says \d+"):
         SampleFile(path, {"key": 1})
     path.write_bytes(whole.replace(b"\n", b" ", 1)[:-1] + b"\n")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1 is not valid JSON"):
         list(SampleFile(path, {"key": 1}).rows())

@@ -1,4 +1,4 @@
-"""Text read as it is needed: the same rows from every position, and nobody trained on held-out."""
+"""Text read as it is needed: the same rows from every position, and none of them held out."""
 
 from __future__ import annotations
 
