@@ -162,6 +162,7 @@ def _loop(
             eos=_ids(generation_config._eos_token_tensor),
             temperature=1.0 if sampled else 0.0,  # the processors hold the other settings
         )
+        config.validate(ee.num_layers)
         run = Decode(
             ee,
             prompts,

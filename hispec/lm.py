@@ -35,7 +35,7 @@ from hispec.utils.settings import check
 
 PLAIN, AUTO = "plain", "auto"
 _FREE = {"drafter", "lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"}
-"""Those of drafts that no exit makes."""
+"""Settings of free drafts, which no exit makes."""
 
 
 @dataclass
@@ -103,8 +103,11 @@ class EarlyExitLM:
         return depths
 
     def planned(self) -> tuple[Setting | None, str]:
-        """(the plan's setting, or None if there is none for this model and machine; a sentence
-        that says which)."""
+        """Look for a plan that was made for this model and machine.
+
+        Returns:
+            (its setting, or None without such a plan; a sentence that says which).
+        """
         if self.plan is None:
             return None, "no plan: `hispec plan` finds the fastest setting for this machine"
         if (layers := self.plan.num_layers) != self.model.num_layers:

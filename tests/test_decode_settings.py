@@ -8,11 +8,13 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hispec
 from hispec.config import DRAFTERS, VERIFICATIONS, DecodeConfig, ExitConfig
+from hispec.generation import generate
 
 PROMPT = "def main():\n    return"
 NAMES = [field.name for field in fields(DecodeConfig)]
@@ -194,3 +196,21 @@ def test_arguments_of_calls(lm, arguments, message):
 def test_arguments_of_load(tiny_base, arguments, message):
     with pytest.raises(ValueError, match=message):
         hispec.load(**{"path": tiny_base, "device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ladder": 6}, "ladder=6 is not possible: a list"),
+        ({"ladder": [2.9, 6]}, r"ladder\[0\]=2.9 is not possible: a whole number"),
+        ({"seed": "x", "do_sample": True}, "seed='x' is not possible: a whole number"),
+        ({"draft_length": 1.5}, "draft_length=1.5 is not possible: a whole number"),
+        ({"verification": None}, "verification=None is not possible: a text"),
+    ],
+)
+def test_arguments_of_generate_in_transformers(full, arguments, message):
+    """They reached torch, which raised a TypeError or cut them."""
+    lm = hispec.load(full, device="cpu")
+    inputs = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ValueError, match=message):
+        generate(lm.model.hf, inputs=inputs, exits_from=str(full), max_new_tokens=2, **arguments)

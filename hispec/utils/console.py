@@ -1,4 +1,4 @@
-"""The terminal: one place for how the commands print."""
+"""Printing to the terminal, for all commands."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 class Output(Console):
-    """A console without guessing: no highlighting, and no wrapping of lines at 80 columns when the
-    output goes to a file."""
+    """A rich console that highlights nothing and, when the output goes to a file, does not wrap
+    lines at 80 columns."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         stream = sys.stderr if stderr else sys.stdout
         super().__init__(highlight=False, stderr=stderr, width=None if stream.isatty() else 120)
 
     def say(self, text: str) -> None:
-        """Print one line as it is, however long."""
+        """Print one line without markup or wrapping."""
         self.print(text, markup=False, soft_wrap=True)
 
 
@@ -34,12 +34,12 @@ def bar(items: Iterable[Any], title: str) -> Iterable[Any]:
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
+    """The first three names and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def quiet_transformers() -> None:
-    """No bars and warnings of weight loading between the lines of our own output."""
+    """Keep transformers' progress bars and warnings out of our own output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -47,4 +47,5 @@ def quiet_transformers() -> None:
 
 
 def one_line(error: Exception) -> str:
+    """The message of an error on one line."""
     return " ".join(str(error).split())

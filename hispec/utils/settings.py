@@ -28,7 +28,7 @@ def check(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """What is not as it was, key by key."""
+    """One sentence for each of `keys` whose value has changed."""
     return [
         f"{key}: {then.get(key)!r} there, {now.get(key)!r} now"
         for key in keys
@@ -90,8 +90,12 @@ def _is_text(hint: Any) -> bool:
 def _as_text(value: Any) -> Any:
     """Numbers, and those in a list, as text: YAML reads `output=2024` as a number."""
     if isinstance(value, list):
-        return [_as_text(member) for member in value]
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        return [str(member) if _is_number(member) else member for member in value]
+    return str(value) if _is_number(value) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _parse_word(word: str, known: Sequence[str], texts: set[str]) -> dict[str, Any]:
@@ -106,8 +110,7 @@ def _parse_word(word: str, known: Sequence[str], texts: set[str]) -> dict[str, A
     except Exception as error:  # PyYAML and OmegaConf raise several unrelated types
         raise ValueError(f"{shown} is not a setting that can be read: {_reason(error)}") from error
     found = value["value"]  # type: ignore[index, call-overload]
-    number = isinstance(found, int | float) and not isinstance(found, bool)
-    return {key: text if number and key in texts else found}
+    return {key: text if _is_number(found) and key in texts else found}
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
