@@ -38,7 +38,7 @@ demo: $(READY)
 	$(BIN)/python eval/agreement.py checkpoint=$(DEMO)
 	$(BIN)/hispec plan $(DEMO) --prompts 2 --max-new-tokens 24 --repeats 1
 	$(BIN)/hispec generate $(DEMO) "$(DEMO_PROMPT)" --raw --max-new-tokens 64 --show-rungs --stats --compare
-	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts_from=builtin prompts=6 max_new_tokens=32 repeats=1 'rivals=[hf-lookup]'
+	$(BIN)/python eval/speed.py checkpoint=$(DEMO) prompts_from=builtin prompts=6 max_new_tokens=32 repeats=1 'baselines=[hf-lookup]'
 	$(BIN)/hispec report $(DEMO) --prompts 3 --max-new-tokens 32
 	@echo "pictures: $(DEMO)/agreement.png, plan.png, speed.png; all in one page: $(DEMO)/report.html"
 

@@ -17,6 +17,7 @@ import typer
 from conftest import ROOT
 
 import hispec
+from hispec import generation
 from hispec.cli import app
 from hispec.config import DecodeConfig
 from hispec.lm import EarlyExitLM
@@ -179,7 +180,7 @@ def test_inline_settings_exist(page):
     modules = [importlib.import_module(module) for module in SCRIPTS.values()]
     known = {f.name for kind in (Recipe, DecodeConfig) for f in fields(kind)} | {"recipe"}
     known |= {f.name for module in modules for f in fields(module.Settings)}
-    for method in (EarlyExitLM.decode, EarlyExitLM.generate, hispec.load):
+    for method in (EarlyExitLM.decode, EarlyExitLM.generate, hispec.load, generation.generate):
         known |= set(inspect.signature(method).parameters)
     known |= {"custom_generate", "trust_remote_code", "assistant_early_exit"}  # of transformers
     known.add("key")  # stands for any

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = "checkpoint/custom_generate.py"
 """Copied into full checkpoints, never imported, so its imports belong to no package."""
-WIDTH, HEIGHT, GAP_X, GAP_Y, DUMMY = 200, 54, 24, 34, 16
+WIDTH, HEIGHT, GAP_X, GAP_Y, DUMMY = 200, 62, 24, 34, 16
 
 Graph = dict[str, set[str]]
 
@@ -169,8 +169,8 @@ def _arrow(points: list[tuple[float, float]]) -> str:
 
 def _box(x: float, y: float, name: str, hidden: str) -> list[str]:
     left, top = x - WIDTH / 2, y - HEIGHT / 2
-    lines = _wrapped(f"+ {hidden}", 36) if hidden else []
-    first = y + 5 - 8 * len(lines)
+    lines = _wrapped(f"+ {hidden}", 38) if hidden else []
+    first = y + 5 - 7 * len(lines)
     box = [
         f'<rect x="{left:.1f}" y="{top:.1f}" width="{WIDTH}" height="{HEIGHT}" rx="6" '
         'fill="#eef3fa" stroke="#3c6eb4"/>',
