@@ -127,7 +127,7 @@ def local_documents(path: Path, text_column: str) -> list[Document]:
     """
     documents = list(_local_stream(path, text_column))
     if len(documents) == 1 and path.is_file() and path.suffix not in _PLAIN:  # those are cut there
-        documents = list(_pieces(documents[0]))
+        return list(_pieces(documents[0])) or documents  # a chat is in no pieces
     return documents
 
 

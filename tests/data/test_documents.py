@@ -94,6 +94,16 @@ def test_in_a_chat_only_what_the_assistant_says_is_taught(tmp_path):
     assert tokenizer.decode(unsaid).startswith("user: import os\nassistant:user: and then?")
 
 
+def test_a_file_of_one_chat_is_one_document(tmp_path):
+    """A file of a single long text is cut into pieces; a chat is not."""
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": CHAT}))
+    (document,) = documents(str(file), "messages")
+    assert list(document.chat) == CHAT
+    file.write_text(json.dumps({"text": "line\n" * 4000}))
+    assert len(documents(str(file))) == 3
+
+
 def test_texts_and_chats_may_be_mixed():
     tokenizer = tiny_tokenizer()
     mixed = [Document("a", "import os\n"), Document("b", "", tuple(CHAT)), Document("c", "x = 1")]

@@ -105,3 +105,30 @@ def test_an_evaluation_takes_prompts_of_every_task(tmp_path):
     assert [(prompt.task, len(prompt.tokens)) for prompt in beginnings] == [("held-out", 9)] * 2
     with pytest.raises(ValueError, match="chat=True is not possible: prompts_from='held-out'"):
         load_prompts(lm, PromptSource(chat=True), "none")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"article": None, "highlights": "x"}, "article=None is not possible: a text"),
+        ({"article": "", "highlights": "x"}, "article='' is not possible: a text that is not"),
+        ({"document": 5, "summary": "x"}, "document=5 is not possible: a text"),
+        ({"conversations": "abc"}, "conversations='abc' is not possible: a list"),
+        ({"conversations": None}, "conversations=None is not possible: a list"),
+        ({"conversations": ["abc"]}, r"conversations\[0\]='abc' is not possible"),
+        ({"conversations": [{"from": "human"}]}, r"conversations\[0\].value is missing"),
+        ({"conversations": [{"value": "x"}]}, r"conversations\[0\].from is missing"),
+        (
+            {"conversations": [{"from": "human", "value": None}]},
+            r"conversations\[0\].value=None is not possible: a text",
+        ),
+        ({"turns": ["a"], "category": ["qa"]}, r"category=\['qa'\] is not possible: a text"),
+        ({"turns": "abc", "category": "qa"}, "turns='abc' is not possible: a list"),
+        ({"turns": [], "category": "qa"}, r"turns=\[\] is not possible: at least 1 values"),
+        ({"prompt": None}, "prompt=None is not possible: a text"),
+    ],
+)
+def test_rows_of_a_set_that_hold_something_else_are_refused(tmp_path, row, message):
+    file = write(tmp_path, "rows", [{"question": "Why?"}, row])
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 2: {message}"):
+        load_prompt_set(str(file))

@@ -112,10 +112,11 @@ def test_tasks_without_the_harness(ee, tmp_path, monkeypatch, capsys):
 def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
     plan = {"ladder": [6], "drafter": "lookup", "lookup_length": 5}
     for planned, said, expected in (
-        (None, {}, DecodeConfig([2, 4, 6])),
+        (None, {}, DecodeConfig([6], drafter="lookup")),
         (plan, {}, DecodeConfig(**plan)),
         (plan, {"ladder": "4,6"}, DecodeConfig([4, 6])),
-        (plan, {"drafter": "recycle"}, DecodeConfig([2, 4, 6], drafter="recycle")),
+        (plan, {"drafter": "recycle"}, DecodeConfig([6], drafter="recycle")),
+        (None, {"drafter": "exit"}, DecodeConfig([2, 4, 6])),
         (plan, {"ladder": "plain"}, DecodeConfig([6])),
     ):
         monkeypatch.setattr(type(lm), "planned", lambda self, planned=planned: (planned, ""))
@@ -233,6 +234,12 @@ def test_a_gsm8k_file_of_another_shape_is_refused(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"question": "why?", "reply": "so"}\n')
     with pytest.raises(ValueError, match="line 1: answer is missing"):
+        load_tasks(["gsm8k"], str(file))
+    file.write_text('{"question": "why?", "answer": 3}\n')
+    with pytest.raises(ValueError, match="line 1: answer=3 is not possible: a text"):
+        load_tasks(["gsm8k"], str(file))
+    file.write_text('{"question": null, "answer": "so"}\n')
+    with pytest.raises(ValueError, match="line 1: question=None is not possible: a text"):
         load_tasks(["gsm8k"], str(file))
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no questions"):

@@ -244,7 +244,11 @@ def test_nothing_comes_from_elsewhere(mine):
     [
         ("speed.json", '{"results": []}', "settings is missing; `eval/speed.py` writes it anew"),
         ("speed.json", "{", "is not valid JSON"),
-        ("agreement.json", '{"agreement": [], "untrained": []}', "agreement=.. is not possible: at least 1 values; `eval/agreement.py`"),
+        (
+            "agreement.json",
+            '{"agreement": [], "untrained": []}',
+            "agreement=.. is not possible: at least 1 values; `eval/agreement.py`",
+        ),
         ("plan.json", '{"format_version": 99}', "`hispec plan` writes it anew"),
     ],
 )
