@@ -99,7 +99,8 @@ def run_cleanly(command: Callable[[], Any]) -> int:
     except (ValueError, FetchError, OSError) as error:
         return _refuse(str(error) or type(error).__name__)
     except MemoryError as error:
-        return _refuse(f"out of memory: {error or 'use a smaller model or a smaller batch'}")
+        reason = str(error) or "use a smaller model or a smaller batch"
+        return _refuse(f"out of memory: {reason}")
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
