@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; read when triton is imported
 
 import fork_server
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -341,15 +342,27 @@ def kill_when(there: Callable[[], bool], *words: str, **environment: str) -> Non
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 240
-        while not there():
-            if process.poll() is not None:
-                said.seek(0)
-                pytest.fail(said.read().decode())
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            deadline = time.monotonic() + 240
+            while not there():
+                if process.poll() is not None:
+                    said.seek(0)
+                    pytest.fail(said.read().decode())
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            kill_all(process)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill a process and all that it started; torch's launcher gives each worker a session of its
+    own, which the signal to a group does not reach."""
+    with suppress(psutil.NoSuchProcess):
+        found = psutil.Process(process.pid)
+        for each in (found, *found.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.wait()
 
 
 def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list[int]:
