@@ -48,6 +48,9 @@ FIGURES = {
 }
 RECIPE = {"data": "/home/someone/books.jsonl", "steps": 7, "head": "block", "threads": None}
 
+# Tests of GPUs are collected where there is one; elsewhere they would be a page of skips.
+collect_ignore = [] if torch.cuda.is_available() else ["decoding/test_cuda.py"]
+
 # Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
 torch.set_num_threads(1)
 

@@ -7,10 +7,7 @@ import torch
 from conftest import VOCAB, tiny_model
 from test_decoder import decode
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture(scope="module")
