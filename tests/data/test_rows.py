@@ -9,7 +9,8 @@ import re
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hispec.data.documents import documents, hub_documents, split, stream_documents
@@ -222,7 +223,7 @@ def texts_in(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-@settings(max_examples=150, deadline=None)
+@fuzz("rows of prompts", 150)
 @given(prompt_rows)
 def test_any_row_is_a_prompt_or_refused(row):
     """Nothing but ValueError; a prompt is text from the row, never made up from another type."""
@@ -238,9 +239,7 @@ def test_any_row_is_a_prompt_or_refused(row):
     assert type(prompt.task) is str
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzz("lines of data", 150)
 @given(st.binary(max_size=40) | prompt_rows.map(lambda row: json.dumps(row).encode()))
 def test_any_line_is_a_document_or_refused(tmp_path, line):
     file = tmp_path / "any.jsonl"

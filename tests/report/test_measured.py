@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from report_files import write_agreement, write_speed
 
@@ -151,9 +152,7 @@ values = st.one_of(
 )
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzz("agreement.json and speed.json", 200)
 @given(data=st.data(), name=st.sampled_from(["agreement.json", "speed.json"]))
 def test_a_file_with_any_value_changed_is_shown_or_refused(
     agreement_file, speed_file, tmp_path, data, name
