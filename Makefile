@@ -13,7 +13,7 @@ DEMO_PROMPT := def read_config(path):
 # The checkpoint that `make bench` times.
 CHECKPOINT ?= $(DEMO)
 
-.PHONY: demo test test-fast lint format bench docs clean
+.PHONY: demo test test-fast fuzz lint format bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -50,6 +50,11 @@ test: $(READY) $(KERNELS)
 
 test-fast: $(READY) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow'
+
+# 10,000 and more cases of files, rows and settings, each time new ones; prints a table of groups.
+FUZZ_TIMES ?= 7
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 FUZZ_TIMES=$(FUZZ_TIMES) $(BIN)/python -m pytest -m fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .

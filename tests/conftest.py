@@ -19,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; read when triton is imported
 
 import fork_server
+import fuzzing
 import psutil
 import pytest
 import torch
@@ -53,6 +54,13 @@ collect_ignore = [] if torch.cuda.is_available() else ["decoding/test_cuda.py"]
 
 # Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was fuzzed, in `make fuzz`."""
+    if fuzzing.TIMES:
+        for line in fuzzing.table():
+            terminalreporter.write_line(line)
 
 
 def tiny_config(family: str, layers: int = 6, **extra):

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hispec
@@ -104,7 +105,7 @@ VALID = st.fixed_dictionaries(
 )
 
 
-@settings(derandomize=True, deadline=None)
+@fuzz("decode settings, valid", 100)
 @given(VALID)
 def test_valid_settings_are_left_as_they_are(found):
     """Refused at most because two settings do not go together."""
@@ -124,7 +125,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@fuzz("decode settings, hostile", 300)
 @given(VALID, st.sampled_from(NAMES), ANYTHING)
 def test_hostile_settings_end_in_a_value_error_or_not_at_all(found, key, value):
     config = DecodeConfig(**{**found, key: value})
@@ -134,7 +135,7 @@ def test_hostile_settings_end_in_a_value_error_or_not_at_all(found, key, value):
         assert len(message) < 500
 
 
-@settings(derandomize=True, deadline=None)
+@fuzz("exit settings, hostile", 100)
 @given(st.sampled_from([field.name for field in fields(ExitConfig)]), ANYTHING)
 def test_hostile_exits_end_in_a_value_error_or_not_at_all(key, value):
     config = ExitConfig(**{"depths": [2, 4], key: value})

@@ -105,3 +105,9 @@ def test_no_file_of_train_hides_a_library():
 def test_the_command_starts_without_torch():
     code = "import sys, hispec, hispec.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and would refuse to collect the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

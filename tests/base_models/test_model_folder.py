@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_hf, tiny_tokenizer
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -18,9 +19,6 @@ from hispec.base_models.model_folder import MODEL_FILES, base_dtype, copy_model,
 from hispec.checkpoint.inspect import inspect, lines
 
 TOKENS = torch.tensor([[5, 9, 44]])
-QUICK = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
 
 
 @pytest.fixture
@@ -40,7 +38,7 @@ HOSTILE = st.sampled_from(
 ) | st.floats(allow_nan=True, allow_infinity=True)
 
 
-@QUICK
+@fuzz("config.json of a base", 150)
 @given(data=st.data())
 def test_no_mutated_config_gets_a_traceback_or_another_model(tiny_base, folder, data):
     """Any value of `config.json` replaced: the same logits, or refused by the folder's name."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import plan_of
-from hypothesis import given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hispec
@@ -173,7 +174,7 @@ JSON = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@fuzz("plan.json", 300)
 @given(st.data())
 def test_hostile_values_anywhere(content, data):
     path = data.draw(st.sampled_from(list(places(content))[1:]))

@@ -9,7 +9,8 @@ import warnings
 import pytest
 import torch
 from conftest import ROOT
-from hypothesis import given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hispec.hub.errors import HubError
@@ -35,7 +36,7 @@ def test_depths_that_are_none(text, message):
         parse_depths("exits", text)
 
 
-@settings(derandomize=True, deadline=None)
+@fuzz("depths on the command line", 100)
 @given(st.text() | st.text("0123456789,", max_size=12))
 def test_depths_are_increasing_numbers_or_refused(text):
     try:

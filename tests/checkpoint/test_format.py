@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from conftest import FIGURES
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_disk import fill, names, read_only, small_disk
@@ -142,9 +143,7 @@ def places(value, path=()):
             yield from places(inner, (*path, key))
 
 
-@settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@fuzz("exit_config.json", 300)
 @given(data=st.data())
 def test_no_mutated_config_gets_a_traceback(saved, data):
     """Any value of `exit_config.json` replaced by another: it is read, or refused by name."""
