@@ -61,10 +61,13 @@ def _counted(inner: Callable[..., Any], group: str) -> Callable[..., Any]:
     @functools.wraps(inner)
     def counted(*args: Any, **kwargs: Any) -> Any:
         found, began = GROUPS[group], time.perf_counter()
+        try:
+            result = inner(*args, **kwargs)
+        except Exception:  # not hypothesis' own StopTest, which ends a draw that became too large
+            found.cases += 1
+            found.failed += 1
+            raise
         found.cases += 1
-        found.failed += 1
-        result = inner(*args, **kwargs)
-        found.failed -= 1
         found.slowest = max(found.slowest, time.perf_counter() - began)
         return result
 
