@@ -203,7 +203,8 @@ class KVCache:
     def placed_hidden(self, segment: Segment) -> torch.Tensor:
         """Hidden states [B, T, H] that a segment stored for the announced slots."""
         assert self._slots_BT is not None
-        return self.hidden(segment, self._slots_BT)
+        assert self._index is not None
+        return self._hidden[segment].index_select(0, self._index).view(*self._slots_BT.shape, -1)
 
     def hidden(self, segment: Segment, slots_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that a segment stored for some slots."""

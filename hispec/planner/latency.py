@@ -159,12 +159,12 @@ class _Bench:
     def _readings(
         self, depth: int, ladder: Ladder, tokens: int
     ) -> Iterator[tuple[str, Callable[[], Any]]]:
-        track = ("head" if ladder.head_layers(0) else "segment", 0)
+        read_from = ("head" if ladder.head_layers(0) else "segment", 0)
         slots_1T = torch.arange(self.length - 1, self.length - 1 + tokens)[None]
         slots_1T = slots_1T.to(self.model.device)
 
         def read(drafting: bool) -> torch.Tensor:
-            logits_1TV = ladder.read(depth, ladder.cache.hidden(track, slots_1T), drafting)
+            logits_1TV = ladder.read(depth, ladder.cache.hidden(read_from, slots_1T), drafting)
             logits_1TV.argmax(-1).cpu()
             return logits_1TV
 
