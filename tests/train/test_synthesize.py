@@ -370,7 +370,7 @@ def test_wrong_settings_are_refused(talker, tmp_path, changes, message):
 def test_the_command_refuses_with_exit_code_2(tmp_path):
     done = run(*COMMAND, *words("/no/such/base", tmp_path / "a.jsonl"))
     assert done.returncode == 2
-    assert "hispec: unknown base model '/no/such/base'" in done.stderr
+    assert done.stderr == "hispec: no such folder: /no/such/base\n"
     assert "Traceback" not in done.stderr
 
 
