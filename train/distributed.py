@@ -97,6 +97,16 @@ def build_accelerator(recipe: Recipe, logs: Path) -> Accelerator:
     return accelerator
 
 
+def end_training(accelerator: Accelerator) -> None:
+    """Let go of the wrapped model, then leave the group of processes.
+
+    In this order: DDP's reducer, were it the last to hold the group, would destroy it without
+    giving up Python's lock, and join gloo's threads while one of them waits for that lock.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 def _use_fsdp_on_cpu(accelerator: Accelerator) -> None:
     """Make accelerate use FSDP2 on CPU processes.
 

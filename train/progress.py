@@ -55,3 +55,11 @@ def progress_bar(console: Console, total: int, done: int, *, shown: bool) -> Ite
                 console.print(f"step {step} of {total}: {line}", highlight=False, soft_wrap=True)
 
         yield report
+
+
+def flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """Values as every tracker takes them: numbers and texts."""
+    return {
+        key: value if isinstance(value, (int, float, str)) else str(value)
+        for key, value in nested.items()
+    }

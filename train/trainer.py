@@ -24,6 +24,7 @@ from train.best import BestCheckpoint
 from train.data import TrainingRows, frequent_tokens, training_sets
 from train.distributed import (
     build_accelerator,
+    end_training,
     from_first,
     gather,
     leave_out_frozen,
@@ -36,7 +37,7 @@ from train.evaluator import Evaluator, logged, shown
 from train.fused import check_kernels
 from train.losses import ExitLoss
 from train.optimizer import build_optimizer
-from train.progress import Figures, progress_bar
+from train.progress import Figures, flat, progress_bar
 from train.recipe import Recipe
 from train.resume import load_state, save_state
 from train.schedule import active_exits, learning_rate
@@ -158,12 +159,14 @@ class Trainer:
                 has no checkpoint within `max_drift`.
         """
         try:
-            self._train()
-        except DivergedError as error:
-            self._check_export_of_diverged(error)
-        exported = self._export()
-        self.accelerator.end_training()
-        return exported
+            try:
+                self._train()
+            except DivergedError as error:
+                self._check_export_of_diverged(error)
+            return self._export()
+        finally:
+            del self.wrapped, self.optimizer
+            end_training(self.accelerator)
 
     def _train(self) -> None:
         """All steps that are left, with evaluations and saved states."""
@@ -171,7 +174,7 @@ class Trainer:
         self._resume()
         recipe = self.recipe
         if recipe.log_with:
-            self.accelerator.init_trackers("hispec", config=_flat(asdict(recipe)))
+            self.accelerator.init_trackers("hispec", config=flat(asdict(recipe)))
         began, spent = time.perf_counter(), self.minutes
         if self.store is not None:
             self.store.fill(
@@ -387,11 +390,3 @@ class Trainer:
             f"{figures['expected']['speed']:.2f}x, after {figures['training_tokens']} tokens"
         )
         return self.output
-
-
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
-    """Values as every tracker takes them: numbers and texts."""
-    return {
-        key: value if isinstance(value, (int, float, str)) else str(value)
-        for key, value in nested.items()
-    }

@@ -5,11 +5,13 @@ Every process writes what it found to `FOLDER/RANK.json` (tensors to `FOLDER/gra
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -55,7 +57,10 @@ def disagreement(trainer: Trainer, folder: Path) -> dict:
     evaluate.remember_base = evaluator.remember_base
     trainer.evaluator = evaluate
     trainer.train()
-    return {"step": trainer.step, "history": trainer.history}
+    ended = not torch.distributed.is_initialized()
+    # a wrapper that outlived the group would destroy it, with Python's lock held
+    wrappers = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+    return dict(step=trainer.step, history=trainer.history, ended=ended, wrappers=wrappers)
 
 
 def lost_state(trainer: Trainer, folder: Path) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,15 @@ pytestmark = pytest.mark.slow
 
 ACCELERATE = ROOT / "recipes" / "accelerate"
 SMOKE = dict(trunk="full", head="block", layer_dropout=0.3, steps=10, eval_every=5, save_every=5)
+EXTENSIONS = Path(sys.prefix) / "torch_extensions"  # what DeepSpeed compiles, once per .venv
+ON_CPU = dict(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(EXTENSIONS))
 
 
-ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+@pytest.fixture(scope="module", autouse=True)
+def unlocked():
+    """Without locks of runs that were killed while they compiled: torch waits for such for ever."""
+    for lock in EXTENSIONS.rglob("lock"):
+        lock.unlink()
 
 
 def launch(config: str, processes: int, script: str = "train/ee_finetune.py") -> list[str]:
@@ -178,6 +185,9 @@ def test_two_processes_follow_the_word_of_the_first(tiny_base, texts, tmp_path):
     first, second = worker("ddp", "disagreement", tmp_path / "found", words)
     assert first["step"] == second["step"] == 8
     assert first["history"] == second["history"]
+    for found in (first, second):
+        assert found["ended"]
+        assert found["wrappers"] == 0
     for found in worker("ddp", "lost_state", tmp_path / "lost", words):
         assert "process 1 does not see" in found["error"]
         assert "a disk that all machines share" in found["error"]

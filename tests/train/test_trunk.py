@@ -235,9 +235,9 @@ def test_a_state_holds_what_is_trained_and_nothing_else(tiny_base, texts, tmp_pa
 
     words = dict(trunk="lora", steps=4, save_every=4, eval_every=4, lr=0.01)
     trainer = trainer_of(tiny_base, texts, tmp_path / "ee", **words)
+    trained = {n for n, p in trainer.wrapped.named_parameters() if p.requires_grad}
     trainer.train()
     state = load_file(tmp_path / "ee.run" / "state" / "model.safetensors")
-    trained = {n for n, p in trainer.wrapped.named_parameters() if p.requires_grad}
     assert set(state) == trained
     again = trainer_of(tiny_base, texts, tmp_path / "ee", **words)
     again._resume()
