@@ -13,7 +13,7 @@ DEMO_PROMPT := def read_config(path):
 # The checkpoint that `make bench` times.
 CHECKPOINT ?= $(DEMO)
 
-.PHONY: demo test test-fast fuzz lint format bench docs clean
+.PHONY: demo test test-fast fuzz kill-test lint format bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -46,15 +46,20 @@ bench: $(READY)
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)
 
 test: $(READY) $(KERNELS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-fast: $(READY) $(KERNELS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow'
 
 # 10,000 and more cases of files, rows and settings, each time new ones; prints a table of groups.
 FUZZ_TIMES ?= 7
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 FUZZ_TIMES=$(FUZZ_TIMES) $(BIN)/python -m pytest -m fuzz
+
+# 50 kills of training, export, plan, fetch and push, each time at other moments.
+KILLS ?= 10
+kill-test: $(READY)
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) KILL_SEED=$${KILL_SEED:-$$(date +%s)} $(BIN)/python -m pytest -v --durations=0 tests/test_kills.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

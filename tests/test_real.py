@@ -39,9 +39,7 @@ def load(folder, dtype) -> EarlyExitLM:
 
 @pytest.fixture(scope="module")
 def lm(folder):
-    torch.set_num_threads(2)
-    yield load(folder, torch.float32)
-    torch.set_num_threads(1)
+    return load(folder, torch.float32)
 
 
 @pytest.mark.parametrize("ladder", [(30,), *LADDERS])

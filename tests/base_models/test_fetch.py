@@ -17,14 +17,13 @@ import pytest
 import torch
 from conftest import ROOT
 from fetching import (
-    LAYERS,
     VOCAB,
     closed_port,
     digest,
     hidden,
-    probe_ids,
+    make_shelf,
+    pip_environment,
     run_fetch,
-    write_gguf,
 )
 from safetensors.torch import load_file
 from small_disk import fill, small_disk
@@ -32,50 +31,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hispec.base_models.fetch import fetch
 from hispec.base_models.local import base_path
-from hispec.base_models.registry import BASES, Base, Wheel
+from hispec.base_models.registry import BASES, Base
 from hispec.utils.files import FetchError
 from hispec.utils.schema import read_json
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, Path]:
-    """A registry entry and the folder of its two wheels, each with one half of the GGUF."""
     folder = tmp_path_factory.mktemp("wheels")
-    whole = folder / "tiny.gguf"
-    write_gguf(whole)
-    content = whole.read_bytes()
-    wheels = []
-    for part, piece in enumerate((content[:5000], content[5000:]), start=1):
-        package, member = f"tiny-hispec-base-part{part}", f"tiny_part{part}/tiny.gguf.part{part}"
-        info = f"tiny_hispec_base_part{part}-1.0.dist-info"
-        path = folder / f"tiny_hispec_base_part{part}-1.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(member, piece)
-            archive.writestr(
-                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
-            )
-            archive.writestr(
-                f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-            )
-            archive.writestr(f"{info}/RECORD", "")
-        wheels.append(Wheel(package, "1.0", digest(path), member))
-    base = Base(
-        wheels=tuple(wheels),
-        gguf_sha256=digest(whole),
-        quantization="Q8_0",
-        license="apache-2.0",
-        origin="nobody/tiny",
-        model_type="llama",
-        layers=LAYERS,
-        bos=("<|im_start|>", 1),
-        eos=("<|im_end|>", 2),
-        chat_template=True,
-        rope={"all": 10_000.0},
-        probe=probe_ids(),
-        split_digits=True,
-    )
-    whole.rename(folder / "kept.gguf")
-    return base, folder
+    return make_shelf(folder), folder
 
 
 @pytest.fixture
@@ -89,9 +53,8 @@ def tiny(
     shutil.copytree(wheels, links)
     for key in [k for k in os.environ if k.startswith("PIP_")]:
         monkeypatch.delenv(key)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    for key, value in pip_environment(links).items():
+        monkeypatch.setenv(key, value)
     return base, links
 
 

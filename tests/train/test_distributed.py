@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, history, kill_when, run, tiny_hf, tiny_tokenizer
+from conftest import ROOT, history, run, tiny_hf, tiny_tokenizer
 from distributed_worker import first_gradients
+from killing import kill_when
 from test_trainer import exits_of, settings, write_chats
 
 from hispec.checkpoint import io as checkpoint

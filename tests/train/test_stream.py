@@ -15,11 +15,11 @@ from conftest import (
     TRAIN,
     documents_of,
     history,
-    kill_when,
     run,
     tiny_tokenizer,
     write_jsonl,
 )
+from killing import kill_when
 from test_trainer import exits_of, settings, train_to
 
 from hispec.checkpoint import io as checkpoint

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import kill_when, run, tiny_config, tiny_tokenizer
+from conftest import run, tiny_config, tiny_tokenizer
+from killing import kill_when
 from transformers import AutoModelForCausalLM
 
 from hispec.base_models.local import weight_hashes

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCH, TRAIN, history, kill_when, run
+from conftest import LAUNCH, TRAIN, history, run
+from killing import kill_when
 
 from hispec.base_models.local import load_base, weight_hashes
 from hispec.checkpoint import io as checkpoint
