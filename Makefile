@@ -59,7 +59,7 @@ fuzz: $(READY)
 # 50 kills of training, export, plan, fetch and push, each time at other moments.
 KILLS ?= 10
 kill-test: $(READY)
-	OMP_NUM_THREADS=1 KILLS=$(KILLS) KILL_SEED=$${KILL_SEED:-$$(date +%s)} $(BIN)/python -m pytest -v --durations=0 tests/test_kills.py
+	OMP_NUM_THREADS=1 KILLS=$(KILLS) KILL_SEED=$${KILL_SEED:-$$(date +%s)} $(BIN)/python -m pytest -v -rP tests/test_kills.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

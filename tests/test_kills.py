@@ -201,6 +201,7 @@ def unharmed(build):
         if name not in found:
             command = build(name)
             moments = run_until(command, None)
+            assert command.leftovers() == []
             found[name] = moments, command.result()
         return found[name]
 
@@ -210,13 +211,14 @@ def unharmed(build):
 @pytest.mark.parametrize("number", range(KILLS))
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_leaves_nothing_half_done(name, number, build, unharmed):
-    print(f"KILL_SEED={SEED}")
     moments, expected = unharmed(name)
     chance = random.Random(f"{name} {number} {SEED}")
     command = build(name)
     stop = chance.randrange(moments)
     # Every second time as a user would: the processes that it started go on without it.
     run_until(command, stop, wait=chance.uniform(0, 0.05), alone=number % 2 == 1)
+    hidden = len(command.leftovers())
+    print(f"KILL_SEED={SEED}: {name} at moment {stop} of {moments}, {hidden} temporary left")
     command.check_what_is_there()
     run_until(command, None)
     assert command.result() == expected
@@ -245,6 +247,8 @@ def run_until(command: Command, stop: int | None, wait: float = 0.0, alone: bool
         code = process.wait() if isinstance(process, subprocess.Popen) else _joined(process)
         said = "".join(file.read_text(errors="replace") for file in Path(outputs).iterdir())
     assert killed or code == 0, said
+    if stop is not None and not killed:
+        print("it ended before it was killed")
     return moments
 
 

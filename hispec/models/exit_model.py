@@ -55,9 +55,9 @@ class ExitModel(nn.Module):
     """A causal LM whose hidden states can be entered, left and read at any depth.
 
     Args:
-        hf: a `...ForCausalLM` of one of `families.FAMILIES`, used as it is.
+        hf: a `...ForCausalLM` of one of `architectures.FAMILIES`, used as it is.
         exits: trained exits; depths that are not among them are read through the final norm.
-        gather: see `heads.Gather`; for training with ZeRO-3.
+        gather: see `exit_heads.Gather`; for training with ZeRO-3.
 
     Raises:
         ValueError: an architecture that is not supported, or exits that the model cannot have.
@@ -183,9 +183,12 @@ class ExitModel(nn.Module):
         cache: PassCache | None = None,
         previous_BTH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]: LM head, then the family's scale or cap.
+        """States [B, T, H] after the blocks of the exit head at `depth`, before its norm.
+
+        A head without blocks returns what it is given.
 
         Args:
+            hidden_BTH: the trunk's states at `depth`.
             previous_BTH: for a head that reads it, the normed state of the token before at full
                 depth, or its stand-in; 0 where neither is known. None is 0 everywhere.
         """
