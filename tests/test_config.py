@@ -59,7 +59,7 @@ def test_every_recipe_resolves_and_says_only_what_deviates(path):
             r"layer_dropout=1 .* less than 1",
         ),
         (["recipe=smollm2-135m", "distill_weight=0", "ce_weight=0"], r"cannot both be 0"),
-        (["recipe=smollm2-135m", "precision=int4"], r"one of fp32, bf16"),
+        (["recipe=smollm2-135m", "precision=int4"], r"one of auto, fp32, bf16"),
     ],
 )
 def test_wrong_settings_name_the_key(words, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,15 +31,6 @@ _COSTS = {
     "chunk": "the logits of a chunk take 4 bytes times the vocabulary per token",
     "rows": "every evaluation runs the full model over them",
 }
-
-
-def fast_precision() -> str:
-    """`bf16` where torch has fast matrix products of it: on accelerators, and on CPUs with AVX-512
-    or AMX. On others they are a loop over single numbers, and training is 50 times slower."""
-    if torch.accelerator.is_available():
-        return "bf16"
-    onednn = torch.backends.mkldnn.is_available()
-    return "bf16" if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 @dataclass
@@ -158,9 +149,9 @@ class Recipe:
     fused_loss: bool = False
     """Compute softmax, divergence and gradient in Liger's kernels, on a GPU (`pip install
     hispec[liger]`): they read the logits fewer times. For `forward_kl` and `tv`."""
-    precision: Annotated[str, one_of("fp32", "bf16")] = field(default_factory=fast_precision)
-    """`fp32`, or `bf16` (mixed: the exits' master weights stay in float32); default: `bf16`, on a
-    CPU that does not multiply matrices in it `fp32`."""
+    precision: Annotated[str, one_of("auto", "fp32", "bf16")] = "auto"
+    """`fp32`, or `bf16` (mixed: the exits' master weights stay in float32). `auto` is `bf16`, on a
+    CPU without matrix products in it `fp32`."""
     threads: Threads | None = None
     """Threads per process on a CPU; default: the cores, shared among the processes. (`accelerate
     launch` by itself leaves one to each.)"""
@@ -252,10 +243,24 @@ class Recipe:
             "it and ce_weight cannot both be 0: there would be no loss",
         )
 
+    def for_this_machine(self) -> Recipe:
+        """This recipe with the precision that `auto` stands for here.
+
+        torch has fast matrix products of bf16 on accelerators and on CPUs with AVX-512 or AMX. On
+        others they are a loop over single numbers, and training is 50 times slower.
+        """
+        if self.precision != "auto":
+            return self
+        onednn = torch.backends.mkldnn.is_available()
+        fast = torch.accelerator.is_available() or (
+            onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        return replace(self, precision="bf16" if fast else "fp32")
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of a frozen trunk and of its activations."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def exit_config(self) -> ExitConfig:
         return ExitConfig(

@@ -56,7 +56,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = recipe.for_this_machine()
         self.output = Path(recipe.output)
         check_target(self.output)
         self.run_folder = self.output.parent / f"{self.output.name}.run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import LAUNCH, ROOT, TRAIN, run, tiny_hf, tiny_tokenizer
@@ -96,6 +98,17 @@ def test_gradient_checkpointing_and_a_second_base_are_planned_for():
     free = plan(load_recipe([*words, "base_kl=0"]))
     assert heavy.activations > 3 * light.activations
     assert light.weight_bytes - free.weight_bytes == 2 * light.trunk
+
+
+@pytest.mark.parametrize(("accelerator", "onednn"), [(True, False), (False, True), (False, False)])
+def test_precision_is_what_the_machine_is_fast_in(monkeypatch, accelerator, onednn):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    recipe = Recipe(base="-", output="-", exits=[1])
+    found = recipe.for_this_machine().precision
+    assert found == ("bf16" if accelerator or onednn else "fp32")
+    for precision in ("fp32", "bf16"):
+        assert replace(recipe, precision=precision).for_this_machine().precision == precision
 
 
 def test_the_command_prints_the_plan_and_loads_nothing():
