@@ -30,6 +30,7 @@ from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
 from hispec.utils.command_line import parse_device, parse_dtype
+from hispec.utils.devices import multiplies_half
 from hispec.utils.schema import STRICT, validate
 from hispec.utils.settings import check
 
@@ -321,7 +322,8 @@ def load(
         path: folder of an EE checkpoint or of a plain transformers model, a name or Hub id that
             `hispec fetch` has fetched, or an EE checkpoint on the Hub, `ORG/NAME` or
             `ORG/NAME@REVISION`: as `hispec pull` left it, else out of huggingface_hub's cache.
-        dtype: "auto" takes the dtype that the base is stored in.
+        dtype: "auto" takes the dtype that the base is stored in, but float32 on a CPU that is slow
+            in half precision (see `multiplies_half`).
         device: default: the accelerator, if there is one, else the CPU.
         exits: for a plain model, depths to use as exits.
         base: for an EE checkpoint, where its base is, if not where its name says.
@@ -343,12 +345,14 @@ def load(
     if is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
         model, tokenizer = load_checkpoint(folder, dtype=dtype, device=device, base=base)
+        model = model.float() if dtype == "auto" and not multiplies_half(model.device) else model
         return EarlyExitLM(model, tokenizer, _plan(folder, model.num_layers))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = find_base(str(path)).folder
     tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
+    hf = hf.float() if dtype == "auto" and not multiplies_half(hf.device) else hf
     lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits)
     lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
     return lm

@@ -18,8 +18,11 @@ from transformers import (
 )
 
 import hispec
-from hispec.base_models.local import AbsentError
+from hispec.base_models.local import AbsentError, find_base
+from hispec.checkpoint.io import save_checkpoint
+from hispec.config import ExitConfig
 from hispec.metrics.equivalence import first_difference, hf_generate
+from hispec.models.exit_model import ExitModel
 
 PROMPT = "def main():\n    return"
 
@@ -34,6 +37,23 @@ def test_generate_equals_transformers(lm, tiny_base):
         assert result.text == [lm.tokenizer.decode(expected, skip_special_tokens=True)]
         assert len(result.depths[0]) == len(expected)
     assert lm.ladder() == [2, 4, 6]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_precision_is_left_where_it_is_slow(tiny_base, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("hispec.lm.multiplies_half", lambda device: fast)
+    half = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = ExitModel(half, ExitConfig([2, 4], "block", 1))
+    save_checkpoint(tmp_path / "ee", model, find_base(str(tmp_path / "base")))
+    for folder in (tmp_path / "base", tmp_path / "ee"):
+        found = hispec.load(folder, device="cpu").model
+        asked = hispec.load(folder, dtype="bfloat16", device="cpu").model
+        for one, other in zip(found.parameters(), asked.parameters(), strict=True):
+            assert one.dtype == (torch.bfloat16 if fast else torch.float32)
+            assert other.dtype == torch.bfloat16
+            assert torch.equal(one.float(), other.float())
 
 
 def test_what_is_left_open_is_chosen(lm, tiny_base):

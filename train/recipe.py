@@ -13,6 +13,7 @@ from pydantic import Field
 
 from hispec.config import HEAD_KINDS, ExitConfig
 from hispec.data.documents import STDLIB
+from hispec.utils.devices import multiplies_half
 from hispec.utils.limits import PartialShare, Seed, Share, Threads, Weight, at_most, one_of
 from hispec.utils.schema import STRICT, validate
 from hispec.utils.settings import check, resolve
@@ -244,18 +245,11 @@ class Recipe:
         )
 
     def for_this_machine(self) -> Recipe:
-        """This recipe with the precision that `auto` stands for here.
-
-        torch has fast matrix products of bf16 on accelerators and on CPUs with AVX-512 or AMX. On
-        others they are a loop over single numbers, and training is 50 times slower.
-        """
+        """This recipe with the precision that `auto` stands for here."""
         if self.precision != "auto":
             return self
-        onednn = torch.backends.mkldnn.is_available()
-        fast = torch.accelerator.is_available() or (
-            onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        return replace(self, precision="bf16" if fast else "fp32")
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        return replace(self, precision="bf16" if multiplies_half(device) else "fp32")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,10 @@ from hispec.utils.console import Output
 out = Output()
 
 Base = Annotated[str | None, typer.Option(help="where the checkpoint's base is")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16, or auto (as stored, where that is fast)"),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Data = Annotated[
     Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
