@@ -8,6 +8,7 @@ written.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -144,7 +145,7 @@ def clear_leftovers(path: Path) -> list[Path]:
             retired.rename(path)
         removed.append(retired)
     path = followed(path)
-    for leftover in sorted(path.parent.glob(f".{path.name}.tmp-*")):
+    for leftover in sorted(path.parent.glob(f".{glob.escape(path.name)}.tmp-*")):
         if _owner_alive(leftover):
             continue
         if leftover.is_dir():
@@ -212,6 +213,9 @@ def _flush(file: Path) -> None:
 def new_file(path: Path, need: int = 0) -> Iterator[Path]:
     """Yield the name of a file to write, which takes the name `path` when the block ends well.
 
+    On an exception nothing of the block remains; after a SIGKILL the temporary remains under a
+    hidden name until the next write of `path`.
+
     Args:
         need: bytes that the block will write, as far as that is known.
 
@@ -220,6 +224,7 @@ def new_file(path: Path, need: int = 0) -> Iterator[Path]:
     """
     target = output_path(path, need)
     target.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(target)
     temporary = _temporary(target)
     try:
         with _full_disk_said(path, temporary, need):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hispec.utils.files import clear_leftovers, new_folder, read_json, sha256, write_json
+from hispec.utils.files import clear_leftovers, new_file, new_folder, read_json, sha256, write_json
 
 
 def test_a_folder_appears_as_a_whole(tmp_path):
@@ -62,6 +62,16 @@ def test_what_a_killed_writer_left_is_found_and_removed(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
     assert len(clear_leftovers(target)) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["plan.png", "a[1].json"])
+def test_the_next_write_of_a_file_removes_what_a_killed_one_left(tmp_path, name):
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    (tmp_path / f".{name}.tmp-{dead.pid}").write_bytes(b"half")
+    with new_file(tmp_path / name) as temporary:
+        temporary.write_bytes(b"whole")
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_a_folder_retired_by_a_killed_writer_comes_back(tmp_path):
