@@ -339,20 +339,20 @@ def load(
         device = parse_device(device)
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
+    if dtype == "auto" and not multiplies_half(torch.device(device)):
+        dtype = torch.float32
     folder = Path(path)
     if not folder.exists():
         folder = locate(str(path)) or folder
     if is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
         model, tokenizer = load_checkpoint(folder, dtype=dtype, device=device, base=base)
-        model = model.float() if dtype == "auto" and not multiplies_half(model.device) else model
         return EarlyExitLM(model, tokenizer, _plan(folder, model.num_layers))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = find_base(str(path)).folder
     tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
-    hf = hf.float() if dtype == "auto" and not multiplies_half(hf.device) else hf
     lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits)
     lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
     return lm

@@ -52,7 +52,8 @@ torch.set_num_threads(1)
 
 
 # Files that take minutes, the longest first: a worker that began one last would end alone.
-LONG = ("test_distributed", "test_properties", "test_real", "test_transfer", "test_planner")
+LONG = ("test_distributed", "test_properties", "test_real", "test_transfer", "test_kills",
+        "test_planner")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +34,8 @@ from killing import kill
 from test_trainer import settings
 
 from hispec.checkpoint.io import load_checkpoint
-from hispec.planner.plan_file import PLAN, read_plan
+from hispec.planner.plan_file import read_plan
+from hispec.utils.schema import read_json
 
 KILLS = int(os.environ.get("KILLS", "1"))
 """Of each command."""
@@ -73,57 +75,51 @@ class Command(ABC):
         return [path for path in self.folder.rglob(".*") if path.name != ".downloads"]
 
 
-class Training(Command):
+class Writer(Command):
+    """A command that writes a checkpoint."""
+
+    output: Path
+
+    def check_what_is_there(self) -> None:
+        if self.output.exists():
+            load_checkpoint(self.output)
+
+    def result(self) -> Any:
+        load_checkpoint(self.output)
+        return weights(self.output)
+
+
+class Training(Writer):
     def __init__(self, folder: Path, tiny_base: Path, texts: Path) -> None:
         super().__init__(folder)
         self.output = folder / "ee"
         self.words = [*TRAIN, *settings(tiny_base, texts, self.output)]
 
-    def check_what_is_there(self) -> None:
-        if self.output.exists():
-            load_checkpoint(self.output)
 
-    def result(self) -> Any:
-        load_checkpoint(self.output)
-        return digest(self.output / "exits.safetensors")
-
-
-class Export(Command):
+class Export(Writer):
     def __init__(self, folder: Path, source: Path) -> None:
         super().__init__(folder)
         self.output = folder / "whole"
         self.words = [*HISPEC, "export", str(source), str(self.output), "--full"]
 
-    def check_what_is_there(self) -> None:
-        if self.output.exists():
-            load_checkpoint(self.output)
 
-    def result(self) -> Any:
-        load_checkpoint(self.output)
-        return {file.name: digest(file) for file in sorted(self.output.glob("*.safetensors"))}
-
-
-class Plan(Command):
+class Plan(Writer):
     """Times differ from run to run: what must stay equal is the checkpoint that is planned."""
 
     def __init__(self, folder: Path, checkpoint: Path) -> None:
         super().__init__(folder)
         self.output = folder / "ee"
-        self.output.mkdir()
-        for file in checkpoint.iterdir():
-            (self.output / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(checkpoint, self.output)
         small = ["--prompts", "1", "--max-new-tokens", "4", "--repeats", "1", "--confirm", "2"]
         self.words = [*HISPEC, "plan", str(self.output), *small]
 
     def check_what_is_there(self) -> None:
         load_checkpoint(self.output)
-        if (self.output / PLAN).exists():
-            read_plan(self.output / PLAN)
+        read_plan(self.output)  # None, or whole
 
     def result(self) -> Any:
-        read_plan(self.output / PLAN)
-        load_checkpoint(self.output)
-        return sorted(path.name for path in self.output.iterdir())
+        assert read_plan(self.output) is not None
+        return super().result(), sorted(path.name for path in self.output.iterdir())
 
 
 class Fetch(Command):
@@ -140,9 +136,9 @@ class Fetch(Command):
             self.result()
 
     def result(self) -> Any:
-        weights = self.folder / "tiny" / "model.safetensors"
-        assert (self.folder / "tiny" / "provenance.json").exists()
-        return digest(weights)
+        found = weights(self.folder / "tiny")
+        assert found == read_json(self.folder / "tiny" / "provenance.json")["weights"]
+        return found
 
 
 class Push(Command):
@@ -168,6 +164,11 @@ class Push(Command):
         for file in self.checkpoint.glob("*.safetensors"):
             assert files[file.name] == file.read_bytes()
         return sorted(files)
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Hash of every weight file."""
+    return {file.name: digest(file) for file in folder.glob("*.safetensors")}
 
 
 COMMANDS = ("train", "export", "plan", "fetch", "push")
