@@ -53,6 +53,8 @@ class Settings(PromptSource):
     """Whether texts may differ where rounding alone decides between two tokens."""
     dtype: str = "float32"
     device: str | None = "cpu"
+    backend: str = "auto"
+    """What runs our passes: "eager", "openvino", or "auto"."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -72,7 +74,10 @@ def main(words: Sequence[str]) -> int:
     )
     quiet_transformers()
     lm = load(
-        settings.checkpoint, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device)
+        settings.checkpoint,
+        dtype=parse_dtype(settings.dtype),
+        device=parse_device(settings.device),
+        backend=settings.backend,
     )
     full, exits = lm.model.num_layers, lm.model.exits.depths
     ladders = [parse_depths("ladders", text) or [] for text in settings.ladders] or [
@@ -144,8 +149,8 @@ def main(words: Sequence[str]) -> int:
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     out.say(
         f"{len(differences)} differences from {reference}{f' ({counted})' if counted else ''}: "
-        f"{len(prompts)} prompts, {tokens} tokens, {shown}, {settings.dtype}, temperature "
-        f"{settings.temperature}"
+        f"{len(prompts)} prompts, {tokens} tokens, {shown}, {settings.dtype}, {lm.model.backend}, "
+        f"temperature {settings.temperature}"
     )
     line = {"settings": asdict(settings), "tokens": tokens, "kinds": kinds}
     print(json.dumps({**line, "differences": differences}))

@@ -62,6 +62,8 @@ class Settings(PromptSource):
     ] = 3
     dtype: str = "auto"
     device: str | None = "cpu"
+    backend: str = "auto"
+    """What runs our passes: "eager", "openvino", or "auto"."""
 
 
 def current_names(words: Sequence[str]) -> list[str]:
@@ -87,7 +89,10 @@ def main(words: Sequence[str]) -> None:
     target = Path(settings.output or (folder if is_checkpoint(folder) else "runs/speed"))
     output_path(target / "speed.json")
     lm = load(
-        settings.checkpoint, dtype=parse_dtype(settings.dtype), device=parse_device(settings.device)
+        settings.checkpoint,
+        dtype=parse_dtype(settings.dtype),
+        device=parse_device(settings.device),
+        backend=settings.backend,
     )
     eos = lm.eos() if settings.stop_at_eos else ()
     common = {
@@ -146,6 +151,7 @@ def _machine(lm: EarlyExitLM) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": str(lm.model.device),
         "dtype": str(lm.model.hf.dtype).removeprefix("torch."),
+        "backend": lm.model.backend,
     }
 
 

@@ -26,6 +26,8 @@ from hispec.checkpoint.io import load_checkpoint
 from hispec.config import DecodeConfig, ExitConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
+from hispec.engine.build import AUTO as AUTO_BACKEND
+from hispec.engine.build import build_engine
 from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
@@ -114,7 +116,7 @@ class EarlyExitLM:
         if (layers := self.plan.num_layers) != self.model.num_layers:
             other = f"a model of {layers} layers, this one has {self.model.num_layers}"
             return None, f"the plan is for {other}: `hispec plan` makes one for it"
-        here = Machine.here(self.model.device, self.model.hf.dtype)
+        here = Machine.here(self.model.device, self.model.hf.dtype, self.model.backend)
         if differences := self.plan.machine.differences(here):
             return None, f"the plan is not for this machine ({'; '.join(differences)})"
         rate = f"{self.plan.tokens_per_second:.1f} tokens/s, {self.plan.speedup:.2f}x plain"
@@ -315,6 +317,7 @@ def load(
     device: torch.device | str | None = None,
     exits: Sequence[int] | None = None,
     base: str | None = None,
+    backend: str = AUTO_BACKEND,
 ) -> EarlyExitLM:
     """Load an EE checkpoint, or a plain model whose depths are read through its final norm.
 
@@ -327,9 +330,12 @@ def load(
         device: default: the accelerator, if there is one, else the CPU.
         exits: for a plain model, depths to use as exits.
         base: for an EE checkpoint, where its base is, if not where its name says.
+        backend: what runs the passes of a decode, `eager`, `openvino` or `auto`, see
+            `engine.build.build_engine`.
 
     Raises:
-        ValueError: nothing there, or a checkpoint that does not hold what its config says.
+        ValueError: nothing there, a checkpoint that does not hold what its config says, or a
+            backend that cannot run this model.
         HubError: nothing here, and the Hub refuses it or cannot be reached.
     """
     check(isinstance(path, str | Path) and str(path) != "", "path", path, "a folder or a name")
@@ -347,6 +353,7 @@ def load(
     if is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
         model, tokenizer = load_checkpoint(folder, dtype=dtype, device=device, base=base)
+        model.engine = build_engine(model, backend)
         return EarlyExitLM(model, tokenizer, _plan(folder, model.num_layers))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
@@ -354,6 +361,7 @@ def load(
     tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
     lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits)
+    lm.model.engine = build_engine(lm.model, backend)
     lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
     return lm
 

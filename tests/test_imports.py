@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 
 ORDER = [
-    *("utils", "config", "data", "base_models", "models", "decoding", "metrics", "planner"),
-    *("checkpoint", "hub", "lm", "generation", "export", "report", "cli"),
+    *("utils", "config", "data", "base_models", "models", "engine", "decoding", "metrics"),
+    *("planner", "checkpoint", "hub", "lm", "generation", "export", "report", "cli"),
 ]
 """The packages and top-level modules of `hispec`; each may import those before it."""
 COPIED = "hispec.checkpoint.custom_generate"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hispec.cli.options import Base, Data, Device, Dtype, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, out
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype
 from hispec.utils.console import quiet_transformers
 from hispec.utils.settings import check
@@ -94,6 +94,7 @@ def report(
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    backend: Backend = "auto",
 ) -> None:
     """Write all that was measured on a checkpoint, with pictures, into one HTML file."""
     from hispec.lm import load
@@ -102,6 +103,12 @@ def report(
     quiet_transformers()
     found = page.gather(checkpoint)
     if decode:
-        lm = load(checkpoint, dtype=parse_dtype(dtype), device=parse_device(device), base=base)
+        lm = load(
+            checkpoint,
+            dtype=parse_dtype(dtype),
+            device=parse_device(device),
+            base=base,
+            backend=backend,
+        )
         page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
     page.write(out, found, output or checkpoint / page.REPORT)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hispec.cli.options import Base, Data, Device, Dtype, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, out
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, read_prompt
 from hispec.utils.console import quiet_transformers
 from hispec.utils.settings import check
@@ -62,6 +62,7 @@ def generate(
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    backend: Backend = "auto",
     raw: Annotated[bool, typer.Option(help="continue the prompt as it is: no chat template")] = (
         False
     ),
@@ -107,6 +108,7 @@ def generate(
         device=parse_device(device),
         exits=parse_depths("exits", exits),
         base=base,
+        backend=backend,
     )
     chosen, source = lm.choose(depths, settings)
     run = lm.decode([text], **chosen, stop_strings=stop or (), chat=False if raw else None)
@@ -132,6 +134,7 @@ def plan(
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    backend: Backend = "auto",
     output: Annotated[
         Path | None, typer.Option(help="folder of plan.json and plan.png; default: CHECKPOINT")
     ] = None,
@@ -152,7 +155,13 @@ def plan(
     check(repeats >= 1, "repeats", repeats, "1 or more")
     depths = parse_depths("exits", exits)
     chosen, source = some(data, prompts)
-    lm = load(checkpoint, dtype=parse_dtype(dtype), device=parse_device(device), base=base)
+    lm = load(
+        checkpoint,
+        dtype=parse_dtype(dtype),
+        device=parse_device(device),
+        base=base,
+        backend=backend,
+    )
     found = planning.plan_checkpoint(
         out,
         lm,

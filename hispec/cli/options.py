@@ -17,6 +17,9 @@ Dtype = Annotated[
     typer.Option(help="float32, bfloat16, float16, or auto (as stored, where that is fast)"),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Backend = Annotated[
+    str, typer.Option(help="what runs the passes: eager, openvino, or auto (the faster one)")
+]
 Data = Annotated[
     Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
 ]

@@ -26,9 +26,9 @@ Segment = tuple[str, int]
 _VECTOR = 16
 
 
-def round_up(slots: int) -> int:
-    """The next number of slots that is whole vectors."""
-    return -(-slots // _VECTOR) * _VECTOR
+def round_up(slots: int, block: int = _VECTOR) -> int:
+    """The next number of slots that is whole blocks."""
+    return -(-slots // block) * block
 
 
 class KVCache:
@@ -40,12 +40,21 @@ class KVCache:
     Args:
         rows: number of prompts decoded together.
         capacity: slots per row.
+        block: for an engine, see `Engine.block`: a pass of one row sees whole blocks of slots, a
+            pass of several rows sees all slots.
     """
 
-    def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        block: int | None = None,
+    ) -> None:
         self.rows = rows
-        self.capacity = round_up(capacity)
+        self.capacity = round_up(capacity, block or _VECTOR)
         self.device = device
+        self._block = block
         self.lengths: dict[Segment, np.ndarray] = {}
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
@@ -53,7 +62,6 @@ class KVCache:
         self._offsets_B1 = torch.arange(rows, device=device)[:, None] * self.capacity
         self._slots_BT: torch.Tensor | None = None
         self._index: torch.Tensor | None = None
-        """Buffer indices [B * T] of the announced slots."""
         self._tree: _PlacedTree | None = None
         self._whole_B: np.ndarray | None = None
         self.visible = 0
@@ -97,8 +105,14 @@ class KVCache:
             self._tree = _PlacedTree(tree, base_B, self.device)
             visible = max(visible, int(base_B.max()) + tree.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
-        self.visible = round_up(visible)  # the few slots more are all masked
+        self.visible = self._whole_blocks(visible)  # the few slots more are all masked
         return self._slots_BT if self._tree is None else self._tree.positions(self._slots_BT)
+
+    def _whole_blocks(self, slots: int) -> int:
+        """Slots that a pass sees if it needs so many; the others are masked."""
+        if self._block is not None and self.rows > 1:
+            return self.capacity
+        return round_up(slots, self._block or _VECTOR)
 
     def whole_texts(self, window: int | None) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
@@ -179,17 +193,45 @@ class KVCache:
             self._write(self._values, values_BATE, layer_idx),
         )
 
+    @property
+    def index(self) -> torch.Tensor:
+        """Buffer indices [B * T] of the announced slots."""
+        assert self._index is not None, "place() comes before the first layer of a pass"
+        return self._index
+
+    def buffers(
+        self, layer_idx: int, width: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B * visible slots, width] of a layer: the cache's own memory.
+
+        The cache must have been made with `block`.
+        """
+        assert self._block is not None
+        visible = self.rows * self.visible
+        keys = self._buffer(self._keys, layer_idx, width, like)
+        return keys[:visible], self._buffer(self._values, layer_idx, width, like)[:visible]
+
+    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [B * T, width] of the announced tokens."""
+        self._keys[layer_idx].index_copy_(0, self.index, keys)
+        self._values[layer_idx].index_copy_(0, self.index, values)
+
+    def _buffer(
+        self, store: dict[int, torch.Tensor], layer_idx: int, width: int, like: torch.Tensor
+    ) -> torch.Tensor:
+        if layer_idx not in store:
+            # zeros, not empty: a masked NaN would still poison the attention's weighted sum
+            store[layer_idx] = like.new_zeros(self.rows * self.capacity, width)
+        return store[layer_idx]
+
     def _write(
         self, store: dict[int, torch.Tensor], new_BATE: torch.Tensor, layer_idx: int
     ) -> torch.Tensor:
-        assert self._index is not None, "place() comes before the first layer of a pass"
         heads, dim = new_BATE.shape[1], new_BATE.shape[3]
-        if layer_idx not in store:
-            # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-            store[layer_idx] = new_BATE.new_zeros(self.rows * self.capacity, heads * dim)
         flat = new_BATE.transpose(1, 2).reshape(-1, heads * dim)
-        store[layer_idx].index_copy_(0, self._index, flat)
-        buffer_BSAE = store[layer_idx].view(self.rows, self.capacity, heads, dim)
+        buffer = self._buffer(store, layer_idx, heads * dim, new_BATE)
+        buffer.index_copy_(0, self.index, flat)
+        buffer_BSAE = buffer.view(self.rows, self.capacity, heads, dim)
         return buffer_BSAE[:, : self.visible].transpose(1, 2)
 
     def store_hidden(self, segment: Segment, hidden_BTH: torch.Tensor) -> None:

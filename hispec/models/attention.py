@@ -61,6 +61,21 @@ class Branch:
 class PassCache(Protocol):
     """What a cached pass asks of the cache, besides the `update` that transformers' layers call."""
 
+    visible: int
+    """Slots of a row that the announced pass may see."""
+
+    @property
+    def index(self) -> torch.Tensor:
+        """Buffer indices [B * T] of the announced slots."""
+
+    def buffers(
+        self, layer_idx: int, width: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B * visible slots, width] of a layer: the cache's own memory."""
+
+    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [B * T, width] of the announced tokens."""
+
     def whole_texts(self, window: int | None) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
         plain causal attention over each is enough; None for any other pass."""

@@ -8,10 +8,10 @@ either picked up or fails by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +94,24 @@ class ExitModel(nn.Module):
         config = hf.config
         self._heads_per_kv = config.num_attention_heads // config.num_key_value_heads
         self._untrained = ExitHead([], None, [])
+        self.engine: Engine | None = None
+        """Runs cached passes in place of the modules, where it takes them."""
 
     @property
     def device(self) -> torch.device:
         return self.hf.device
+
+    @property
+    def backend(self) -> str:
+        """The name of what runs cached passes."""
+        return "eager" if self.engine is None else self.engine.name
+
+    def cache_block(self) -> int | None:
+        """Slots of a block of a new KV cache as the engine wants it; None without an engine."""
+        if self.engine is None:
+            return None
+        self.engine.refresh()
+        return self.engine.block
 
     def head(self, depth: int) -> ExitHead:
         """The trained head at `depth`, or the LayerSkip reading where there is none."""
@@ -133,17 +147,14 @@ class ExitModel(nn.Module):
             inputs: what `layer_inputs` gave for these tokens, if the caller runs one stretch of
                 layers after another: the masks are then built once.
         """
-        return self._run_layers(
+        layers = list(
             zip(
                 self.hf.model.layers[from_depth:to_depth],
                 self.layer_types[from_depth:to_depth],
                 strict=True,
-            ),
-            hidden_BTH,
-            positions_BT,
-            cache,
-            inputs,
+            )
         )
+        return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs)
 
     def layer_inputs(
         self, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
@@ -197,7 +208,9 @@ class ExitModel(nn.Module):
             if previous_BTH is None:
                 previous_BTH = torch.zeros_like(hidden_BTH)
             hidden_BTH = hidden_BTH + head.mix(torch.cat([hidden_BTH, previous_BTH], -1))
-        layers = zip(head.blocks, head.layer_types, strict=True)
+        layers = list(zip(head.blocks, head.layer_types, strict=True))
+        if not layers:
+            return hidden_BTH
         return self._run_layers(layers, hidden_BTH, positions_BT, cache)
 
     def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -223,7 +236,14 @@ class ExitModel(nn.Module):
         Args:
             head_VH: weights to use instead of the LM head's own.
         """
-        logits = self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
+        if head_VH is None and self.engine is not None and self.engine.takes(normed):
+            return self.engine.project(normed)
+        return self.scale_logits(
+            self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
+        )
+
+    def scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of the LM head with the scaling and the cap of the family."""
         if (divisor := getattr(self.hf.config, "logits_scaling", None)) is not None:  # Granite
             logits = logits / divisor
         cap = getattr(self.hf.config, "final_logit_softcapping", None)
@@ -269,12 +289,15 @@ class ExitModel(nn.Module):
 
     def _run_layers(
         self,
-        layers: Iterable[tuple[nn.Module, str]],
+        layers: Sequence[tuple[nn.Module, str]],
         hidden_BTH: torch.Tensor,
         positions_BT: torch.Tensor | None,
         cache: PassCache | None,
         inputs: dict[str, LayerInputs] | None = None,
     ) -> torch.Tensor:
+        if cache is not None and self.engine is not None and self.engine.takes(hidden_BTH):
+            assert positions_BT is not None
+            return self.engine.run(layers, hidden_BTH, positions_BT, cache)
         inputs = dict(inputs or {})
         document_BT = None
         if positions_BT is None:
@@ -297,6 +320,33 @@ class ExitModel(nn.Module):
                     **(inputs[kind].of_cache() if cache is not None else {}),
                 )
         return hidden_BTH
+
+    def graph_inputs(
+        self,
+        kinds: Iterable[str],
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: PassCache,
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(cos, sin, mask) of a cached pass by attention type, for an engine."""
+        found = {}
+        for kind in kinds:
+            cos, sin = self._rope(kind, hidden_BTH, positions_BT)
+            seen_BTS = cache.seen(self._window(kind))
+            found[kind] = cos, sin, _mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv)
+        return found
+
+    def _rope(
+        self, kind: str, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [B, T, head size] of an attention type."""
+        rotary = self.hf.model.rotary_emb
+        cos, sin = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
+        return cos, sin
+
+    def _window(self, kind: str) -> int | None:
+        """Positions that a token attends to, its own included; None for all before it."""
+        return self.hf.config.sliding_window if kind == SLIDING else None
 
     @contextmanager
     def _attention_over(self, cache: PassCache | None) -> Iterator[None]:
@@ -324,9 +374,8 @@ class ExitModel(nn.Module):
         document_BT: torch.Tensor | None,
     ) -> LayerInputs:
         """Args: document_BT: without a cache, the number of each token's document in its row."""
-        rotary = self.hf.model.rotary_emb
-        rope = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
-        window = self.hf.config.sliding_window if kind == SLIDING else None
+        rope = self._rope(kind, hidden_BTH, positions_BT)
+        window = self._window(kind)
         if cache is None:
             length = hidden_BTH.shape[1]
             if document_BT is None and (window is None or length <= window):
@@ -347,6 +396,32 @@ class ExitModel(nn.Module):
             if branches:
                 return LayerInputs(None, rope, branches)
         return LayerInputs(mask(cache.seen(window)), rope)
+
+
+class Engine(Protocol):
+    """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
+
+    name: str
+    block: int
+    """The cache shows slots in multiples of this."""
+
+    def refresh(self) -> None:
+        """Drop what was compiled from weights that have changed since; called before a decode."""
+
+    def takes(self, hidden: torch.Tensor) -> bool:
+        """Whether it runs a pass with these states."""
+
+    def run(
+        self,
+        layers: Sequence[tuple[nn.Module, str]],
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: PassCache,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H] after these layers, each with its attention type."""
+
+    def project(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H]."""
 
 
 def _all_positions(hidden_BTH: torch.Tensor) -> torch.Tensor:

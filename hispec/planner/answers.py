@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hispec.decoding.drafters.recycle import CANDIDATES
-from hispec.decoding.kv_cache import KVCache, Segment, round_up
+from hispec.decoding.kv_cache import KVCache, Segment
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import confidence, top_candidates
 from hispec.models.exit_model import ExitModel
@@ -50,7 +50,7 @@ class Answers:
         self.prompt = list(prompt)
         self.rungs = Ladder(model, depths, 1, 0)  # knows segments and heads, and runs nothing
         self.candidates = min(CANDIDATES, model.vocab_size)
-        self._forest = _Forest(len(self.prompt) + room, model.device)
+        self._forest = _Forest(len(self.prompt) + room, model.device, model.cache_block())
         self._token: list[int] = []
         self._parent: list[int] = []
         self._slot: list[int] = []
@@ -204,8 +204,8 @@ class Answers:
 class _Forest(KVCache):
     """A cache of one row whose slots are nodes: each sees itself and its ancestors."""
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
-        super().__init__(1, capacity, device)
+    def __init__(self, capacity: int, device: torch.device, block: int | None) -> None:
+        super().__init__(1, capacity, device, block)
         self.used = 0
         self._position_S = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self._sees_SS = torch.zeros(self.capacity, self.capacity, dtype=torch.bool, device=device)
@@ -232,7 +232,7 @@ class _Forest(KVCache):
         whole_B: Any = None,
     ) -> torch.Tensor:
         super().place(slots_BT)
-        self.visible = round_up(self.used)
+        self.visible = self._whole_blocks(self.used)
         assert self._slots_BT is not None
         return self._position_S[self._slots_BT]
 

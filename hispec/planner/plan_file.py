@@ -98,10 +98,12 @@ class Machine:
     """Threads of torch, if the processor computes."""
     dtype: str
     torch_version: str
+    backend: str = "eager"
+    """What ran the passes, see `hispec.engine`."""
 
     @classmethod
-    def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        """This machine, for a model on `device`."""
+    def here(cls, device: torch.device, dtype: torch.dtype, backend: str = "eager") -> Machine:
+        """This machine, for a model on `device` whose passes `backend` runs."""
         name = _processor()
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
@@ -112,15 +114,16 @@ class Machine:
             torch.get_num_threads() if device.type == "cpu" else None,
             str(dtype).removeprefix("torch."),
             torch.__version__,
+            backend,
         )
 
     def differences(self, other: Machine) -> list[str]:
         """Why figures of one machine do not hold for the other; torch's version is ignored."""
-        return differences(vars(self), vars(other), ("device", "threads", "dtype"))
+        return differences(vars(self), vars(other), ("device", "threads", "dtype", "backend"))
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f", {self.threads} threads"
-        return f"{self.device}{threads}, {self.dtype}, torch {self.torch_version}"
+        return f"{self.device}{threads}, {self.dtype}, {self.backend}, torch {self.torch_version}"
 
 
 @dataclass

@@ -109,6 +109,7 @@ class SpeedMachine(Schema):
     torch: str
     device: str
     dtype: str
+    backend: str = "eager"
 
 
 def _comparable(rows: list[SpeedRow]) -> list[SpeedRow]:
@@ -213,7 +214,9 @@ def speed(folder: Path) -> Figures | None:
         "prompts": sum(found.prompts.values()),
         "new_tokens": found.settings.max_new_tokens,
         "repeats": found.settings.repeats,
-        "machine": ", ".join([machine.device, *threads, machine.dtype, f"torch {machine.torch}"]),
+        "machine": ", ".join(
+            [machine.device, *threads, machine.dtype, machine.backend, f"torch {machine.torch}"]
+        ),
     }
 
 

@@ -1,0 +1,46 @@
+"""Which engine a model gets."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from hispec.models.exit_model import Engine, ExitModel
+from hispec.utils.settings import check
+
+AUTO, EAGER, OPENVINO = "auto", "eager", "openvino"
+BACKENDS = AUTO, EAGER, OPENVINO
+_WORTHWHILE = 20_000_000
+"""Parameters from which on `auto` compiles: it takes seconds."""
+
+
+def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
+    """The engine that runs a model's cached passes; None runs its modules.
+
+    Args:
+        backend: `eager`, `openvino`, or `auto`: openvino where it is installed, can run the model
+            and is worth the seconds that compiling takes, else eager.
+
+    Raises:
+        ValueError: a backend that is not known, not installed, or cannot run this model.
+    """
+    check(backend in BACKENDS, "backend", backend, f"one of {', '.join(BACKENDS)}")
+    if backend == EAGER:
+        return None
+    device, dtype = model.device.type, str(model.hf.dtype).removeprefix("torch.")
+    fits = device == "cpu" and model.hf.dtype == torch.float32
+    if backend == AUTO and sum(p.numel() for p in model.parameters()) < _WORTHWHILE:
+        return None
+    if find_spec("openvino") is None:
+        check(
+            backend == AUTO, "backend", backend, "it is installed by pip install 'hispec[openvino]'"
+        )
+        return None
+    if not fits:
+        allowed = f"it runs float32 on a CPU, and this model is in {dtype} on {device}"
+        check(backend == AUTO, "backend", backend, allowed)
+        return None
+    from hispec.engine.openvino import OpenVinoEngine
+
+    return OpenVinoEngine(model)
