@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from hispec.cli.checkpoints import export, inspect, report
+from hispec.cli.checkpoints import compile_checkpoint, export, inspect, report
 from hispec.cli.decode import generate, plan
 from hispec.cli.hub import fetch, pull, push
 from hispec.utils.command_line import run_cleanly
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command("compile")(compile_checkpoint)
 for command in (fetch, generate, plan, report, export, inspect, push, pull):
     app.command()(command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from hispec.cli.options import Backend, Base, Data, Device, Dtype, out
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype
-from hispec.utils.console import quiet_transformers
+from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
 
 
@@ -80,6 +81,35 @@ def inspect(
         return
     for line in inspection.lines(found):
         out.say(line)
+
+
+def compile_checkpoint(
+    checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a plain model's folder")],
+    exits: Annotated[
+        str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Compile the passes of a model for this machine ahead of its first decode."""
+    from hispec.engine.build import OPENVINO
+    from hispec.lm import load
+
+    quiet_transformers()
+    lm = load(
+        checkpoint,
+        dtype=parse_dtype(dtype),
+        device="cpu",
+        exits=parse_depths("exits", exits),
+        base=base,
+        backend=OPENVINO,
+    )
+    assert lm.model.engine is not None
+    began = time.perf_counter()
+    files = lm.model.engine.compile(bar)
+    seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in files)
+    out.say(f"{len(files)} graphs, {size / 1e6:.0f} MB, ready in {seconds:.1f} s")
+    out.say(f"kept in {files[0].parent}; HISPEC_CACHE names another folder")
 
 
 def report(

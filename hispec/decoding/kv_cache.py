@@ -1,10 +1,9 @@
 """The KV cache: keys and values of every layer, hidden states of every rung, lengths per row.
 
 A *segment* is a run of layers that always runs as a whole: the trunk's layers between two rungs, or
-the blocks of an exit head. Token `t` of row `b` lies in slot `t` of the row, index
-`b * capacity + t` of every buffer. Only the tokens of a draft tree lie in slots that are not their
-positions, until `keep`. What lies at or past the length of a segment is garbage that a later write
-replaces, so rolling back means lowering a number.
+the blocks of an exit head. Token `t` of row `b` lies in slot `t` of the row. Only the tokens of a
+draft tree lie in slots that are not their positions, until `keep`. What lies at or past the length
+of a segment is garbage that a later write replaces, so rolling back means lowering a number.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hispec.decoding.draft_tree import DraftTree
 from hispec.models.attention import Branch, causal
@@ -40,8 +40,8 @@ class KVCache:
     Args:
         rows: number of prompts decoded together.
         capacity: slots per row.
-        block: for an engine, see `Engine.block`: a pass of one row sees whole blocks of slots, a
-            pass of several rows sees all slots.
+        block: for an engine, see `Engine.block`: the buffers grow by so many slots, and a pass sees
+            all of them.
     """
 
     def __init__(
@@ -55,13 +55,16 @@ class KVCache:
         self.capacity = round_up(capacity, block or _VECTOR)
         self.device = device
         self._block = block
+        self._allocated = 0 if block else self.capacity
         self.lengths: dict[Segment, np.ndarray] = {}
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._hidden: dict[Segment, torch.Tensor] = {}
-        self._offsets_B1 = torch.arange(rows, device=device)[:, None] * self.capacity
+        self._rows_B1 = torch.arange(rows, device=device)[:, None]
+        self._offsets_B1 = self._rows_B1 * self.capacity
         self._slots_BT: torch.Tensor | None = None
         self._index: torch.Tensor | None = None
+        """Rows [B * T] of the hidden states of the announced slots."""
         self._tree: _PlacedTree | None = None
         self._whole_B: np.ndarray | None = None
         self.visible = 0
@@ -105,14 +108,21 @@ class KVCache:
             self._tree = _PlacedTree(tree, base_B, self.device)
             visible = max(visible, int(base_B.max()) + tree.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
-        self.visible = self._whole_blocks(visible)  # the few slots more are all masked
+        self._show(visible)
         return self._slots_BT if self._tree is None else self._tree.positions(self._slots_BT)
 
-    def _whole_blocks(self, slots: int) -> int:
-        """Slots that a pass sees if it needs so many; the others are masked."""
-        if self._block is not None and self.rows > 1:
-            return self.capacity
-        return round_up(slots, self._block or _VECTOR)
+    def _show(self, slots: int) -> None:
+        """Let the announced pass see so many slots, and a few more, which are all masked."""
+        if self._block is None:
+            self.visible = round_up(slots)
+            return
+        if slots > self._allocated:
+            more = round_up(slots, self._block) - self._allocated
+            for store in (self._keys, self._values):
+                for layer, buffer in store.items():
+                    store[layer] = F.pad(buffer, (0, 0, 0, more))
+            self._allocated += more
+        self.visible = self._allocated
 
     def whole_texts(self, window: int | None) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
@@ -146,6 +156,18 @@ class KVCache:
                 key_positions = self._tree.positions(slots_S.expand(self.rows, -1))[:, None]
             seen_BTS = seen_BTS & (key_positions > positions_BT[..., None] - window)
         return seen_BTS
+
+    def seen_apart(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `seen`, for an engine whose passes get their own keys apart from those before them.
+
+        Returns:
+            (which slots the tokens attend to, those of the pass itself left out, bool [B, T, S];
+            which tokens of the pass, bool [B, T, T]).
+        """
+        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
+        seen_BTS = self.seen(window)
+        own_BTT = self._slots_BT[:, None].expand(-1, self._slots_BT.shape[1], -1)
+        return seen_BTS.scatter(2, own_BTT, False), seen_BTS.gather(2, own_BTT)
 
     def branches(
         self, window: int | None, mask: Callable[[torch.Tensor], torch.Tensor]
@@ -193,46 +215,47 @@ class KVCache:
             self._write(self._values, values_BATE, layer_idx),
         )
 
-    @property
-    def index(self) -> torch.Tensor:
-        """Buffer indices [B * T] of the announced slots."""
-        assert self._index is not None, "place() comes before the first layer of a pass"
-        return self._index
-
     def buffers(
-        self, layer_idx: int, width: int, like: torch.Tensor
+        self, layer_idx: int, heads: int, size: int, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B * visible slots, width] of a layer: the cache's own memory.
-
-        The cache must have been made with `block`.
-        """
+        """Keys and values [B, heads, S, size] of a layer, for an engine: the cache's own memory."""
         assert self._block is not None
-        visible = self.rows * self.visible
-        keys = self._buffer(self._keys, layer_idx, width, like)
-        return keys[:visible], self._buffer(self._values, layer_idx, width, like)[:visible]
+        keys = self._buffer(self._keys, layer_idx, heads, size, like)
+        return keys, self._buffer(self._values, layer_idx, heads, size, like)
 
-    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [B * T, width] of the announced tokens."""
-        self._keys[layer_idx].index_copy_(0, self.index, keys)
-        self._values[layer_idx].index_copy_(0, self.index, values)
+    def write(self, layer_idx: int, keys_BATE: torch.Tensor, values_BATE: torch.Tensor) -> None:
+        """Store the KV of the announced tokens."""
+        self._put(self._keys[layer_idx], keys_BATE)
+        self._put(self._values[layer_idx], values_BATE)
 
     def _buffer(
-        self, store: dict[int, torch.Tensor], layer_idx: int, width: int, like: torch.Tensor
+        self,
+        store: dict[int, torch.Tensor],
+        layer_idx: int,
+        heads: int,
+        size: int,
+        like: torch.Tensor,
     ) -> torch.Tensor:
         if layer_idx not in store:
             # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-            store[layer_idx] = like.new_zeros(self.rows * self.capacity, width)
+            store[layer_idx] = like.new_zeros(self.rows, heads, self._allocated, size)
         return store[layer_idx]
 
     def _write(
         self, store: dict[int, torch.Tensor], new_BATE: torch.Tensor, layer_idx: int
     ) -> torch.Tensor:
-        heads, dim = new_BATE.shape[1], new_BATE.shape[3]
-        flat = new_BATE.transpose(1, 2).reshape(-1, heads * dim)
-        buffer = self._buffer(store, layer_idx, heads * dim, new_BATE)
-        buffer.index_copy_(0, self.index, flat)
-        buffer_BSAE = buffer.view(self.rows, self.capacity, heads, dim)
-        return buffer_BSAE[:, : self.visible].transpose(1, 2)
+        _, heads, _, size = new_BATE.shape
+        buffer = self._buffer(store, layer_idx, heads, size, new_BATE)
+        self._put(buffer, new_BATE)
+        return buffer[:, :, : self.visible]
+
+    def _put(self, buffer: torch.Tensor, new_BATE: torch.Tensor) -> None:
+        """Write to the announced slots of a buffer [B, heads, S, size]."""
+        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
+        if self.rows == 1:
+            buffer.index_copy_(2, self._slots_BT[0], new_BATE)
+        else:
+            buffer[self._rows_B1, :, self._slots_BT] = new_BATE.transpose(1, 2)
 
     def store_hidden(self, segment: Segment, hidden_BTH: torch.Tensor) -> None:
         """Keep the hidden states that a segment computed for the announced slots."""
@@ -263,10 +286,20 @@ class KVCache:
         """
         to_BD = base_B[:, None] + np.arange(path_BD.shape[1])
         moves = np.stack([base_B[:, None] + path_BD - 1, to_BD])
-        source, target = (torch.from_numpy(moves).to(self.device) + self._offsets_B1).flatten(1)
-        for store in (self._keys, self._values, self._hidden):
+        source_BD, target_BD = torch.from_numpy(moves).to(self.device)
+        for store in (self._keys, self._values):
             for buffer in store.values():
-                buffer.index_copy_(0, target, buffer.index_select(0, source))
+                if self.rows == 1:
+                    moved = buffer.index_select(2, source_BD[0])
+                    buffer.index_copy_(2, target_BD[0], moved)
+                else:
+                    moved = buffer[self._rows_B1, :, source_BD]
+                    buffer[self._rows_B1, :, target_BD] = moved
+        source, target = (
+            (slots_BD + self._offsets_B1).flatten() for slots_BD in (source_BD, target_BD)
+        )
+        for states in self._hidden.values():
+            states.index_copy_(0, target, states.index_select(0, source))
 
 
 class _PlacedTree:

@@ -6,18 +6,23 @@ weights are packed once. The trunk is cut where exits are: any ladder runs the s
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import openvino as ov
 import torch
 from torch import nn
 
+from hispec.engine.artifacts import artifact_path, read_artifact, write_artifact
 from hispec.engine.graph import LayerGraph, Shape, layer_index, traced_attention
 from hispec.models.attention import PassCache
 from hispec.models.exit_model import ExitModel
+from hispec.utils.console import Progress, one_line
 
 Layers = Sequence[tuple[nn.Module, str]]
 
@@ -72,16 +77,40 @@ class OpenVinoEngine:
 
     def project(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of normed states [..., H]."""
+        flat = normed.reshape(-1, normed.shape[-1]).contiguous()
+        logits = torch.empty(len(flat), self.model.vocab_size, dtype=flat.dtype)
+        graph = self._project()
+        graph.set_input(0, _shared(flat))
+        graph.set_output(0, _shared(logits))
+        graph.infer()
+        return logits.view(*normed.shape[:-1], -1)
+
+    def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:
+        """Compile or load every piece; returns the files that hold them.
+
+        Args:
+            progress: sees the pieces go by, for a progress bar.
+        """
+        model = self.model
+        trunk = list(zip(model.hf.model.layers, model.layer_types, strict=True))
+        pieces = self._cut(trunk)
+        for depth in model.exits.depths:
+            head = model.head(depth)
+            if head.blocks:
+                pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
+        todo = [*(partial(self._piece, piece) for piece in pieces), self._project]
+        for one in progress(todo, "compiling"):
+            one()
+        graphs = [*(piece.graph for piece in self._pieces.values()), self._project()]
+        return [graph.path for graph in graphs]
+
+    def _project(self) -> _Graph:
         if self._lm_head is None:
             example = torch.zeros(2, self.shape.hidden, dtype=self.dtype)
             head = _LMHead(self.model).eval()
-            self._lm_head = _Graph(self._core, head, [example], [[-1, self.shape.hidden]])
-        flat = normed.reshape(-1, normed.shape[-1]).contiguous()
-        logits = torch.empty(len(flat), self.model.vocab_size, dtype=flat.dtype)
-        self._lm_head.set_input(0, _shared(flat))
-        self._lm_head.set_output(0, _shared(logits))
-        self._lm_head.infer()
-        return logits.view(*normed.shape[:-1], -1)
+            config = self.model.hf.config
+            self._lm_head = _Graph(self._core, head, config, [example], [[-1, self.shape.hidden]])
+        return self._lm_head
 
     def _cut(self, layers: Layers) -> list[Layers]:
         """Layers of the trunk cut at the exits; the blocks of a head stay together."""
@@ -95,7 +124,7 @@ class OpenVinoEngine:
         key = layer_index(layers[0][0]), layer_index(layers[-1][0])
         if key not in self._pieces:
             with traced_attention(self.model.hf.config):
-                self._pieces[key] = _Piece(self._core, LayerGraph(layers).eval(), self)
+                self._pieces[key] = _Piece(LayerGraph(layers).eval(), self)
         return self._pieces[key]
 
 
@@ -118,38 +147,53 @@ class _Graph:
         self,
         core: ov.Core,
         module: nn.Module,
+        config: Any,
         example: Sequence[torch.Tensor],
         shapes: Sequence[Sequence[int]],
     ) -> None:
-        half = example[0].dtype == torch.bfloat16
-        with torch.inference_mode():
-            graph = ov.convert_model(module, example_input=tuple(example))
-        graph.reshape({i: ov.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+            "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,
         }
-        self._request = core.compile_model(graph, "CPU", settings).create_infer_request()
+        context = {**settings, "shapes": shapes, "openvino": ov.get_version()}
+        self.path = artifact_path(module, config, context)
+        compiled = _load(core, self.path, settings)
+        if compiled is None:
+            with torch.inference_mode():
+                graph = ov.convert_model(module, example_input=tuple(example))
+            graph.reshape({i: ov.PartialShape(list(shape)) for i, shape in enumerate(shapes)})
+            compiled = core.compile_model(graph, "CPU", settings)
+            write_artifact(self.path, compiled.export_model().getvalue())
+        self._request = compiled.create_infer_request()
         self.infer = self._request.infer
         self.set_input = self._request.set_input_tensor
         self.set_output = self._request.set_output_tensor
 
 
+def _load(core: ov.Core, path: Path, settings: dict[str, Any]) -> ov.CompiledModel | None:
+    """A graph that was compiled before."""
+    if (content := read_artifact(path)) is None:
+        return None
+    try:
+        return core.import_model(content.tobytes(), "CPU", settings)
+    except RuntimeError as error:
+        warnings.warn(f"{path} is not for this machine ({one_line(error)[:80]})", stacklevel=2)
+        return None
+
+
 class _Piece:
     """A run of layers as a graph, and the cache whose tensors it is bound to."""
 
-    def __init__(self, core: ov.Core, graph: LayerGraph, engine: OpenVinoEngine) -> None:
-        shape = engine.shape
+    def __init__(self, graph: LayerGraph, engine: OpenVinoEngine) -> None:
         self.indices = graph.indices
         self.kinds = graph.used_kinds
-        self.width = shape.kv_width
-        shapes = [[-1, -1, shape.hidden], [-1]]
-        for _ in self.kinds:
-            shapes += [[-1, -1, shape.head_size], [-1, -1, shape.head_size], [-1, 1, -1, -1]]
-        shapes += [[-1, self.width]] * (2 * len(self.indices))
-        self.graph = _Graph(core, graph, graph.example(shape, engine.dtype), shapes)
+        self.shape = shape = engine.shape
+        example = graph.example(shape, engine.dtype)
+        self.graph = _Graph(
+            engine._core, graph, engine.model.hf.config, example, graph.sizes(shape)
+        )
         self._bound: tuple[Any, int] | None = None
         self._new: list[torch.Tensor] = []
 
@@ -162,18 +206,16 @@ class _Piece:
         """Hidden states [B, T, H] after the layers; writes the new keys and values."""
         self._bind(cache, hidden_BTH)
         graph = self.graph
-        given = [hidden_BTH, cache.index]
-        given += [tensor for kind in self.kinds for tensor in inputs[kind]]
+        given = [hidden_BTH, *(tensor for kind in self.kinds for tensor in inputs[kind])]
         held = [_shared(tensor.contiguous()) for tensor in given]
         for i, tensor in enumerate(held):
             graph.set_input(i, tensor)
         out_BTH = torch.empty_like(hidden_BTH)
         graph.set_output(0, _shared(out_BTH))
-        tokens = len(cache.index)
-        if not self._new or len(self._new[0]) != tokens:
-            self._new = [
-                hidden_BTH.new_empty(tokens, self.width) for _ in range(2 * len(self.indices))
-            ]
+        rows, tokens, _ = hidden_BTH.shape
+        size = rows, self.shape.kv_heads, tokens, self.shape.head_size
+        if not self._new or self._new[0].shape != size:
+            self._new = [hidden_BTH.new_empty(size) for _ in range(2 * len(self.indices))]
             for i, tensor in enumerate(self._new):
                 graph.set_output(1 + i, _shared(tensor))
         graph.infer()
@@ -187,9 +229,11 @@ class _Piece:
             bound, visible = self._bound
             if bound() is cache and visible == cache.visible:
                 return
-        first = 2 + 3 * len(self.kinds)
+        first = 1 + 3 * len(self.kinds)
+        shape = self.shape
         for i, index in enumerate(self.indices):
-            for j, buffer in enumerate(cache.buffers(index, self.width, hidden_BTH)):
+            buffers = cache.buffers(index, shape.kv_heads, shape.head_size, hidden_BTH)
+            for j, buffer in enumerate(buffers):
                 self.graph.set_input(first + 2 * i + j, _shared(buffer))
         self._bound = weakref.ref(cache), cache.visible
 

@@ -64,17 +64,17 @@ class PassCache(Protocol):
     visible: int
     """Slots of a row that the announced pass may see."""
 
-    @property
-    def index(self) -> torch.Tensor:
-        """Buffer indices [B * T] of the announced slots."""
-
     def buffers(
-        self, layer_idx: int, width: int, like: torch.Tensor
+        self, layer_idx: int, heads: int, size: int, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B * visible slots, width] of a layer: the cache's own memory."""
+        """Keys and values [B, heads, S, size] of a layer, for an engine: the cache's own memory."""
 
-    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [B * T, width] of the announced tokens."""
+    def write(self, layer_idx: int, keys_BATE: torch.Tensor, values_BATE: torch.Tensor) -> None:
+        """Store the KV of the announced tokens."""
+
+    def seen_apart(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which slots the tokens attend to besides those of the pass, bool [B, T, S], and which
+        tokens of the pass, bool [B, T, T]."""
 
     def whole_texts(self, window: int | None) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where

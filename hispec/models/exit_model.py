@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ from hispec.config import ExitConfig
 from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
 from hispec.models.attention import NAME, Branch, PassCache, causal, padded_rows, rounds_alike
 from hispec.models.exit_heads import ExitHead, Gather, build_head
+from hispec.utils.console import Progress
 from hispec.utils.settings import check
 
 
@@ -328,12 +330,13 @@ class ExitModel(nn.Module):
         positions_BT: torch.Tensor,
         cache: PassCache,
     ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(cos, sin, mask) of a cached pass by attention type, for an engine."""
+        """(cos, sin, mask [B, 1, heads per KV head * T, S + T]) of a cached pass by attention type,
+        for an engine: the keys of the pass come after those of the slots."""
         found = {}
         for kind in kinds:
             cos, sin = self._rope(kind, hidden_BTH, positions_BT)
-            seen_BTS = cache.seen(self._window(kind))
-            found[kind] = cos, sin, _mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv)
+            seen = torch.cat(cache.seen_apart(self._window(kind)), dim=-1)
+            found[kind] = cos, sin, _mask(seen, hidden_BTH.dtype, self._heads_per_kv)
         return found
 
     def _rope(
@@ -404,6 +407,9 @@ class Engine(Protocol):
     name: str
     block: int
     """The cache shows slots in multiples of this."""
+
+    def compile(self, progress: Progress) -> list[Path]:
+        """Compile or load all that the model needs; returns the files that hold it."""
 
     def refresh(self) -> None:
         """Drop what was compiled from weights that have changed since; called before a decode."""

@@ -232,7 +232,7 @@ class _Forest(KVCache):
         whole_B: Any = None,
     ) -> torch.Tensor:
         super().place(slots_BT)
-        self.visible = self._whole_blocks(self.used)
+        self._show(self.used)
         assert self._slots_BT is not None
         return self._position_S[self._slots_BT]
 

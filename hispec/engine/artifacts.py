@@ -1,0 +1,91 @@
+"""Compiled graphs on disk: compiled once per model and machine, then loaded.
+
+A file holds the SHA-256 of its content and the content. Its name is the hash of everything that the
+content depends on, so what no longer fits has another name and is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from hispec.utils.files import new_file
+
+_DIGEST = hashlib.sha256().digest_size
+_SOURCES = [Path(__file__).with_name(name) for name in ("graph.py", "openvino.py")]
+
+
+def cache_folder() -> Path:
+    """Where compiled graphs are kept: `$HISPEC_CACHE`, else `hispec` in the user's cache folder."""
+    if named := os.environ.get("HISPEC_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hispec"
+
+
+def artifact_path(module: nn.Module, config: Any, settings: Mapping[str, Any]) -> Path:
+    """The file of a compiled module.
+
+    Args:
+        module: whose weights, names and order count.
+        config: the transformers config of its model.
+        settings: what else its compilation depends on: shapes, threads, versions.
+    """
+    digest = hashlib.sha256()
+    context = {
+        **settings,
+        "module": module.extra_repr(),
+        "config": config.to_json_string(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": processor(),
+        "code": [hashlib.sha256(source.read_bytes()).hexdigest() for source in _SOURCES],
+    }
+    digest.update(json.dumps(context, sort_keys=True, default=str).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+    return cache_folder() / f"{digest.hexdigest()}.graph"
+
+
+def read_artifact(path: Path) -> memoryview | None:
+    """What was kept under that name; None if nothing was, or if it is damaged, which is said."""
+    try:
+        content = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        warnings.warn(f"{path} cannot be read ({error}); compiling anew", stacklevel=2)
+        return None
+    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+        warnings.warn(f"{path} is damaged; compiling anew", stacklevel=2)
+        return None
+    return content[_DIGEST:]
+
+
+def write_artifact(path: Path, content: bytes) -> None:
+    """Keep a compiled graph, whole or not at all; where that cannot be done, say so and go on."""
+    try:
+        with new_file(path, _DIGEST + len(content)) as temporary, open(temporary, "wb") as file:
+            file.write(hashlib.sha256(content).digest())
+            file.write(content)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the compiled graph is not kept: {error}", stacklevel=2)
+
+
+def processor() -> str:
+    """The name of the processor and what it can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "; ".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
