@@ -67,7 +67,7 @@ class Ladder:
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
-        stop, longest = _PREFILL if self.model.engine else _FIRST_PREFILL, int(upto_B.max())
+        stop, longest = _FIRST_PREFILL, int(upto_B.max())
         while True:
             block_B = np.minimum(stop, upto_B)
             self.bring(len(self.depths) - 1, tokens_BN, block_B)

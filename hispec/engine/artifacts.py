@@ -1,6 +1,6 @@
 """Compiled graphs on disk: compiled once per model and machine, then loaded.
 
-A file holds the SHA-256 of its content and the content. Its name is the hash of everything that the
+A file holds the SHA-256 of a graph and the graph. Its name is the hash of everything that the
 content depends on, so what no longer fits has another name and is never read.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -22,7 +23,9 @@ from torch import nn
 from hispec.utils.files import new_file
 
 _DIGEST = hashlib.sha256().digest_size
-_SOURCES = [Path(__file__).with_name(name) for name in ("graph.py", "openvino.py")]
+_HEADER = 4096
+"""Bytes before the content, so that it begins with a page of memory."""
+_SOURCES = [Path(__file__).with_name(name) for name in ("graph.py", "openvino_graph.py")]
 
 
 def cache_folder() -> Path:
@@ -32,17 +35,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hispec"
 
 
-def artifact_path(module: nn.Module, config: Any, settings: Mapping[str, Any]) -> Path:
-    """The file of a compiled module.
+def module_digest(module: nn.Module, config: Any) -> str:
+    """A hash of the weights of a module and of all that its computation depends on.
 
     Args:
-        module: whose weights, names and order count.
         config: the transformers config of its model.
-        settings: what else its compilation depends on: shapes, threads, versions.
     """
-    digest = hashlib.sha256()
     context = {
-        **settings,
         "module": module.extra_repr(),
         "config": config.to_json_string(),
         "torch": torch.__version__,
@@ -50,33 +49,41 @@ def artifact_path(module: nn.Module, config: Any, settings: Mapping[str, Any]) -
         "processor": processor(),
         "code": [hashlib.sha256(source.read_bytes()).hexdigest() for source in _SOURCES],
     }
-    digest.update(json.dumps(context, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
-    return cache_folder() / f"{digest.hexdigest()}.graph"
+    return digest.hexdigest()
 
 
-def read_artifact(path: Path) -> memoryview | None:
-    """What was kept under that name; None if nothing was, or if it is damaged, which is said."""
+def artifact_path(digest: str, settings: Mapping[str, Any]) -> Path:
+    """The file of a module with this digest, compiled with these settings."""
+    whole = hashlib.sha256((digest + json.dumps(settings, sort_keys=True)).encode())
+    return cache_folder() / f"{whole.hexdigest()}.graph"
+
+
+def read_artifact(path: Path) -> np.ndarray | None:
+    """What was kept under that name, mapped into memory; None if nothing was, or if it is damaged,
+    which is said."""
     try:
-        content = memoryview(path.read_bytes())
+        content = np.memmap(path, dtype=np.uint8, mode="c")  # OpenVINO wants it writable
     except FileNotFoundError:
         return None
-    except OSError as error:
+    except (OSError, ValueError) as error:
         warnings.warn(f"{path} cannot be read ({error}); compiling anew", stacklevel=2)
         return None
-    if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+    graph = content[_HEADER:]
+    if hashlib.sha256(graph.data).digest() != content[:_DIGEST].tobytes():
         warnings.warn(f"{path} is damaged; compiling anew", stacklevel=2)
         return None
-    return content[_DIGEST:]
+    return graph
 
 
 def write_artifact(path: Path, content: bytes) -> None:
     """Keep a compiled graph, whole or not at all; where that cannot be done, say so and go on."""
     try:
-        with new_file(path, _DIGEST + len(content)) as temporary, open(temporary, "wb") as file:
-            file.write(hashlib.sha256(content).digest())
+        with new_file(path, _HEADER + len(content)) as temporary, open(temporary, "wb") as file:
+            file.write(hashlib.sha256(content).digest().ljust(_HEADER, b"\0"))
             file.write(content)
     except (OSError, ValueError) as error:
         warnings.warn(f"the compiled graph is not kept: {error}", stacklevel=2)

@@ -41,6 +41,6 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
         allowed = f"it runs float32 on a CPU, and this model is in {dtype} on {device}"
         check(backend == AUTO, "backend", backend, allowed)
         return None
-    from hispec.engine.openvino import OpenVinoEngine
+    from hispec.engine.openvino_engine import OpenVinoEngine
 
     return OpenVinoEngine(model)

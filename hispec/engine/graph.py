@@ -132,24 +132,24 @@ class LayerGraph(nn.Module):
             )
         return (hidden_BTH, *(new for index in self.indices for new in cache.new[index]))
 
-    def example(self, shape: Shape, dtype: torch.dtype, rows: int = 2) -> list[torch.Tensor]:
+    def example(self, shape: Shape, rows: int = 2) -> list[torch.Tensor]:
         """Inputs to trace with."""
         tokens, slots = 3, 32
         inputs = [torch.randn(rows, tokens, shape.hidden)]
         for _ in self.used_kinds:
             inputs += [torch.randn(rows, tokens, shape.head_size) for _ in range(2)]
             inputs += [torch.zeros(rows, 1, shape.heads_per_kv * tokens, slots + tokens)]
-        sizes = rows, shape.kv_heads, slots, shape.head_size
-        inputs += [torch.randn(sizes) for _ in range(2 * len(self.indices))]
-        return [tensor.to(dtype) for tensor in inputs]
+        size = rows, shape.kv_heads, slots, shape.head_size
+        return inputs + [torch.randn(size) for _ in range(2 * len(self.indices))]
 
-    def sizes(self, shape: Shape) -> list[list[int]]:
-        """Sizes of the inputs, -1 for those that vary."""
-        kind = [[-1, -1, shape.head_size], [-1, -1, shape.head_size], [-1, 1, -1, -1]]
-        buffer = [-1, shape.kv_heads, -1, shape.head_size]
+    def sizes(self, shape: Shape, rows: int, tokens: int) -> list[list[int]]:
+        """Sizes of the inputs for so many rows and tokens, -1 where they vary, as slots do."""
+        queries = tokens if tokens < 0 else shape.heads_per_kv * tokens
+        rope, mask = [rows, tokens, shape.head_size], [rows, 1, queries, -1]
+        buffer = [rows, shape.kv_heads, -1, shape.head_size]
         return [
-            [-1, -1, shape.hidden],
-            *(kind * len(self.used_kinds)),
+            [rows, tokens, shape.hidden],
+            *([rope, rope, mask] * len(self.used_kinds)),
             *([buffer] * (2 * len(self.indices))),
         ]
 

@@ -238,7 +238,7 @@ class ExitModel(nn.Module):
         Args:
             head_VH: weights to use instead of the LM head's own.
         """
-        if head_VH is None and self.engine is not None and self.engine.takes(normed):
+        if head_VH is None and self.engine is not None and self.engine.reads(normed):
             return self.engine.project(normed)
         return self.scale_logits(
             self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
@@ -323,23 +323,7 @@ class ExitModel(nn.Module):
                 )
         return hidden_BTH
 
-    def graph_inputs(
-        self,
-        kinds: Iterable[str],
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        cache: PassCache,
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(cos, sin, mask [B, 1, heads per KV head * T, S + T]) of a cached pass by attention type,
-        for an engine: the keys of the pass come after those of the slots."""
-        found = {}
-        for kind in kinds:
-            cos, sin = self._rope(kind, hidden_BTH, positions_BT)
-            seen = torch.cat(cache.seen_apart(self._window(kind)), dim=-1)
-            found[kind] = cos, sin, _mask(seen, hidden_BTH.dtype, self._heads_per_kv)
-        return found
-
-    def _rope(
+    def rope(
         self, kind: str, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) [B, T, head size] of an attention type."""
@@ -347,7 +331,7 @@ class ExitModel(nn.Module):
         cos, sin = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
         return cos, sin
 
-    def _window(self, kind: str) -> int | None:
+    def window(self, kind: str) -> int | None:
         """Positions that a token attends to, its own included; None for all before it."""
         return self.hf.config.sliding_window if kind == SLIDING else None
 
@@ -377,8 +361,8 @@ class ExitModel(nn.Module):
         document_BT: torch.Tensor | None,
     ) -> LayerInputs:
         """Args: document_BT: without a cache, the number of each token's document in its row."""
-        rope = self._rope(kind, hidden_BTH, positions_BT)
-        window = self._window(kind)
+        rope = self.rope(kind, hidden_BTH, positions_BT)
+        window = self.window(kind)
         if cache is None:
             length = hidden_BTH.shape[1]
             if document_BT is None and (window is None or length <= window):
@@ -387,12 +371,12 @@ class ExitModel(nn.Module):
             seen = causal(places_T, places_T, window)[None]
             if document_BT is not None:
                 seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
-            return LayerInputs(_mask(seen, hidden_BTH.dtype), rope)
+            return LayerInputs(additive_mask(seen, hidden_BTH.dtype), rope)
         if (lengths := cache.whole_texts(window)) is not None:
             return LayerInputs(None, rope, lengths=lengths)
 
         def mask(seen_BTS: torch.Tensor) -> torch.Tensor:
-            return padded_rows(_mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv))
+            return padded_rows(additive_mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv))
 
         if rounds_alike(positions_BT.numel(), hidden_BTH):
             branches = cache.branches(window, mask)
@@ -414,8 +398,11 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Drop what was compiled from weights that have changed since; called before a decode."""
 
-    def takes(self, hidden: torch.Tensor) -> bool:
+    def takes(self, hidden_BTH: torch.Tensor) -> bool:
         """Whether it runs a pass with these states."""
+
+    def reads(self, normed: torch.Tensor) -> bool:
+        """Whether it turns these states [..., H] into logits."""
 
     def run(
         self,
@@ -450,7 +437,7 @@ def of_token_before(
     return moved_BTH if positions_BT is None else moved_BTH * (positions_BT > 0)[..., None]
 
 
-def _mask(seen_BTS: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
+def additive_mask(seen_BTS: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
     """The additive mask [B, 1, repeats * T, S] of which slots may be seen."""
     mask_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device)
     mask_BTS.masked_fill_(~seen_BTS, float("-inf"))

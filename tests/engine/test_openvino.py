@@ -12,7 +12,7 @@ from conftest import ROOT, disturbed, tiny_model
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
 from hispec.engine.build import build_engine
-from hispec.engine.openvino import OpenVinoEngine
+from hispec.engine.openvino_engine import OpenVinoEngine
 
 SETTINGS = [
     {"ladder": [6]},
@@ -104,7 +104,7 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
 
 def test_nothing_is_reported_to_the_makers_of_openvino():
     code = (
-        "import sys, hispec.engine.openvino as engine; "
+        "import sys, hispec.engine.openvino_engine as engine; "
         "print(engine.ov.tools.ovc.telemetry_utils.tm.__name__, "
         "[name for name in sys.modules if name.startswith('openvino_telemetry.')])"
     )

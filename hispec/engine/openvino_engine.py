@@ -1,0 +1,233 @@
+"""The layers and the LM head as OpenVINO graphs: the engine for CPUs.
+
+The trunk is cut where exits are, so any ladder runs the same graphs. A piece is compiled twice: for
+one token, and for any number of rows and tokens. When sizes differ from those of the pass before,
+OpenVINO plans a graph anew, which takes 10 to 15 ms for 30 layers (docs/benchmarks.md); so passes
+of one token, which alternate with drafts, have a graph of their own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from torch import nn
+
+from hispec.engine.graph import LayerGraph, Shape, layer_index, traced_attention
+from hispec.engine.openvino_graph import Graph, Source
+from hispec.models.attention import PassCache
+from hispec.models.exit_model import ExitModel, additive_mask
+from hispec.utils.console import Progress
+
+Layers = Sequence[tuple[nn.Module, str]]
+_ONE, _ANY = (1, 1), (-1, -1)
+"""(rows, tokens) that a graph is compiled for."""
+_MOST = 32
+"""Tokens of a pass over all rows; the modules read more tokens as fast (docs/benchmarks.md)."""
+
+
+class OpenVinoEngine:
+    """Runs the cached passes of a model as compiled graphs.
+
+    Pieces are compiled, or loaded from disk, when they are first run.
+
+    Args:
+        model: on the CPU and in float32.
+    """
+
+    name = "openvino"
+    block = 128
+
+    def __init__(self, model: ExitModel) -> None:
+        self.model = model
+        self._weights = _versions(model)
+        self._cuts = [0, *model.exits.depths, model.num_layers]
+        self._pieces: dict[tuple[int, int], _Piece] = {}
+        self._lm_head: Graph | None = None
+        self._core = ov.Core()
+
+    def refresh(self) -> None:
+        """Drop what was compiled from weights that have changed since."""
+        if (weights := _versions(self.model)) != self._weights:
+            self._weights = weights
+            self._pieces.clear()
+            self._lm_head = None
+
+    def takes(self, hidden_BTH: torch.Tensor) -> bool:
+        """Whether it runs a pass with these states: drafts yes, prompts no."""
+        return self.reads(hidden_BTH)
+
+    def reads(self, normed: torch.Tensor) -> bool:
+        """Whether it turns these states [..., H] into logits."""
+        few = normed.numel() <= _MOST * normed.shape[-1]
+        return few and normed.dtype == torch.float32 and normed.device.type == "cpu"
+
+    def run(
+        self,
+        layers: Layers,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: PassCache,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H] after some layers of the trunk, or after blocks of a head."""
+        inputs = {
+            kind: (*self.model.rope(kind, hidden_BTH, positions_BT), self._mask(kind, cache))
+            for kind in dict.fromkeys(kind for _, kind in layers)
+        }
+        for part in self._cut(layers):
+            hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache)
+        return hidden_BTH
+
+    def project(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H]."""
+        flat = normed.reshape(-1, normed.shape[-1]).contiguous()
+        logits = flat.new_empty(len(flat), self.model.vocab_size)
+        graph = self._project()
+        graph.set_input(0, flat)
+        graph.set_output(0, logits)
+        graph.infer()
+        return logits.view(*normed.shape[:-1], -1)
+
+    def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:
+        """Compile or load all that the model needs; returns the files that hold it.
+
+        Args:
+            progress: sees the graphs go by, for a progress bar.
+        """
+        model = self.model
+        pieces = self._cut(list(zip(model.hf.model.layers, model.layer_types, strict=True)))
+        for depth in model.exits.depths:
+            head = model.head(depth)
+            if len(head.blocks):
+                pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
+        todo = [partial(self._graph, piece, size) for piece in pieces for size in (_ONE, _ANY)]
+        return [one().path for one in progress([*todo, self._project], "compiling")]
+
+    def _mask(self, kind: str, cache: PassCache) -> torch.Tensor:
+        """The mask [B, 1, heads per KV head * T, S + T] of an attention type."""
+        seen = torch.cat(cache.seen_apart(self.model.window(kind)), dim=-1)
+        return additive_mask(seen, torch.float32, Shape.of(self.model.hf.config).heads_per_kv)
+
+    def _project(self) -> Graph:
+        if self._lm_head is None:
+            config = self.model.hf.config
+            example = torch.zeros(2, config.hidden_size)
+            source = Source(_LMHead(self.model).eval(), config, [example])
+            self._lm_head = source.compile(self._core, [[-1, config.hidden_size]])
+        return self._lm_head
+
+    def _cut(self, layers: Layers) -> list[Layers]:
+        """Layers of the trunk cut at the exits; the blocks of a head stay together."""
+        first = layer_index(layers[0][0])
+        if first >= self.model.num_layers:
+            return [layers]
+        ends = [cut - first for cut in self._cuts if 0 < cut - first < len(layers)]
+        return [layers[a:b] for a, b in pairwise([0, *ends, len(layers)])]
+
+    def _piece(self, layers: Layers) -> _Piece:
+        key = layer_index(layers[0][0]), layer_index(layers[-1][0])
+        if key not in self._pieces:
+            self._pieces[key] = _Piece(layers, self.model.hf.config, self._core)
+        return self._pieces[key]
+
+    def _graph(self, layers: Layers, size: tuple[int, int]) -> Graph:
+        return self._piece(layers).bound(size).graph
+
+
+class _LMHead(nn.Module):
+    """The LM head with the scaling of its family."""
+
+    def __init__(self, model: ExitModel) -> None:
+        super().__init__()
+        self.lm_head = model.hf.lm_head
+        self._scale = model.scale_logits
+
+    def forward(self, normed_NH: torch.Tensor) -> torch.Tensor:
+        return self._scale(self.lm_head(normed_NH))
+
+
+class _Piece:
+    """A run of layers, compiled for the sizes that were asked for."""
+
+    def __init__(self, layers: Layers, config: Any, core: ov.Core) -> None:
+        self.config = config
+        self.shape = Shape.of(config)
+        self.layers = LayerGraph(layers).eval()
+        self.source = Source(self.layers, config, self.layers.example(self.shape))
+        self._core = core
+        self._bound: dict[tuple[int, int], _Bound] = {}
+
+    def bound(self, size: tuple[int, int]) -> _Bound:
+        """The graph for so many (rows, tokens)."""
+        if size not in self._bound:
+            with traced_attention(self.config):
+                graph = self.source.compile(self._core, self.layers.sizes(self.shape, *size))
+            self._bound[size] = _Bound(graph)
+        return self._bound[size]
+
+    def run(
+        self,
+        hidden_BTH: torch.Tensor,
+        inputs: Mapping[str, Sequence[torch.Tensor]],
+        cache: PassCache,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H] after the layers; their KV goes to the cache."""
+        rows, tokens, _ = hidden_BTH.shape
+        bound, shape = self.bound(_ONE if rows * tokens == 1 else _ANY), self.shape
+        given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
+        given = [tensor.contiguous() for tensor in given]
+        for i, tensor in enumerate(given):
+            bound.graph.set_input(i, tensor)
+        indices = self.layers.indices
+        if not bound.holds(cache):
+            for i, index in enumerate(indices):
+                for j, buffer in enumerate(
+                    cache.buffers(index, shape.kv_heads, shape.head_size, hidden_BTH)
+                ):
+                    bound.graph.set_input(len(given) + 2 * i + j, buffer)
+        out_BTH = torch.empty_like(hidden_BTH)
+        bound.graph.set_output(0, out_BTH)
+        new = bound.outputs((rows, shape.kv_heads, tokens, shape.head_size), 2 * len(indices))
+        bound.graph.infer()
+        for i, index in enumerate(indices):
+            cache.write(index, new[2 * i], new[2 * i + 1])
+        return out_BTH
+
+
+class _Bound:
+    """A graph and the tensors that it stays bound to from pass to pass."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._cache: weakref.ref[Any] | None = None
+        self._visible = 0
+        self._new: list[torch.Tensor] = []
+
+    def holds(self, cache: PassCache) -> bool:
+        """Whether the graph reads the slots that the pass may see; if not, it is about to."""
+        if self._cache is not None and self._cache() is cache and self._visible == cache.visible:
+            return True
+        self._cache, self._visible = weakref.ref(cache), cache.visible
+        return False
+
+    def outputs(self, size: tuple[int, ...], count: int) -> list[torch.Tensor]:
+        """Tensors of that size that the new keys and values are written to."""
+        if not self._new or self._new[0].shape != size:
+            self._new = [torch.empty(size) for _ in range(count)]
+            for i, tensor in enumerate(self._new):
+                self.graph.set_output(1 + i, tensor)
+        return self._new
+
+
+def _versions(model: ExitModel) -> list[tuple[int, int]]:
+    """What changes whenever a weight is replaced or written to."""
+    return [
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in model.parameters()
+    ]

@@ -1,0 +1,91 @@
+"""A module compiled by OpenVINO, and kept on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from torch import nn
+
+from hispec.engine.artifacts import artifact_path, module_digest, read_artifact, write_artifact
+from hispec.utils.console import one_line
+
+Sizes = Sequence[Sequence[int]]
+"""Sizes of the inputs of a graph, -1 for those that vary."""
+
+
+class Source:
+    """A module that is compiled for one or more sizes of its inputs.
+
+    Args:
+        config: the transformers config of its model.
+        example: inputs to trace it with.
+    """
+
+    def __init__(self, module: nn.Module, config: Any, example: Sequence[torch.Tensor]) -> None:
+        self.module = module
+        self.example = tuple(example)
+        self._digest = module_digest(module, config)
+        self._model: ov.Model | None = None
+
+    def compile(self, core: ov.Core, sizes: Sizes) -> Graph:
+        """The graph for inputs of these sizes: from disk, else compiled and kept there."""
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+        }
+        context = {**settings, "sizes": sizes, "openvino": ov.get_version()}
+        path = artifact_path(self._digest, context)
+        content = read_artifact(path)
+        compiled = None if content is None else _load(core, path, content, settings)
+        if compiled is None:
+            if self._model is None:
+                with torch.inference_mode():
+                    self._model = ov.convert_model(self.module, example_input=self.example)
+            model = self._model.clone()
+            model.reshape({i: ov.PartialShape(list(size)) for i, size in enumerate(sizes)})
+            compiled = core.compile_model(model, "CPU", settings)
+            write_artifact(path, compiled.export_model().getvalue())
+        return Graph(compiled, path, content)
+
+
+class Graph:
+    """A compiled module. Its inputs and outputs are torch tensors, used where they lie.
+
+    Args:
+        path: the file that keeps it.
+        content: what it was loaded from, if it was; OpenVINO goes on reading it.
+    """
+
+    def __init__(self, compiled: ov.CompiledModel, path: Path, content: np.ndarray | None) -> None:
+        self.path = path
+        self._content = content
+        self._request = compiled.create_infer_request()
+        self.infer = self._request.infer
+
+    def set_input(self, number: int, tensor: torch.Tensor) -> None:
+        """Read an input from this tensor, which must live until it is replaced or not used."""
+        self._request.set_input_tensor(number, ov.Tensor(tensor.numpy(), shared_memory=True))
+
+    def set_output(self, number: int, tensor: torch.Tensor) -> None:
+        """Write an output to this tensor, which must live until it is replaced or not used."""
+        self._request.set_output_tensor(number, ov.Tensor(tensor.numpy(), shared_memory=True))
+
+
+def _load(
+    core: ov.Core, path: Path, content: np.ndarray, settings: dict[str, Any]
+) -> ov.CompiledModel | None:
+    """A graph that was compiled before."""
+    try:
+        # Mapped, not read: the weights in it are copied once, into the order that kernels want.
+        return core.import_model(ov.Tensor(content, shared_memory=True), "CPU", settings)
+    except RuntimeError as error:
+        warnings.warn(f"{path} cannot be loaded ({one_line(error)[:80]})", stacklevel=2)
+        return None
