@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +47,10 @@ RECIPE = {"data": "/home/someone/books.jsonl", "steps": 7, "head": "block", "thr
 
 # Tests of GPUs are collected where there is one; elsewhere they would be a page of skips.
 collect_ignore = [] if torch.cuda.is_available() else ["decoding/test_cuda.py"]
+
+# Not the user's own; removed when the process ends.
+_GRAPHS = tempfile.TemporaryDirectory(prefix="hispec-graphs-")
+os.environ["HISPEC_CACHE"] = _GRAPHS.name
 
 # Tiny matrices gain nothing from threads, and waiting threads of a busy machine cost seconds.
 torch.set_num_threads(1)

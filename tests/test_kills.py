@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of training, export, fetch, plan and push.
+"""SIGKILL at random moments of training, export, plan, compile, fetch and push.
 
 `make test` kills each of them `KILLS` times, at the same moments in every run; `make kill-test` ten
 times, at other moments each time. A moment is a change that a command makes to its folder (for a
@@ -34,6 +34,7 @@ from killing import kill
 from test_trainer import settings
 
 from hispec.checkpoint.io import load_checkpoint
+from hispec.engine.artifacts import read_artifact
 from hispec.planner.plan_file import read_plan
 from hispec.utils.schema import read_json
 
@@ -122,6 +123,20 @@ class Plan(Writer):
         return super().result(), sorted(path.name for path in self.output.iterdir())
 
 
+class Compile(Command):
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        super().__init__(folder)
+        self.words = [*HISPEC, "compile", str(checkpoint)]
+        self.environment = {"HISPEC_CACHE": str(folder)}
+
+    def check_what_is_there(self) -> None:
+        assert all(read_artifact(path) is not None for path in self.folder.glob("*.graph"))
+
+    def result(self) -> Any:
+        self.check_what_is_there()
+        return sorted(path.name for path in self.folder.glob("*.graph"))
+
+
 class Fetch(Command):
     def __init__(self, folder: Path, wheels: Path) -> None:
         super().__init__(folder)
@@ -171,7 +186,7 @@ def weights(folder: Path) -> dict[str, str]:
     return {file.name: digest(file) for file in folder.glob("*.safetensors")}
 
 
-COMMANDS = ("train", "export", "plan", "fetch", "push")
+COMMANDS = ("train", "export", "plan", "compile", "fetch", "push")
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +201,8 @@ def build(tiny_base, texts, ee, loopback_hub, worker, made, tmp_path_factory):
             return Export(folder, ee)
         if name == "plan":
             return Plan(folder, ee)
+        if name == "compile":
+            return Compile(folder, ee)
         if name == "fetch":
             return Fetch(folder, tmp_path_factory.mktemp("wheels"))
         return Push(folder, loopback_hub, worker, made[1])

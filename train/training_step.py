@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hispec.data.packing import positions_if_packed
-from hispec.models.exit_model import ExitModel, LayerInputs, of_token_before
+from hispec.models.exit_model import ExitModel
+from hispec.models.layer_inputs import LayerInputs, of_token_before
 from train.layer_dropout import rates, skipped, warmed_up
 from train.losses import ExitLoss, StoredProbs, Student, Teacher, exit_loss
 from train.recipe import Recipe

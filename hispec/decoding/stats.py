@@ -71,6 +71,8 @@ class DecodeStats:
     new_tokens: int = 0
     seconds: float = 0.0
     """Wall time, prefill included."""
+    backend: str = "eager"
+    """What ran the passes."""
 
     @classmethod
     def of(cls, ladder: Ladder, rows: int, prompt_tokens: int) -> DecodeStats:
@@ -83,7 +85,12 @@ class DecodeStats:
             )
             for rung, depth in enumerate(ladder.depths)
         ]
-        return cls(rungs=rungs, rows=rows, prompt_tokens=prompt_tokens)
+        return cls(
+            rungs=rungs,
+            rows=rows,
+            prompt_tokens=prompt_tokens,
+            backend=ladder.model.backend,
+        )
 
     def add_round(self, ladder: Ladder, seconds: float, new_tokens: int) -> None:
         """Count one round.

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
-from hispec.models.exit_model import Engine, ExitModel
+from hispec.models.engine import Engine
+from hispec.models.exit_model import ExitModel
 from hispec.utils.settings import check
 
 AUTO, EAGER, OPENVINO = "auto", "eager", "openvino"

@@ -22,7 +22,8 @@ from torch import nn
 from hispec.engine.graph import LayerGraph, Shape, layer_index, traced_attention
 from hispec.engine.openvino_graph import Graph, Source
 from hispec.models.attention import PassCache
-from hispec.models.exit_model import ExitModel, additive_mask
+from hispec.models.exit_model import ExitModel
+from hispec.models.layer_inputs import additive_mask
 from hispec.utils.console import Progress
 
 Layers = Sequence[tuple[nn.Module, str]]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hispec.data.packing import Rows
-from hispec.models.exit_model import ExitModel, of_token_before
+from hispec.models.exit_model import ExitModel
+from hispec.models.layer_inputs import of_token_before
 
 CHUNK = 128  # tokens whose probabilities are in memory at one time, for two depths
 LONGEST_RUN = 8

@@ -10,9 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,36 +18,11 @@ from transformers import PreTrainedModel
 
 from hispec.config import ExitConfig
 from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
-from hispec.models.attention import NAME, Branch, PassCache, causal, padded_rows, rounds_alike
+from hispec.models.attention import NAME, PassCache, causal, padded_rows, rounds_alike
+from hispec.models.engine import Engine
 from hispec.models.exit_heads import ExitHead, Gather, build_head
-from hispec.utils.console import Progress
+from hispec.models.layer_inputs import LayerInputs, additive_mask, all_positions, documents
 from hispec.utils.settings import check
-
-
-@dataclass
-class LayerInputs:
-    """Inputs of the decoder layers of one attention type, besides the hidden states."""
-
-    attention_mask: torch.Tensor | None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    branches: list[Branch] = field(default_factory=list)
-    """Of a tree whose branches are computed one by one, each with a mask of its own."""
-    lengths: list[int] | None = None
-    """Of whole texts, which get plain causal attention."""
-
-    def of_cache(self) -> dict[str, Any]:
-        """What `masked_attention` gets besides the arguments that all attention functions get."""
-        return {"branches": self.branches, "lengths": self.lengths}
-
-    def rows(self, rows_K: torch.Tensor) -> LayerInputs:
-        """The inputs for some of the rows of the batch, without a cache."""
-
-        def select(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if len(tensor) == 1 else tensor.index_select(0, rows_K)
-
-        mask = self.attention_mask
-        cos, sin = self.position_embeddings
-        return LayerInputs(None if mask is None else select(mask), (select(cos), select(sin)))
 
 
 class ExitModel(nn.Module):
@@ -164,9 +136,9 @@ class ExitModel(nn.Module):
         """Masks and rotary embeddings of whole sequences or packed documents, by attention type."""
         document_BT = None
         if positions_BT is None:
-            positions_BT = _all_positions(hidden_BTH)
+            positions_BT = all_positions(hidden_BTH)
         else:
-            document_BT = _documents(positions_BT)
+            document_BT = documents(positions_BT)
         return {
             kind: self._layer_inputs(kind, hidden_BTH, positions_BT, None, document_BT)
             for kind in dict.fromkeys(self.layer_types)
@@ -303,9 +275,9 @@ class ExitModel(nn.Module):
         inputs = dict(inputs or {})
         document_BT = None
         if positions_BT is None:
-            positions_BT = _all_positions(hidden_BTH)
+            positions_BT = all_positions(hidden_BTH)
         elif cache is None and not inputs:
-            document_BT = _documents(positions_BT)
+            document_BT = documents(positions_BT)
         with self._attention_over(cache):
             for layer, kind in layers:
                 if kind not in inputs:
@@ -383,62 +355,3 @@ class ExitModel(nn.Module):
             if branches:
                 return LayerInputs(None, rope, branches)
         return LayerInputs(mask(cache.seen(window)), rope)
-
-
-class Engine(Protocol):
-    """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
-
-    name: str
-    block: int
-    """The cache shows slots in multiples of this."""
-
-    def compile(self, progress: Progress) -> list[Path]:
-        """Compile or load all that the model needs; returns the files that hold it."""
-
-    def refresh(self) -> None:
-        """Drop what was compiled from weights that have changed since; called before a decode."""
-
-    def takes(self, hidden_BTH: torch.Tensor) -> bool:
-        """Whether it runs a pass with these states."""
-
-    def reads(self, normed: torch.Tensor) -> bool:
-        """Whether it turns these states [..., H] into logits."""
-
-    def run(
-        self,
-        layers: Sequence[tuple[nn.Module, str]],
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        cache: PassCache,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, H] after these layers, each with its attention type."""
-
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]."""
-
-
-def _all_positions(hidden_BTH: torch.Tensor) -> torch.Tensor:
-    """Positions [1, T] of whole sequences."""
-    return torch.arange(hidden_BTH.shape[1], device=hidden_BTH.device)[None]
-
-
-def _documents(positions_BT: torch.Tensor) -> torch.Tensor:
-    """The number of each token's document in its row, [B, T]."""
-    return (positions_BT == 0).cumsum(1)
-
-
-def of_token_before(
-    normed_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The states [B, T, H] of whole sequences or packed documents, each moved to the next token;
-    0 where a text begins."""
-    moved_BTH = torch.zeros_like(normed_BTH)
-    moved_BTH[:, 1:] = normed_BTH[:, :-1]
-    return moved_BTH if positions_BT is None else moved_BTH * (positions_BT > 0)[..., None]
-
-
-def additive_mask(seen_BTS: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:
-    """The additive mask [B, 1, repeats * T, S] of which slots may be seen."""
-    mask_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device)
-    mask_BTS.masked_fill_(~seen_BTS, float("-inf"))
-    return mask_BTS.repeat(1, repeats, 1)[:, None]

@@ -12,6 +12,20 @@ from transformers import AutoModelForCausalLM
 import hispec
 
 
+def test_compile_keeps_the_graphs_of_a_checkpoint(ee, tmp_path, hispec_command, monkeypatch):
+    monkeypatch.setenv("HISPEC_CACHE", str(tmp_path))
+    for _ in range(2):
+        done = hispec_command("compile", ee)
+        assert done.returncode == 0, done.stderr
+        # (3 pieces of the trunk, 2 exits) for one token and for any, the LM head
+        assert "11 graphs" in done.stdout
+        assert str(tmp_path) in done.stdout
+        assert len(list(tmp_path.glob("*.graph"))) == 11
+    done = hispec_command("compile", ee, "--dtype", "bfloat16")
+    assert done.returncode == 2
+    assert "it runs float32 on a CPU, and this model is in bfloat16 on cpu" in done.stderr
+
+
 @pytest.mark.slow
 def test_export_writes_a_full_checkpoint(ee, tmp_path, hispec_command):
     done = run(*HISPEC, "export", ee, tmp_path / "full", "--full")

@@ -96,6 +96,21 @@ def test_exits_in_the_wrong_order_are_refused(tiny_base, hispec_command):
     assert "exits='4,2' is not possible: increasing depths, none twice" in done.stderr
 
 
+def test_the_backend_is_the_users_choice(ee, hispec_command):
+    """Tiny models are not compiled unless asked for; the text is the same."""
+    words = ("generate", ee, PROMPT, "--ladder", "2,4,6", "--max-new-tokens", "12", "--stats")
+    texts = []
+    for backend, shown in (("auto", "eager"), ("eager", "eager"), ("openvino", "openvino")):
+        done = hispec_command(*words, "--backend", backend)
+        assert done.returncode == 0, done.stderr
+        assert f"passes run by {shown}" in done.stdout
+        texts.append(done.stdout.split("Decode")[0].split("tokens/s")[0].splitlines()[0])
+    assert len(set(texts)) == 1
+    done = hispec_command(*words, "--backend", "onnx")
+    assert done.returncode == 2
+    assert "backend='onnx' is not possible: one of auto, eager, openvino" in done.stderr
+
+
 class Stdin:
     def __init__(self, content: bytes):
         self.buffer = io.BytesIO(content)

@@ -14,7 +14,8 @@ from hispec.config import DRAFTERS, DecodeConfig, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.ladder import Ladder
-from hispec.models.exit_model import ExitModel, of_token_before
+from hispec.models.exit_model import ExitModel
+from hispec.models.layer_inputs import of_token_before
 
 
 def reading_model(family="llama", exits=(2, 4), seed=3):

@@ -144,7 +144,10 @@ def test_auto_is_the_plan(lm):
         lm.plan = None
 
 
-@pytest.mark.parametrize("change", [{"device": "abacus"}, {"threads": 77}, {"dtype": "float16"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"device": "abacus"}, {"threads": 77}, {"dtype": "float16"}, {"backend": "openvino"}],
+)
 def test_a_plan_for_another_machine_is_not_followed(lm, change):
     here = Machine.here(torch.device("cpu"), torch.float32)
     there = Machine(**{**vars(here), **change})
@@ -167,6 +170,10 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     assert json.dumps(vars(again), default=vars) == json.dumps(vars(plan), default=vars)
     assert read_plan(tmp_path / "nowhere") is None
     written = json.loads((tmp_path / "plan.json").read_text())
+    old = {**written, "machine": {**written["machine"]}}
+    del old["machine"]["backend"]  # a plan of before there were engines
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert read_plan(tmp_path).machine.backend == "eager"
     for broken, words in (
         ({**written, "format_version": 9}, "format_version=9"),
         ({k: v for k, v in written.items() if k != "machine"}, "machine"),

@@ -1,0 +1,45 @@
+"""What `ExitModel` asks of an engine; `hispec.engine` has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hispec.models.attention import PassCache
+from hispec.utils.console import Progress
+
+
+class Engine(Protocol):
+    """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
+
+    name: str
+    block: int
+    """The cache shows slots in multiples of this."""
+
+    def compile(self, progress: Progress) -> list[Path]:
+        """Compile or load all that the model needs; returns the files that hold it."""
+
+    def refresh(self) -> None:
+        """Drop what was compiled from weights that have changed since; called before a decode."""
+
+    def takes(self, hidden_BTH: torch.Tensor) -> bool:
+        """Whether it runs a pass with these states."""
+
+    def reads(self, normed: torch.Tensor) -> bool:
+        """Whether it turns these states [..., H] into logits."""
+
+    def run(
+        self,
+        layers: Sequence[tuple[nn.Module, str]],
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: PassCache,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, H] after these layers, each with its attention type."""
+
+    def project(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H]."""
