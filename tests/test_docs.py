@@ -31,6 +31,7 @@ SCRIPTS = {
     "train/synthesize.py": "train.synthesize",
     "eval/agreement.py": "eval.agreement",
     "eval/speed.py": "eval.speed",
+    "eval/passes.py": "eval.passes",
     "eval/lossless.py": "eval.lossless",
     "eval/quality.py": "eval.quality",
 }

@@ -1,0 +1,190 @@
+"""What a pass of the full model costs: `python eval/passes.py checkpoint=DIR`.
+
+A pass reads some tokens after a text and ends with the argmax of their logits. transformers'
+forward, our modules (`eager`) and the compiled graphs (`openvino`, where they can run the model)
+take turns, so that a slow spell of the machine affects all of them. Beside them stands what the
+bytes of a pass would take at the memory bandwidth measured in the same run: weights once, keys and
+values once. Prints a table of medians in ms, and ends with one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from omegaconf import MISSING
+from pydantic import Field
+
+from eval.settings import Name
+from hispec.utils.command_line import parse_dtype, run_cleanly
+from hispec.utils.console import Output, bar, quiet_transformers
+from hispec.utils.limits import at_most
+from hispec.utils.schema import STRICT
+from hispec.utils.settings import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from hispec.models.exit_model import ExitModel
+
+_Count = Annotated[int, Field(ge=1), at_most(2**17, "memory grows with them")]
+_READ = 2**28
+"""Bytes that are read to measure the bandwidth: more than a cache holds."""
+
+
+@dataclass
+class Settings:
+    """The model and the sizes of its passes."""
+
+    __pydantic_config__ = STRICT
+
+    checkpoint: Name = MISSING
+    """An EE checkpoint, or a base model."""
+    tokens: list[_Count] = field(default_factory=lambda: [1, 4, 16])
+    """Tokens of a pass."""
+    lengths: list[_Count] = field(default_factory=lambda: [128, 1024])
+    """Tokens of the text before it."""
+    repeats: Annotated[int, Field(ge=1), at_most(10_000, "each repeat runs every pass")] = 15
+    dtype: str = "auto"
+
+
+def main(words: Sequence[str]) -> None:
+    import torch
+    from rich.table import Table
+
+    from hispec.engine.build import AUTO, build_engine
+    from hispec.lm import load
+
+    settings = resolve(Settings, overrides=words)
+    quiet_transformers()
+    out = Output()
+    lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device="cpu", backend="eager")
+    model = lm.model
+    engines = {"eager": None}
+    if (engine := build_engine(model, AUTO)) is not None:
+        engines[engine.name] = engine
+    rows = []
+    for length in settings.lengths:
+        for tokens in settings.tokens:
+            jobs = {"generate's forward": _forward(model, length, tokens)}
+            for name, of in engines.items():
+                model.engine = of
+                jobs[name] = _own(model, length, tokens)
+            model.engine = None
+            title = f"{tokens} after {length}"
+            found = _medians(jobs, settings.repeats, title)
+            size = _bytes(model, length)
+            bandwidth = found.pop("bandwidth")
+            rows.append({"length": length, "tokens": tokens, "ms": found, "bytes": size})
+            rows[-1]["gigabytes_per_second"] = bandwidth / 1e9
+            rows[-1]["bytes_alone_ms"] = 1e3 * size / bandwidth
+    table = Table(*("after", "tokens", *rows[0]["ms"], "bytes alone", "GB/s"))
+    for row in rows:
+        first = row["ms"]["generate's forward"]
+        shown = [f"{ms:.1f} ({first / ms:.2f}x)" for ms in row["ms"].values()]
+        table.add_row(
+            *(str(row["length"]), str(row["tokens"]), *shown),
+            *(f"{row['bytes_alone_ms']:.1f}", f"{row['gigabytes_per_second']:.1f}"),
+        )
+    out.print(table)
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine["dtype"] = str(model.hf.dtype).removeprefix("torch.")
+    print(json.dumps({"settings": asdict(settings), "machine": machine, "passes": rows}))
+
+
+def _medians(jobs: dict[str, Callable[[], float]], repeats: int, title: str) -> dict[str, float]:
+    """Median ms of jobs that take turns, and the bytes per second read between them."""
+    import torch
+
+    much = torch.zeros(_READ // 4)
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    reading = []
+    for job in jobs.values():  # warm-up: graphs are compiled, buffers are made
+        job()
+        job()
+    for _ in bar(range(repeats), title):
+        for name, job in jobs.items():
+            seconds[name].append(job())
+        began = time.perf_counter()
+        much.sum()
+        reading.append(_READ / (time.perf_counter() - began))
+    return {
+        **{name: 1e3 * statistics.median(of) for name, of in seconds.items()},
+        "bandwidth": statistics.median(reading),
+    }
+
+
+def _bytes(model: ExitModel, length: int) -> int:
+    """Weights of the layers and of the LM head, keys and values of the text."""
+    layers = sum(p.numel() * p.element_size() for p in model.hf.model.layers.parameters())
+    head = model.hf.lm_head.weight
+    config = model.hf.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = 2 * model.num_layers * config.num_key_value_heads * size * length
+    return layers + (head.numel() + kv) * head.element_size()
+
+
+def _tokens(model: ExitModel, count: int) -> torch.Tensor:
+    """A text [1, T] of some tokens, always the same."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.vocab_size, (1, count), generator=generator)
+
+
+def _forward(model: ExitModel, length: int, tokens: int) -> Callable[[], float]:
+    """Times a forward of transformers over its own cache, as `generate` calls it."""
+    import torch
+    from transformers import DynamicCache
+
+    text = _tokens(model, length + tokens)
+    cache = DynamicCache(config=model.hf.config)
+    with torch.inference_mode():
+        model.hf(text[:, :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def run() -> float:
+        began = time.perf_counter()
+        out = model.hf(text[:, length:], past_key_values=cache, use_cache=True)
+        out.logits.argmax(-1)
+        seconds = time.perf_counter() - began
+        cache.crop(-tokens)
+        return seconds
+
+    return run
+
+
+def _own(model: ExitModel, length: int, tokens: int) -> Callable[[], float]:
+    """Times a pass of the ladder that has the full model alone, by the engine set now."""
+    import numpy as np
+    import torch
+
+    from hispec.decoding.ladder import Ladder
+
+    engine = model.engine
+    text = _tokens(model, length + tokens).numpy()
+    ladder = Ladder(model, [model.num_layers], 1, length + tokens)
+    held, upto = np.array([length]), np.array([length + tokens])
+    with torch.inference_mode():
+        ladder.prefill(text, held)
+
+    @torch.inference_mode()
+    def run() -> float:
+        model.engine = engine
+        ladder.truncate(held)
+        began = time.perf_counter()
+        ladder.logits(0, text, held, upto).argmax(-1)
+        seconds = time.perf_counter() - began
+        model.engine = None
+        return seconds
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(run_cleanly(lambda: main(sys.argv[1:])))
