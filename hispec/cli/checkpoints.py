@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, announce, out
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype
 from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
@@ -140,5 +140,6 @@ def report(
             base=base,
             backend=backend,
         )
+        announce(lm)
         page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
     page.write(out, found, output or checkpoint / page.REPORT)

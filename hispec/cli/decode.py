@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, announce, out
 from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, read_prompt
 from hispec.utils.console import quiet_transformers
 from hispec.utils.settings import check
@@ -110,6 +110,7 @@ def generate(
         base=base,
         backend=backend,
     )
+    announce(lm)
     chosen, source = lm.choose(depths, settings)
     run = lm.decode([text], **chosen, stop_strings=stop or (), chat=False if raw else None)
     tokens = display.stream(out, lm, run, show_rungs)
@@ -162,6 +163,7 @@ def plan(
         base=base,
         backend=backend,
     )
+    announce(lm)
     found = planning.plan_checkpoint(
         out,
         lm,

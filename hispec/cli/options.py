@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hispec.utils.console import Output
+
+if TYPE_CHECKING:
+    from hispec.lm import EarlyExitLM
 
 out = Output()
 
@@ -23,3 +26,9 @@ Backend = Annotated[
 Data = Annotated[
     Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
 ]
+
+
+def announce(lm: EarlyExitLM) -> None:
+    """Let the engine of a model say on standard error what it works at for seconds."""
+    if lm.model.engine is not None:
+        lm.model.engine.say = Output(stderr=True).say

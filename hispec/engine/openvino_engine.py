@@ -9,7 +9,7 @@ of one token, which alternate with drafts, have a graph of their own.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +52,8 @@ class OpenVinoEngine:
         self._pieces: dict[tuple[int, int], _Piece] = {}
         self._lm_head: Graph | None = None
         self._core = ov.Core()
+        self.say: Callable[[str], None] = lambda _: None
+        self._said = False
 
     def refresh(self) -> None:
         """Drop what was compiled from weights that have changed since."""
@@ -115,12 +117,19 @@ class OpenVinoEngine:
         seen = torch.cat(cache.seen_apart(self.model.window(kind)), dim=-1)
         return additive_mask(seen, torch.float32, Shape.of(self.model.hf.config).heads_per_kv)
 
+    def _announce(self) -> None:
+        """Say once that graphs are compiled."""
+        if not self._said:
+            self._said = True
+            self.say("compiling for this machine, once; `hispec compile` does it ahead")
+
     def _project(self) -> Graph:
         if self._lm_head is None:
             config = self.model.hf.config
             example = torch.zeros(2, config.hidden_size)
             source = Source(_LMHead(self.model).eval(), config, [example])
-            self._lm_head = source.compile(self._core, [[-1, config.hidden_size]])
+            sizes = [[-1, config.hidden_size]]
+            self._lm_head = source.compile(self._core, sizes, self._announce)
         return self._lm_head
 
     def _cut(self, layers: Layers) -> list[Layers]:
@@ -134,7 +143,7 @@ class OpenVinoEngine:
     def _piece(self, layers: Layers) -> _Piece:
         key = layer_index(layers[0][0]), layer_index(layers[-1][0])
         if key not in self._pieces:
-            self._pieces[key] = _Piece(layers, self.model.hf.config, self._core)
+            self._pieces[key] = _Piece(layers, self)
         return self._pieces[key]
 
     def _graph(self, layers: Layers, size: tuple[int, int]) -> Graph:
@@ -156,19 +165,20 @@ class _LMHead(nn.Module):
 class _Piece:
     """A run of layers, compiled for the sizes that were asked for."""
 
-    def __init__(self, layers: Layers, config: Any, core: ov.Core) -> None:
-        self.config = config
+    def __init__(self, layers: Layers, engine: OpenVinoEngine) -> None:
+        self.engine = engine
+        self.config = config = engine.model.hf.config
         self.shape = Shape.of(config)
         self.layers = LayerGraph(layers).eval()
         self.source = Source(self.layers, config, self.layers.example(self.shape))
-        self._core = core
         self._bound: dict[tuple[int, int], _Bound] = {}
 
     def bound(self, size: tuple[int, int]) -> _Bound:
         """The graph for so many (rows, tokens)."""
         if size not in self._bound:
+            sizes, engine = self.layers.sizes(self.shape, *size), self.engine
             with traced_attention(self.config):
-                graph = self.source.compile(self._core, self.layers.sizes(self.shape, *size))
+                graph = self.source.compile(engine._core, sizes, engine._announce)
             self._bound[size] = _Bound(graph)
         return self._bound[size]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,14 @@ class Source:
         self._digest = module_digest(module, config)
         self._model: ov.Model | None = None
 
-    def compile(self, core: ov.Core, sizes: Sizes) -> Graph:
-        """The graph for inputs of these sizes: from disk, else compiled and kept there."""
+    def compile(
+        self, core: ov.Core, sizes: Sizes, before: Callable[[], None] = lambda: None
+    ) -> Graph:
+        """The graph for inputs of these sizes: from disk, else compiled and kept there.
+
+        Args:
+            before: called before it is compiled.
+        """
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": "f32",
@@ -46,6 +52,7 @@ class Source:
         content = read_artifact(path)
         compiled = None if content is None else _load(core, path, content, settings)
         if compiled is None:
+            before()
             if self._model is None:
                 with torch.inference_mode():
                     self._model = ov.convert_model(self.module, example_input=self.example)

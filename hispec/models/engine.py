@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,8 @@ class Engine(Protocol):
     name: str
     block: int
     """The cache shows slots in multiples of this."""
+    say: Callable[[str], None]
+    """Called with a sentence for the user before work that takes seconds."""
 
     def compile(self, progress: Progress) -> list[Path]:
         """Compile or load all that the model needs; returns the files that hold it."""
