@@ -49,7 +49,7 @@ def test_the_plan_is_that_of_the_file(mine):
     assert "40.1 tokens/s" in said  # 40.15 is below itself in binary
     assert "3 settings were tried, 2 of them really decoded" in said
     assert "6 prompts of 5 to 9 tokens from mine.jsonl (chat), 48 new tokens of each" in said
-    assert "an abacus, 1 threads, float32, torch 2.11.0" in said
+    assert "an abacus, 1 threads, float32, eager, torch 2.11.0" in said
     name = "(2, 4, 6) exit: draft_length 3, buffer 2"
     assert page.row(name) == [name, "61.0", "64.2 60.2 to 66.3", "1.75", "5 of 6 same"]
     assert page.row("plain") == ["plain", "40.0", "40.1 39.0 to 41.0", "1.00", "same"]
@@ -99,7 +99,7 @@ def test_speed_is_that_of_the_file(mine):
     page = page_of(mine)
     said = page.text("speed")
     assert "over 4 prompts of at most 32 new tokens, median of 3 repeats" in said
-    assert "cpu, 2 threads, bfloat16, torch 2.11.0" in said
+    assert "cpu, 2 threads, bfloat16, eager, torch 2.11.0" in said
     assert page.row("lookup (6)", "27.3 1.09x") == ["lookup (6)", "27.3 1.09x", "35.5 1.42x"]
     assert page.row("HiSpec (2, 4, 6)", "28.0 27.0 to 30.0") == [
         *("HiSpec (2, 4, 6)", "28.0 27.0 to 30.0", "1.40x", "1.12"),

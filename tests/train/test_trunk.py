@@ -92,8 +92,10 @@ def test_the_mask_of_packed_rows_is_built_once_per_pass(
     checkpointing they run twice."""
     from hispec.models import exit_model
 
-    built, build = [], exit_model._mask
-    monkeypatch.setattr(exit_model, "_mask", lambda *a, **k: (built.append(1), build(*a, **k))[1])
+    built, build = [], exit_model.additive_mask
+    monkeypatch.setattr(
+        exit_model, "additive_mask", lambda *a, **k: (built.append(1), build(*a, **k))[1]
+    )
     trainer = trainer_of(
         *(tiny_base, texts, tmp_path / "ee"),
         **dict(trunk="full", head="shared", layer_dropout=0.5, gradient_checkpointing=again),
