@@ -30,6 +30,7 @@ from hispec.utils.settings import resolve
 if TYPE_CHECKING:
     import torch
 
+    from hispec.models.engine import Engine
     from hispec.models.exit_model import ExitModel
 
 _Count = Annotated[int, Field(ge=1), at_most(2**17, "memory grows with them")]
@@ -73,13 +74,9 @@ def main(words: Sequence[str]) -> None:
         for tokens in settings.tokens:
             jobs = {"generate's forward": _forward(model, length, tokens)}
             for name, of in engines.items():
-                model.engine = of
-                jobs[name] = _own(model, length, tokens)
-            model.engine = None
-            title = f"{tokens} after {length}"
-            found = _medians(jobs, settings.repeats, title)
+                jobs[name] = _own(model, of, length, tokens)
+            found, bandwidth = _medians(jobs, settings.repeats, f"{tokens} after {length}")
             size = _bytes(model, length)
-            bandwidth = found.pop("bandwidth")
             rows.append({"length": length, "tokens": tokens, "ms": found, "bytes": size})
             rows[-1]["gigabytes_per_second"] = bandwidth / 1e9
             rows[-1]["bytes_alone_ms"] = 1e3 * size / bandwidth
@@ -97,7 +94,9 @@ def main(words: Sequence[str]) -> None:
     print(json.dumps({"settings": asdict(settings), "machine": machine, "passes": rows}))
 
 
-def _medians(jobs: dict[str, Callable[[], float]], repeats: int, title: str) -> dict[str, float]:
+def _medians(
+    jobs: dict[str, Callable[[], float]], repeats: int, title: str
+) -> tuple[dict[str, float], float]:
     """Median ms of jobs that take turns, and the bytes per second read between them."""
     import torch
 
@@ -113,19 +112,18 @@ def _medians(jobs: dict[str, Callable[[], float]], repeats: int, title: str) -> 
         began = time.perf_counter()
         much.sum()
         reading.append(_READ / (time.perf_counter() - began))
-    return {
-        **{name: 1e3 * statistics.median(of) for name, of in seconds.items()},
-        "bandwidth": statistics.median(reading),
-    }
+    medians = {name: 1e3 * statistics.median(of) for name, of in seconds.items()}
+    return medians, statistics.median(reading)
 
 
 def _bytes(model: ExitModel, length: int) -> int:
     """Weights of the layers and of the LM head, keys and values of the text."""
+    from hispec.engine.graph import Shape
+
     layers = sum(p.numel() * p.element_size() for p in model.hf.model.layers.parameters())
     head = model.hf.lm_head.weight
-    config = model.hf.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * model.num_layers * config.num_key_value_heads * size * length
+    shape = Shape.of(model.hf.config)
+    kv = 2 * model.num_layers * shape.kv_heads * shape.head_size * length
     return layers + (head.numel() + kv) * head.element_size()
 
 
@@ -159,14 +157,14 @@ def _forward(model: ExitModel, length: int, tokens: int) -> Callable[[], float]:
     return run
 
 
-def _own(model: ExitModel, length: int, tokens: int) -> Callable[[], float]:
-    """Times a pass of the ladder that has the full model alone, by the engine set now."""
+def _own(model: ExitModel, engine: Engine | None, length: int, tokens: int) -> Callable[[], float]:
+    """Times a pass of the ladder that has the full model alone, by an engine or the modules."""
     import numpy as np
     import torch
 
     from hispec.decoding.ladder import Ladder
 
-    engine = model.engine
+    model.engine = engine
     text = _tokens(model, length + tokens).numpy()
     ladder = Ladder(model, [model.num_layers], 1, length + tokens)
     held, upto = np.array([length]), np.array([length + tokens])
@@ -179,9 +177,7 @@ def _own(model: ExitModel, length: int, tokens: int) -> Callable[[], float]:
         ladder.truncate(held)
         began = time.perf_counter()
         ladder.logits(0, text, held, upto).argmax(-1)
-        seconds = time.perf_counter() - began
-        model.engine = None
-        return seconds
+        return time.perf_counter() - began
 
     return run
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, announce, out
-from hispec.utils.command_line import parse_depths, parse_device, parse_dtype
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, load_model, out
+from hispec.utils.command_line import parse_depths
 from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
 
@@ -93,17 +93,9 @@ def compile_checkpoint(
 ) -> None:
     """Compile the passes of a model for this machine ahead of its first decode."""
     from hispec.engine.build import OPENVINO
-    from hispec.lm import load
 
     quiet_transformers()
-    lm = load(
-        checkpoint,
-        dtype=parse_dtype(dtype),
-        device="cpu",
-        exits=parse_depths("exits", exits),
-        base=base,
-        backend=OPENVINO,
-    )
+    lm = load_model(checkpoint, dtype=dtype, device="cpu", exits=exits, base=base, backend=OPENVINO)
     assert lm.model.engine is not None
     began = time.perf_counter()
     files = lm.model.engine.compile(bar)
@@ -127,19 +119,11 @@ def report(
     backend: Backend = "auto",
 ) -> None:
     """Write all that was measured on a checkpoint, with pictures, into one HTML file."""
-    from hispec.lm import load
     from hispec.report import page
 
     quiet_transformers()
     found = page.gather(checkpoint)
     if decode:
-        lm = load(
-            checkpoint,
-            dtype=parse_dtype(dtype),
-            device=parse_device(device),
-            base=base,
-            backend=backend,
-        )
-        announce(lm)
+        lm = load_model(checkpoint, dtype=dtype, device=device, base=base, backend=backend)
         page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
     page.write(out, found, output or checkpoint / page.REPORT)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, announce, out
-from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, read_prompt
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, load_model, out
+from hispec.utils.command_line import parse_depths, read_prompt
 from hispec.utils.console import quiet_transformers
 from hispec.utils.settings import check
 
@@ -74,7 +74,7 @@ def generate(
 ) -> None:
     """Decode a prompt and stream the text."""
     from hispec.cli import display
-    from hispec.lm import AUTO, PLAIN, load
+    from hispec.lm import AUTO, PLAIN
 
     quiet_transformers()
     depths = ladder if ladder in (AUTO, PLAIN) else parse_depths("ladder", ladder)
@@ -102,15 +102,7 @@ def generate(
         "seed": seed,
     }
     text = read_prompt(prompt)
-    lm = load(
-        checkpoint,
-        dtype=parse_dtype(dtype),
-        device=parse_device(device),
-        exits=parse_depths("exits", exits),
-        base=base,
-        backend=backend,
-    )
-    announce(lm)
+    lm = load_model(checkpoint, dtype=dtype, device=device, exits=exits, base=base, backend=backend)
     chosen, source = lm.choose(depths, settings)
     run = lm.decode([text], **chosen, stop_strings=stop or (), chat=False if raw else None)
     tokens = display.stream(out, lm, run, show_rungs)
@@ -144,7 +136,6 @@ def plan(
     """Find the fastest setting for this model, machine and kind of text."""
     from hispec.cli import planning
     from hispec.data.prompts import some
-    from hispec.lm import load
 
     quiet_transformers()
     folder = output or Path(checkpoint)
@@ -156,14 +147,7 @@ def plan(
     check(repeats >= 1, "repeats", repeats, "1 or more")
     depths = parse_depths("exits", exits)
     chosen, source = some(data, prompts)
-    lm = load(
-        checkpoint,
-        dtype=parse_dtype(dtype),
-        device=parse_device(device),
-        base=base,
-        backend=backend,
-    )
-    announce(lm)
+    lm = load_model(checkpoint, dtype=dtype, device=device, base=base, backend=backend)
     found = planning.plan_checkpoint(
         out,
         lm,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hispec.utils.command_line import parse_depths, parse_device, parse_dtype
 from hispec.utils.console import Output
 
 if TYPE_CHECKING:
@@ -28,7 +29,26 @@ Data = Annotated[
 ]
 
 
-def announce(lm: EarlyExitLM) -> None:
-    """Let the engine of a model say on standard error what it works at for seconds."""
+def load_model(
+    checkpoint: str | Path,
+    *,
+    dtype: str,
+    device: str | None,
+    base: str | None,
+    backend: str,
+    exits: str | None = None,
+) -> EarlyExitLM:
+    """Load a model as the options say; its engine says on standard error what takes seconds."""
+    from hispec.lm import load
+
+    lm = load(
+        checkpoint,
+        dtype=parse_dtype(dtype),
+        device=parse_device(device),
+        exits=parse_depths("exits", exits),
+        base=base,
+        backend=backend,
+    )
     if lm.model.engine is not None:
         lm.model.engine.say = Output(stderr=True).say
+    return lm

@@ -210,52 +210,39 @@ class KVCache:
         self, keys_BATE: torch.Tensor, values_BATE: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the KV of the tokens announced by `place`; return all that is visible to them."""
-        return (
-            self._write(self._keys, keys_BATE, layer_idx),
-            self._write(self._values, values_BATE, layer_idx),
-        )
+        heads, size = keys_BATE.shape[1], keys_BATE.shape[3]
+        keys, values = self.buffers(layer_idx, heads, size, keys_BATE)
+        self.write(layer_idx, keys_BATE, values_BATE)
+        return keys[:, :, : self.visible], values[:, :, : self.visible]
 
     def buffers(
         self, layer_idx: int, heads: int, size: int, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, heads, S, size] of a layer, for an engine: the cache's own memory."""
-        assert self._block is not None
-        keys = self._buffer(self._keys, layer_idx, heads, size, like)
-        return keys, self._buffer(self._values, layer_idx, heads, size, like)
+        """Keys and values [B, heads, S, size] of a layer: the cache's own memory."""
+        if layer_idx not in self._keys:
+            for store in (self._keys, self._values):
+                # zeros, not empty: a masked NaN would still poison the attention's weighted sum
+                store[layer_idx] = like.new_zeros(self.rows, heads, self._allocated, size)
+        return self._keys[layer_idx], self._values[layer_idx]
 
     def write(self, layer_idx: int, keys_BATE: torch.Tensor, values_BATE: torch.Tensor) -> None:
         """Store the KV of the announced tokens."""
-        self._put(self._keys[layer_idx], keys_BATE)
-        self._put(self._values[layer_idx], values_BATE)
-
-    def _buffer(
-        self,
-        store: dict[int, torch.Tensor],
-        layer_idx: int,
-        heads: int,
-        size: int,
-        like: torch.Tensor,
-    ) -> torch.Tensor:
-        if layer_idx not in store:
-            # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-            store[layer_idx] = like.new_zeros(self.rows, heads, self._allocated, size)
-        return store[layer_idx]
-
-    def _write(
-        self, store: dict[int, torch.Tensor], new_BATE: torch.Tensor, layer_idx: int
-    ) -> torch.Tensor:
-        _, heads, _, size = new_BATE.shape
-        buffer = self._buffer(store, layer_idx, heads, size, new_BATE)
-        self._put(buffer, new_BATE)
-        return buffer[:, :, : self.visible]
-
-    def _put(self, buffer: torch.Tensor, new_BATE: torch.Tensor) -> None:
-        """Write to the announced slots of a buffer [B, heads, S, size]."""
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
+        self._put(self._keys[layer_idx], self._slots_BT, keys_BATE)
+        self._put(self._values[layer_idx], self._slots_BT, values_BATE)
+
+    def _put(self, buffer: torch.Tensor, slots_BT: torch.Tensor, new_BATE: torch.Tensor) -> None:
+        """Write to some slots of a buffer [B, heads, S, size]."""
         if self.rows == 1:
-            buffer.index_copy_(2, self._slots_BT[0], new_BATE)
+            buffer.index_copy_(2, slots_BT[0], new_BATE)
         else:
-            buffer[self._rows_B1, :, self._slots_BT] = new_BATE.transpose(1, 2)
+            buffer[self._rows_B1, :, slots_BT] = new_BATE.transpose(1, 2)
+
+    def _take(self, buffer: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
+        """A copy [B, heads, T, size] of some slots of a buffer."""
+        if self.rows == 1:
+            return buffer.index_select(2, slots_BT[0])
+        return buffer[self._rows_B1, :, slots_BT].transpose(1, 2)
 
     def store_hidden(self, segment: Segment, hidden_BTH: torch.Tensor) -> None:
         """Keep the hidden states that a segment computed for the announced slots."""
@@ -287,14 +274,8 @@ class KVCache:
         to_BD = base_B[:, None] + np.arange(path_BD.shape[1])
         moves = np.stack([base_B[:, None] + path_BD - 1, to_BD])
         source_BD, target_BD = torch.from_numpy(moves).to(self.device)
-        for store in (self._keys, self._values):
-            for buffer in store.values():
-                if self.rows == 1:
-                    moved = buffer.index_select(2, source_BD[0])
-                    buffer.index_copy_(2, target_BD[0], moved)
-                else:
-                    moved = buffer[self._rows_B1, :, source_BD]
-                    buffer[self._rows_B1, :, target_BD] = moved
+        for buffer in (*self._keys.values(), *self._values.values()):
+            self._put(buffer, target_BD, self._take(buffer, source_BD))
         source, target = (
             (slots_BD + self._offsets_B1).flatten() for slots_BD in (source_BD, target_BD)
         )

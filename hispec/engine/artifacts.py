@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 
+from hispec.utils.devices import instruction_sets, processor
 from hispec.utils.files import new_file
 
 _DIGEST = hashlib.sha256().digest_size
@@ -46,7 +46,7 @@ def module_digest(module: nn.Module, config: Any) -> str:
         "config": config.to_json_string(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "processor": processor(),
+        "processor": f"{processor()} {instruction_sets()}",
         "code": [hashlib.sha256(source.read_bytes()).hexdigest() for source in _SOURCES],
     }
     digest = hashlib.sha256(json.dumps(context, sort_keys=True).encode())
@@ -87,12 +87,3 @@ def write_artifact(path: Path, content: bytes) -> None:
             file.write(content)
     except (OSError, ValueError) as error:
         warnings.warn(f"the compiled graph is not kept: {error}", stacklevel=2)
-
-
-def processor() -> str:
-    """The name of the processor and what it can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "; ".join(line for line in lines if line.startswith(("model name", "flags", "Features")))

@@ -6,8 +6,7 @@ that go in and come out, and attention by one call over them with an explicit ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,14 +157,3 @@ def layer_index(layer: nn.Module) -> int:
     """The index under which a decoder layer calls the cache."""
     attention: Any = layer.self_attn
     return int(attention.layer_idx)
-
-
-@contextmanager
-def traced_attention(config: Any) -> Iterator[None]:
-    """Switch a model's layers to `graph_attention`, and back again."""
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

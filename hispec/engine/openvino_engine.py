@@ -19,9 +19,9 @@ import openvino as ov
 import torch
 from torch import nn
 
-from hispec.engine.graph import LayerGraph, Shape, layer_index, traced_attention
+from hispec.engine.graph import NAME, LayerGraph, Shape, layer_index
 from hispec.engine.openvino_graph import Graph, Source
-from hispec.models.attention import PassCache
+from hispec.models.attention import PassCache, attention_by
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import additive_mask
 from hispec.utils.console import Progress
@@ -47,8 +47,8 @@ class OpenVinoEngine:
 
     def __init__(self, model: ExitModel) -> None:
         self.model = model
+        self.shape = Shape.of(model.hf.config)
         self._weights = _versions(model)
-        self._cuts = [0, *model.exits.depths, model.num_layers]
         self._pieces: dict[tuple[int, int], _Piece] = {}
         self._lm_head: Graph | None = None
         self._core = ov.Core()
@@ -62,14 +62,11 @@ class OpenVinoEngine:
             self._pieces.clear()
             self._lm_head = None
 
-    def takes(self, hidden_BTH: torch.Tensor) -> bool:
-        """Whether it runs a pass with these states: drafts yes, prompts no."""
-        return self.reads(hidden_BTH)
-
-    def reads(self, normed: torch.Tensor) -> bool:
-        """Whether it turns these states [..., H] into logits."""
-        few = normed.numel() <= _MOST * normed.shape[-1]
-        return few and normed.dtype == torch.float32 and normed.device.type == "cpu"
+    def takes(self, states: torch.Tensor) -> bool:
+        """Whether it runs a pass with these states [..., H], or turns them into logits: those of
+        drafts yes, those of prompts no."""
+        few = states.numel() <= _MOST * states.shape[-1]
+        return few and states.dtype == torch.float32 and states.device.type == "cpu"
 
     def run(
         self,
@@ -103,6 +100,7 @@ class OpenVinoEngine:
         Args:
             progress: sees the graphs go by, for a progress bar.
         """
+        self._said = True  # who asks for it knows that it takes seconds
         model = self.model
         pieces = self._cut(list(zip(model.hf.model.layers, model.layer_types, strict=True)))
         for depth in model.exits.depths:
@@ -115,7 +113,7 @@ class OpenVinoEngine:
     def _mask(self, kind: str, cache: PassCache) -> torch.Tensor:
         """The mask [B, 1, heads per KV head * T, S + T] of an attention type."""
         seen = torch.cat(cache.seen_apart(self.model.window(kind)), dim=-1)
-        return additive_mask(seen, torch.float32, Shape.of(self.model.hf.config).heads_per_kv)
+        return additive_mask(seen, torch.float32, self.shape.heads_per_kv)
 
     def _announce(self) -> None:
         """Say once that graphs are compiled."""
@@ -137,7 +135,8 @@ class OpenVinoEngine:
         first = layer_index(layers[0][0])
         if first >= self.model.num_layers:
             return [layers]
-        ends = [cut - first for cut in self._cuts if 0 < cut - first < len(layers)]
+        cuts = [depth - first for depth in self.model.exits.depths]
+        ends = [cut for cut in cuts if 0 < cut < len(layers)]
         return [layers[a:b] for a, b in pairwise([0, *ends, len(layers)])]
 
     def _piece(self, layers: Layers) -> _Piece:
@@ -167,17 +166,17 @@ class _Piece:
 
     def __init__(self, layers: Layers, engine: OpenVinoEngine) -> None:
         self.engine = engine
-        self.config = config = engine.model.hf.config
-        self.shape = Shape.of(config)
+        self.config = engine.model.hf.config
+        self.shape = engine.shape
         self.layers = LayerGraph(layers).eval()
-        self.source = Source(self.layers, config, self.layers.example(self.shape))
+        self.source = Source(self.layers, self.config, self.layers.example(self.shape))
         self._bound: dict[tuple[int, int], _Bound] = {}
 
     def bound(self, size: tuple[int, int]) -> _Bound:
         """The graph for so many (rows, tokens)."""
         if size not in self._bound:
             sizes, engine = self.layers.sizes(self.shape, *size), self.engine
-            with traced_attention(self.config):
+            with attention_by(self.config, NAME):
                 graph = self.source.compile(engine._core, sizes, engine._announce)
             self._bound[size] = _Bound(graph)
         return self._bound[size]

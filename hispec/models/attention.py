@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +117,20 @@ def masked_attention(
 
 
 AttentionInterface.register(NAME, masked_attention)
+
+
+@contextmanager
+def attention_by(config: Any, name: str) -> Iterator[None]:
+    """Switch a model's layers to the attention function of that name, and back again.
+
+    `hf.generate` after the block finds the model as it was loaded.
+    """
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _whole_texts(

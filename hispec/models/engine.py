@@ -28,11 +28,8 @@ class Engine(Protocol):
     def refresh(self) -> None:
         """Drop what was compiled from weights that have changed since; called before a decode."""
 
-    def takes(self, hidden_BTH: torch.Tensor) -> bool:
-        """Whether it runs a pass with these states."""
-
-    def reads(self, normed: torch.Tensor) -> bool:
-        """Whether it turns these states [..., H] into logits."""
+    def takes(self, states: torch.Tensor) -> bool:
+        """Whether it runs a pass with these states [..., H], or turns them into logits."""
 
     def run(
         self,

@@ -8,8 +8,8 @@ either picked up or fails by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hispec.config import ExitConfig
 from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
-from hispec.models.attention import NAME, PassCache, causal, padded_rows, rounds_alike
+from hispec.models.attention import NAME, PassCache, attention_by, causal, padded_rows, rounds_alike
 from hispec.models.engine import Engine
 from hispec.models.exit_heads import ExitHead, Gather, build_head
 from hispec.models.layer_inputs import LayerInputs, additive_mask, all_positions, documents
@@ -210,7 +210,7 @@ class ExitModel(nn.Module):
         Args:
             head_VH: weights to use instead of the LM head's own.
         """
-        if head_VH is None and self.engine is not None and self.engine.reads(normed):
+        if head_VH is None and self.engine is not None and self.engine.takes(normed):
             return self.engine.project(normed)
         return self.scale_logits(
             self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
@@ -278,7 +278,8 @@ class ExitModel(nn.Module):
             positions_BT = all_positions(hidden_BTH)
         elif cache is None and not inputs:
             document_BT = documents(positions_BT)
-        with self._attention_over(cache):
+        config = self.hf.config
+        with nullcontext() if cache is None else attention_by(config, NAME):
             for layer, kind in layers:
                 if kind not in inputs:
                     inputs[kind] = self._layer_inputs(
@@ -306,23 +307,6 @@ class ExitModel(nn.Module):
     def window(self, kind: str) -> int | None:
         """Positions that a token attends to, its own included; None for all before it."""
         return self.hf.config.sliding_window if kind == SLIDING else None
-
-    @contextmanager
-    def _attention_over(self, cache: PassCache | None) -> Iterator[None]:
-        """Switch the layers to `masked_attention` for a cached pass, and back again.
-
-        `hf.generate` between two passes finds the model as it was loaded.
-        """
-        config = self.hf.config
-        if cache is None:
-            yield
-            return
-        before = config._attn_implementation
-        config._attn_implementation = NAME
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
     def _layer_inputs(
         self,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -13,6 +11,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from hispec.config import DecodeConfig, check_depths
+from hispec.utils.devices import processor
 from hispec.utils.files import read_json, write_json
 from hispec.utils.schema import STRICT, Schema, filled, validate
 from hispec.utils.settings import check, differences
@@ -104,7 +103,7 @@ class Machine:
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype, backend: str = "eager") -> Machine:
         """This machine, for a model on `device` whose passes `backend` runs."""
-        name = _processor()
+        name = processor()
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
         elif device.type != "cpu":  # mps and others are a part of the processor, without a name
@@ -244,14 +243,3 @@ def shown(setting: Setting) -> str:
     ladder = ", ".join(map(str, setting["ladder"]))
     numbers = ", ".join(f"{key} {value}" for key, value in rest.items())
     return f"({ladder}) {setting.get('drafter', 'exit')}" + (f": {numbers}" if numbers else "")
-
-
-@cache
-def _processor() -> str:
-    """The processor's name; Linux keeps it where `platform` does not look."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

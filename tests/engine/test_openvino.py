@@ -5,12 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, disturbed, tiny_model
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
+from hispec.decoding.drafters.recycle import compact
+from hispec.decoding.ladder import Ladder
 from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
 
@@ -39,11 +42,6 @@ def test_texts_equal_those_of_the_modules(family, prompts):
 
 def test_logits_equal_those_of_the_modules(family):
     """Trees and exit heads too: their texts may be right with wrong drafts."""
-    import numpy as np
-
-    from hispec.decoding.drafters.recycle import compact
-    from hispec.decoding.ladder import Ladder
-
     model = disturbed(tiny_model(family, exits=(2, 4)))
     tokens_BN = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1)).numpy()
     parents = np.array([[0, 1, 0, 3, 3]] * 2)
