@@ -55,6 +55,8 @@ class Settings(PromptSource):
     device: str | None = "cpu"
     backend: str = "auto"
     """What runs our passes: "eager", "openvino", or "auto"."""
+    weights: str = "full"
+    """"full", or "int8": all methods then decode the rounded model."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -78,6 +80,7 @@ def main(words: Sequence[str]) -> int:
         dtype=parse_dtype(settings.dtype),
         device=parse_device(settings.device),
         backend=settings.backend,
+        weights=settings.weights,
     )
     full, exits = lm.model.num_layers, lm.model.exits.depths
     ladders = [parse_depths("ladders", text) or [] for text in settings.ladders] or [
@@ -149,7 +152,8 @@ def main(words: Sequence[str]) -> int:
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     out.say(
         f"{len(differences)} differences from {reference}{f' ({counted})' if counted else ''}: "
-        f"{len(prompts)} prompts, {tokens} tokens, {shown}, {settings.dtype}, {lm.model.backend}, "
+        f"{len(prompts)} prompts, {tokens} tokens, {shown}, {settings.dtype}, "
+        f"{settings.weights} weights, {lm.model.backend}, "
         f"temperature {settings.temperature}"
     )
     line = {"settings": asdict(settings), "tokens": tokens, "kinds": kinds}

@@ -64,6 +64,8 @@ class Settings(PromptSource):
     device: str | None = "cpu"
     backend: str = "auto"
     """What runs our passes: "eager", "openvino", or "auto"."""
+    weights: str = "full"
+    """"full", or "int8": all methods then decode the rounded model."""
 
 
 def current_names(words: Sequence[str]) -> list[str]:
@@ -93,6 +95,7 @@ def main(words: Sequence[str]) -> None:
         dtype=parse_dtype(settings.dtype),
         device=parse_device(settings.device),
         backend=settings.backend,
+        weights=settings.weights,
     )
     eos = lm.eos() if settings.stop_at_eos else ()
     common = {
@@ -152,6 +155,7 @@ def _machine(lm: EarlyExitLM) -> dict[str, Any]:
         "device": str(lm.model.device),
         "dtype": str(lm.model.hf.dtype).removeprefix("torch."),
         "backend": lm.model.backend,
+        "weights": lm.model.weights,
     }
 
 

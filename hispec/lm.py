@@ -30,6 +30,7 @@ from hispec.engine.build import AUTO as AUTO_BACKEND
 from hispec.engine.build import build_engine
 from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
+from hispec.models.quantization import FULL, INT8, WEIGHTS, quantize_linear
 from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
 from hispec.utils.command_line import parse_device, parse_dtype
 from hispec.utils.devices import multiplies_half
@@ -116,7 +117,7 @@ class EarlyExitLM:
         if (layers := self.plan.num_layers) != self.model.num_layers:
             other = f"a model of {layers} layers, this one has {self.model.num_layers}"
             return None, f"the plan is for {other}: `hispec plan` makes one for it"
-        here = Machine.here(self.model.device, self.model.hf.dtype, self.model.backend)
+        here = Machine.of(self.model)
         if differences := self.plan.machine.differences(here):
             return None, f"the plan is not for this machine ({'; '.join(differences)})"
         rate = f"{self.plan.tokens_per_second:.1f} tokens/s, {self.plan.speedup:.2f}x plain"
@@ -318,6 +319,7 @@ def load(
     exits: Sequence[int] | None = None,
     base: str | None = None,
     backend: str = AUTO_BACKEND,
+    weights: str = FULL,
 ) -> EarlyExitLM:
     """Load an EE checkpoint, or a plain model whose depths are read through its final norm.
 
@@ -332,6 +334,8 @@ def load(
         base: for an EE checkpoint, where its base is, if not where its name says.
         backend: what runs the passes of a decode, `eager`, `openvino` or `auto`, see
             `engine.build.build_engine`.
+        weights: `full`, or `int8`: the linear layers are rounded, see `models.quantization`; the
+            texts are then those of the rounded model, in float32.
 
     Raises:
         ValueError: nothing there, a checkpoint that does not hold what its config says, or a
@@ -345,7 +349,8 @@ def load(
         device = parse_device(device)
     if isinstance(dtype, str):
         dtype = parse_dtype(dtype)
-    if dtype == "auto" and not multiplies_half(torch.device(device)):
+    check(weights in WEIGHTS, "weights", weights, f"one of {', '.join(WEIGHTS)}")
+    if dtype == "auto" and (weights == INT8 or not multiplies_half(torch.device(device))):
         dtype = torch.float32
     folder = Path(path)
     if not folder.exists():
@@ -353,16 +358,24 @@ def load(
     if is_checkpoint(folder):
         check(exits is None, "exits", exits, f"{folder} names its own exits")
         model, tokenizer = load_checkpoint(folder, dtype=dtype, device=device, base=base)
-        model.engine = build_engine(model, backend)
-        return EarlyExitLM(model, tokenizer, _plan(folder, model.num_layers))
+        lm = EarlyExitLM(model, tokenizer, _plan(folder, model.num_layers))
+        return _prepared(lm, backend, weights)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is neither an EE checkpoint nor a transformers model")
     home = find_base(str(path)).folder
     tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
     lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits)
-    lm.model.engine = build_engine(lm.model, backend)
     lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
+    return _prepared(lm, backend, weights)
+
+
+def _prepared(lm: EarlyExitLM, backend: str, weights: str) -> EarlyExitLM:
+    """The model with its weights rounded, if that is asked for, and with its engine."""
+    if weights == INT8:
+        quantize_linear(lm.model)
+        lm.model.weights = INT8
+    lm.model.engine = build_engine(lm.model, backend)
     return lm
 
 

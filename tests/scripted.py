@@ -61,6 +61,7 @@ class ScriptedModel:
     device = torch.device("cpu")
 
     backend = "eager"
+    weights = "full"
 
     def __init__(self, *says: Says) -> None:
         self.says = says

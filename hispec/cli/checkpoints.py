@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, load_model, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, Weights, load_model, out
 from hispec.utils.command_line import parse_depths
 from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
@@ -90,12 +90,21 @@ def compile_checkpoint(
     ] = None,
     base: Base = None,
     dtype: Dtype = "auto",
+    weights: Weights = "full",
 ) -> None:
     """Compile the passes of a model for this machine ahead of its first decode."""
     from hispec.engine.build import OPENVINO
 
     quiet_transformers()
-    lm = load_model(checkpoint, dtype=dtype, device="cpu", exits=exits, base=base, backend=OPENVINO)
+    lm = load_model(
+        checkpoint,
+        dtype=dtype,
+        device="cpu",
+        exits=exits,
+        base=base,
+        backend=OPENVINO,
+        weights=weights,
+    )
     assert lm.model.engine is not None
     began = time.perf_counter()
     files = lm.model.engine.compile(bar)
@@ -117,6 +126,7 @@ def report(
     dtype: Dtype = "auto",
     device: Device = None,
     backend: Backend = "auto",
+    weights: Weights = "full",
 ) -> None:
     """Write all that was measured on a checkpoint, with pictures, into one HTML file."""
     from hispec.report import page
@@ -124,6 +134,8 @@ def report(
     quiet_transformers()
     found = page.gather(checkpoint)
     if decode:
-        lm = load_model(checkpoint, dtype=dtype, device=device, base=base, backend=backend)
+        lm = load_model(
+            checkpoint, dtype=dtype, device=device, base=base, backend=backend, weights=weights
+        )
         page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
     page.write(out, found, output or checkpoint / page.REPORT)

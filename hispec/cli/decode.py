@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, load_model, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, Weights, load_model, out
 from hispec.utils.command_line import parse_depths, read_prompt
 from hispec.utils.console import quiet_transformers
 from hispec.utils.settings import check
@@ -63,6 +63,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = None,
     backend: Backend = "auto",
+    weights: Weights = "full",
     raw: Annotated[bool, typer.Option(help="continue the prompt as it is: no chat template")] = (
         False
     ),
@@ -102,7 +103,15 @@ def generate(
         "seed": seed,
     }
     text = read_prompt(prompt)
-    lm = load_model(checkpoint, dtype=dtype, device=device, exits=exits, base=base, backend=backend)
+    lm = load_model(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        exits=exits,
+        base=base,
+        backend=backend,
+        weights=weights,
+    )
     chosen, source = lm.choose(depths, settings)
     run = lm.decode([text], **chosen, stop_strings=stop or (), chat=False if raw else None)
     tokens = display.stream(out, lm, run, show_rungs)
@@ -128,6 +137,7 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = None,
     backend: Backend = "auto",
+    weights: Weights = "full",
     output: Annotated[
         Path | None, typer.Option(help="folder of plan.json and plan.png; default: CHECKPOINT")
     ] = None,
@@ -147,7 +157,9 @@ def plan(
     check(repeats >= 1, "repeats", repeats, "1 or more")
     depths = parse_depths("exits", exits)
     chosen, source = some(data, prompts)
-    lm = load_model(checkpoint, dtype=dtype, device=device, base=base, backend=backend)
+    lm = load_model(
+        checkpoint, dtype=dtype, device=device, base=base, backend=backend, weights=weights
+    )
     found = planning.plan_checkpoint(
         out,
         lm,

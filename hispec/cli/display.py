@@ -72,7 +72,7 @@ def stats_table(out: Output, stats: DecodeStats) -> None:
         )
     out.print(table)
     extra = stats.extra_layer_token_runs / stats.plain_layer_token_runs
-    out.say(f"passes run by {stats.backend}")
+    out.say(f"passes run by {stats.backend}, with {stats.weights} weights")
     out.say(
         f"{stats.new_tokens} tokens in {stats.seconds:.2f} s, prefill included: "
         f"{stats.tokens_per_second:.1f} tokens/s; {stats.tokens_per_target_pass:.2f} tokens per "

@@ -24,6 +24,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Backend = Annotated[
     str, typer.Option(help="what runs the passes: eager, openvino, or auto (the faster one)")
 ]
+Weights = Annotated[
+    str, typer.Option(help="full, or int8: weights are rounded, and read faster; needs float32")
+]
 Data = Annotated[
     Path | None, typer.Option(help="JSONL of prompts like yours; default: our own small set")
 ]
@@ -36,6 +39,7 @@ def load_model(
     device: str | None,
     base: str | None,
     backend: str,
+    weights: str = "full",
     exits: str | None = None,
 ) -> EarlyExitLM:
     """Load a model as the options say; its engine says on standard error what takes seconds."""
@@ -48,6 +52,7 @@ def load_model(
         exits=parse_depths("exits", exits),
         base=base,
         backend=backend,
+        weights=weights,
     )
     if lm.model.engine is not None:
         lm.model.engine.say = Output(stderr=True).say

@@ -73,6 +73,8 @@ class DecodeStats:
     """Wall time, prefill included."""
     backend: str = "eager"
     """What ran the passes."""
+    weights: str = "full"
+    """`full`, or `int8` if they were rounded."""
 
     @classmethod
     def of(cls, ladder: Ladder, rows: int, prompt_tokens: int) -> DecodeStats:
@@ -90,6 +92,7 @@ class DecodeStats:
             rows=rows,
             prompt_tokens=prompt_tokens,
             backend=ladder.model.backend,
+            weights=ladder.model.weights,
         )
 
     def add_round(self, ladder: Ladder, seconds: float, new_tokens: int) -> None:

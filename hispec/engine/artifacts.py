@@ -25,7 +25,9 @@ from hispec.utils.files import new_file
 _DIGEST = hashlib.sha256().digest_size
 _HEADER = 4096
 """Bytes before the content, so that it begins with a page of memory."""
-_SOURCES = [Path(__file__).with_name(name) for name in ("graph.py", "openvino_graph.py")]
+_SOURCES = [
+    Path(__file__).with_name(name) for name in ("graph.py", "openvino_graph.py", "tracing.py")
+]
 
 
 def cache_folder() -> Path:

@@ -2,8 +2,9 @@
 
 The trunk is cut where exits are, so any ladder runs the same graphs. A piece is compiled twice: for
 one token, and for any number of rows and tokens. When sizes differ from those of the pass before,
-OpenVINO plans a graph anew, which takes 10 to 15 ms for 30 layers (docs/benchmarks.md); so passes
-of one token, which alternate with drafts, have a graph of their own.
+OpenVINO plans a graph anew, which takes 18 ms for 30 layers (docs/benchmarks.md). So passes of one
+token, which alternate with drafts, have a graph of their own, and others are padded to the size of
+the pass before if it is a little larger.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import openvino as ov
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hispec.engine.graph import NAME, LayerGraph, Shape, layer_index
@@ -31,6 +33,8 @@ _ONE, _ANY = (1, 1), (-1, -1)
 """(rows, tokens) that a graph is compiled for."""
 _MOST = 32
 """Tokens of a pass over all rows; the modules read more tokens as fast (docs/benchmarks.md)."""
+_PADDING = 6
+"""Tokens over all rows that a pass is padded by at most: so many take as long as a new size."""
 
 
 class OpenVinoEngine:
@@ -50,6 +54,8 @@ class OpenVinoEngine:
         self.shape = Shape.of(model.hf.config)
         self._weights = _versions(model)
         self._pieces: dict[tuple[int, int], _Piece] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
+        """(rows, tokens) of the last pass by its first layer, padding included."""
         self._lm_head: Graph | None = None
         self._core = ov.Core()
         self.say: Callable[[str], None] = lambda _: None
@@ -76,13 +82,18 @@ class OpenVinoEngine:
         cache: PassCache,
     ) -> torch.Tensor:
         """Hidden states [B, T, H] after some layers of the trunk, or after blocks of a head."""
+        rows, tokens, _ = hidden_BTH.shape
+        more = self._size(layer_index(layers[0][0]), rows, tokens) - tokens
+        if more:
+            hidden_BTH = F.pad(hidden_BTH, (0, 0, 0, more))
+            positions_BT = F.pad(positions_BT, (0, more))
         inputs = {
-            kind: (*self.model.rope(kind, hidden_BTH, positions_BT), self._mask(kind, cache))
+            kind: (*self.model.rope(kind, hidden_BTH, positions_BT), self._mask(kind, cache, more))
             for kind in dict.fromkeys(kind for _, kind in layers)
         }
         for part in self._cut(layers):
-            hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache)
-        return hidden_BTH
+            hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache, tokens)
+        return hidden_BTH[:, :tokens]
 
     def project(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of normed states [..., H]."""
@@ -110,9 +121,25 @@ class OpenVinoEngine:
         todo = [partial(self._graph, piece, size) for piece in pieces for size in (_ONE, _ANY)]
         return [one().path for one in progress([*todo, self._project], "compiling")]
 
-    def _mask(self, kind: str, cache: PassCache) -> torch.Tensor:
-        """The mask [B, 1, heads per KV head * T, S + T] of an attention type."""
-        seen = torch.cat(cache.seen_apart(self.model.window(kind)), dim=-1)
+    def _size(self, first: int, rows: int, tokens: int) -> int:
+        """Tokens to run a pass with, from this layer on."""
+        if rows * tokens == 1:
+            return 1
+        before = self._sizes.get(first, (0, 0))
+        if before[0] != rows or not 0 <= rows * (before[1] - tokens) <= _PADDING:
+            self._sizes[first] = rows, tokens
+        return self._sizes[first][1]
+
+    def _mask(self, kind: str, cache: PassCache, padding: int) -> torch.Tensor:
+        """The mask [B, 1, heads per KV head * T, S + T] of an attention type; padding sees itself
+        alone."""
+        slots_BTS, own_BTT = cache.seen_apart(self.model.window(kind))
+        if padding:
+            tokens = own_BTT.shape[1]
+            slots_BTS = F.pad(slots_BTS, (0, 0, 0, padding))
+            own_BTT = F.pad(own_BTT, (0, padding, 0, padding))
+            own_BTT.diagonal(dim1=1, dim2=2)[:, tokens:] = True
+        seen = torch.cat([slots_BTS, own_BTT], dim=-1)
         return additive_mask(seen, torch.float32, self.shape.heads_per_kv)
 
     def _announce(self) -> None:
@@ -186,8 +213,10 @@ class _Piece:
         hidden_BTH: torch.Tensor,
         inputs: Mapping[str, Sequence[torch.Tensor]],
         cache: PassCache,
+        real: int,
     ) -> torch.Tensor:
-        """Hidden states [B, T, H] after the layers; their KV goes to the cache."""
+        """Hidden states [B, T, H] after the layers; the KV of the `real` first tokens goes to the
+        cache."""
         rows, tokens, _ = hidden_BTH.shape
         bound, shape = self.bound(_ONE if rows * tokens == 1 else _ANY), self.shape
         given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
@@ -206,7 +235,7 @@ class _Piece:
         new = bound.outputs((rows, shape.kv_heads, tokens, shape.head_size), 2 * len(indices))
         bound.graph.infer()
         for i, index in enumerate(indices):
-            cache.write(index, new[2 * i], new[2 * i + 1])
+            cache.write(index, new[2 * i][:, :, :real], new[2 * i + 1][:, :, :real])
         return out_BTH
 
 

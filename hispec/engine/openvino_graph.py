@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hispec.engine.artifacts import artifact_path, module_digest, read_artifact, write_artifact
+from hispec.engine.tracing import Tracing
 from hispec.utils.console import one_line
 
 Sizes = Sequence[Sequence[int]]
@@ -46,6 +47,7 @@ class Source:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # int8 weights, float32 states
         }
         context = {**settings, "sizes": sizes, "openvino": ov.get_version()}
         path = artifact_path(self._digest, context)
@@ -54,7 +56,7 @@ class Source:
         if compiled is None:
             before()
             if self._model is None:
-                with torch.inference_mode():
+                with torch.inference_mode(), Tracing(self.module):
                     self._model = ov.convert_model(self.module, example_input=self.example)
             model = self._model.clone()
             model.reshape({i: ov.PartialShape(list(size)) for i, size in enumerate(sizes)})

@@ -22,6 +22,7 @@ from hispec.models.attention import NAME, PassCache, attention_by, causal, padde
 from hispec.models.engine import Engine
 from hispec.models.exit_heads import ExitHead, Gather, build_head
 from hispec.models.layer_inputs import LayerInputs, additive_mask, all_positions, documents
+from hispec.models.quantization import FULL
 from hispec.utils.settings import check
 
 
@@ -68,6 +69,8 @@ class ExitModel(nn.Module):
         config = hf.config
         self._heads_per_kv = config.num_attention_heads // config.num_key_value_heads
         self._untrained = ExitHead([], None, [])
+        self.weights = FULL
+        """`full`, or `int8` where `quantization` has rounded them."""
         self.engine: Engine | None = None
         """Runs cached passes in place of the modules, where it takes them."""
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, create_model
 
 from hispec.config import DecodeConfig, check_depths
+from hispec.models.quantization import FULL
 from hispec.utils.devices import processor
 from hispec.utils.files import read_json, write_json
 from hispec.utils.schema import STRICT, Schema, filled, validate
 from hispec.utils.settings import check, differences
+
+if TYPE_CHECKING:
+    from hispec.models.exit_model import ExitModel
 
 PLAN, PICTURE = "plan.json", "plan.png"
 FORMAT = 1
@@ -99,9 +103,17 @@ class Machine:
     torch_version: str
     backend: str = "eager"
     """What ran the passes, see `hispec.engine`."""
+    weights: str = FULL
+    """`full` or `int8`."""
 
     @classmethod
-    def here(cls, device: torch.device, dtype: torch.dtype, backend: str = "eager") -> Machine:
+    def here(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: str = "eager",
+        weights: str = FULL,
+    ) -> Machine:
         """This machine, for a model on `device` whose passes `backend` runs."""
         name = processor()
         if device.type == "cuda":
@@ -114,15 +126,23 @@ class Machine:
             str(dtype).removeprefix("torch."),
             torch.__version__,
             backend,
+            weights,
         )
+
+    @classmethod
+    def of(cls, model: ExitModel) -> Machine:
+        """This machine, as it runs this model."""
+        return cls.here(model.device, model.hf.dtype, model.backend, model.weights)
 
     def differences(self, other: Machine) -> list[str]:
         """Why figures of one machine do not hold for the other; torch's version is ignored."""
-        return differences(vars(self), vars(other), ("device", "threads", "dtype", "backend"))
+        keys = "device", "threads", "dtype", "backend", "weights"
+        return differences(vars(self), vars(other), keys)
 
     def __str__(self) -> str:
         threads = "" if self.threads is None else f", {self.threads} threads"
-        return f"{self.device}{threads}, {self.dtype}, {self.backend}, torch {self.torch_version}"
+        dtype = self.dtype if self.weights == FULL else f"{self.dtype} with {self.weights} weights"
+        return f"{self.device}{threads}, {dtype}, {self.backend}, torch {self.torch_version}"
 
 
 @dataclass

@@ -149,7 +149,7 @@ class Planner:
             setting=best.setting,
             tokens_per_second=best.measured or 0.0,
             plain_tokens_per_second=plain.measured,
-            machine=Machine.here(self.model.device, self.model.hf.dtype, self.model.backend),
+            machine=Machine.of(self.model),
             text={
                 **text,
                 "prompts": len(self.prompts),

@@ -110,6 +110,7 @@ class SpeedMachine(Schema):
     device: str
     dtype: str
     backend: str = "eager"
+    weights: str = "full"
 
 
 def _comparable(rows: list[SpeedRow]) -> list[SpeedRow]:
@@ -215,7 +216,11 @@ def speed(folder: Path) -> Figures | None:
         "new_tokens": found.settings.max_new_tokens,
         "repeats": found.settings.repeats,
         "machine": ", ".join(
-            [machine.device, *threads, machine.dtype, machine.backend, f"torch {machine.torch}"]
+            [
+                *(machine.device, *threads, machine.dtype),
+                *([] if machine.weights == "full" else [f"{machine.weights} weights"]),
+                *(machine.backend, f"torch {machine.torch}"),
+            ]
         ),
     }
 

@@ -72,7 +72,7 @@ def decode(
         "words": words,
         "prompts": len(prompts),
         "new_tokens": new_tokens,
-        "machine": str(Machine.here(lm.model.device, lm.model.hf.dtype, lm.model.backend)),
+        "machine": str(Machine.of(lm.model)),
     }
 
 

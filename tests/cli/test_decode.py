@@ -96,6 +96,27 @@ def test_exits_in_the_wrong_order_are_refused(tiny_base, hispec_command):
     assert "exits='4,2' is not possible: increasing depths, none twice" in done.stderr
 
 
+def test_int8_weights_are_the_users_choice(ee, hispec_command):
+    """Every ladder and backend decodes the rounded model; plain text is compared with its own
+    `generate`."""
+    words = ("generate", ee, PROMPT, "--max-new-tokens", "12", "--weights", "int8")
+    texts = set()
+    for more in (["--ladder", "2,4,6"], ["--ladder", "plain", "--backend", "openvino"]):
+        done = hispec_command(*words, *more, "--stats", "--compare")
+        assert done.returncode == 0, done.stderr
+        assert "with int8 weights" in done.stdout
+        assert "identical to transformers' generate" in done.stdout
+        texts.add(done.stdout.splitlines()[0])
+    assert len(texts) == 1
+    for wrong, said in (
+        (["--weights", "int4"], "weights='int4' is not possible: one of full, int8"),
+        (["--dtype", "bfloat16"], "weights='int8' is not possible: it needs float32"),
+    ):
+        done = hispec_command(*words, *wrong)
+        assert done.returncode == 2
+        assert said in done.stderr
+
+
 def test_the_backend_is_the_users_choice(ee, hispec_command):
     """Tiny models are not compiled unless asked for; the text is the same."""
     words = ("generate", ee, PROMPT, "--ladder", "2,4,6", "--max-new-tokens", "12", "--stats")

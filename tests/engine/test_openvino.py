@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
 from conftest import ROOT, disturbed, tiny_model
@@ -16,6 +17,9 @@ from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
 from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
+from hispec.engine.openvino_graph import Source
+from hispec.engine.tracing import exact_copy
+from hispec.models.quantization import int8_values
 
 SETTINGS = [
     {"ladder": [6]},
@@ -58,6 +62,58 @@ def test_logits_equal_those_of_the_modules(family):
         found.append([part.clone() for part in logits])
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_padded_passes_equal_those_of_the_modules():
+    """A pass that is a little shorter than the one before is padded; its KV is not kept."""
+    model = disturbed(tiny_model("llama", exits=(2,)))
+    tokens_BN = torch.randint(3, 61, (1, 40), generator=torch.Generator().manual_seed(1)).numpy()
+    found = []
+    for engine in (None, OpenVinoEngine(model)):
+        model.engine = engine
+        ladder = Ladder(model, (6,), rows=1, capacity=48)
+        with torch.inference_mode():
+            ladder.prefill(tokens_BN, np.array([9]))
+            ends = (16, 20, 25, 26, 29, 40)  # 7, 4, 5, 1, 3 and 11 tokens
+            at = zip((9, *ends), ends, strict=False)
+            found.append(
+                [ladder.logits(0, tokens_BN, np.array([a]), np.array([b])).clone() for a, b in at]
+            )
+    assert model.engine._sizes[0] == (1, 11)
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_keeps_the_size_of_the_one_before_if_little_is_added():
+    engine = OpenVinoEngine(tiny_model("llama"))
+    passes = [(1, 4), (1, 3), (1, 1), (1, 10), (1, 4), (1, 3), (2, 3), (2, 1)]
+    assert [engine._size(0, *of) for of in passes] == [4, 4, 1, 10, 10, 3, 3, 3]
+
+
+def test_graphs_hold_weights_in_the_fewest_bits_that_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HISPEC_CACHE", str(tmp_path))
+    config = tiny_model("llama").hf.config
+    linear = torch.nn.Linear(256, 512, bias=False)
+    full = linear.weight.detach().clone()
+    states = torch.randn(3, 256)
+    values = {4: full, 2: full.bfloat16().float(), 1: int8_values(full)}
+    for bytes_each, weight in values.items():
+        linear.weight.data = weight
+        graph = Source(linear, config, [states]).compile(ov.Core(), [[-1, 256]])
+        assert graph.path.stat().st_size == pytest.approx(bytes_each * weight.numel(), rel=0.15)
+        graph.set_input(0, states)
+        graph.set_output(0, out := torch.empty(3, 512))
+        graph.infer()
+        torch.testing.assert_close(out, linear(states).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_copies(dtype):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    assert exact_copy(weight) is None
+    copy, scale = exact_copy(weight.to(dtype).float())
+    assert copy.dtype == dtype
+    assert scale is None
 
 
 def test_changed_weights_are_compiled_anew(prompts):

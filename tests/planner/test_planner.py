@@ -146,7 +146,13 @@ def test_auto_is_the_plan(lm):
 
 @pytest.mark.parametrize(
     "change",
-    [{"device": "abacus"}, {"threads": 77}, {"dtype": "float16"}, {"backend": "openvino"}],
+    [
+        {"device": "abacus"},
+        {"threads": 77},
+        {"dtype": "float16"},
+        {"backend": "openvino"},
+        {"weights": "int8"},
+    ],
 )
 def test_a_plan_for_another_machine_is_not_followed(lm, change):
     here = Machine.here(torch.device("cpu"), torch.float32)
