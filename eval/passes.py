@@ -3,8 +3,9 @@
 A pass reads some tokens after a text and ends with the argmax of their logits. transformers'
 forward, our modules (`eager`) and the compiled graphs (`openvino`, where they can run the model)
 take turns, so that a slow spell of the machine affects all of them. Beside them stands what the
-bytes of a pass would take at the memory bandwidth measured in the same run: weights once, keys and
-values once. Prints a table of medians in ms, and ends with one JSON line.
+bytes of a pass would take at the memory bandwidth measured in the same run: weights once, in as
+many bits as the graphs hold them, keys and values once. Prints a table of medians in ms, and ends
+with one JSON line.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Settings:
     """Tokens of the text before it."""
     repeats: Annotated[int, Field(ge=1), at_most(10_000, "each repeat runs every pass")] = 15
     dtype: str = "auto"
+    weights: str = "full"
+    """"full", or "int8": all decode the rounded model."""
 
 
 def main(words: Sequence[str]) -> None:
@@ -64,19 +67,25 @@ def main(words: Sequence[str]) -> None:
     settings = resolve(Settings, overrides=words)
     quiet_transformers()
     out = Output()
-    lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device="cpu", backend="eager")
+    lm = load(
+        settings.checkpoint,
+        dtype=parse_dtype(settings.dtype),
+        device="cpu",
+        backend="eager",
+        weights=settings.weights,
+    )
     model = lm.model
     engines = {"eager": None}
     if (engine := build_engine(model, AUTO)) is not None:
         engines[engine.name] = engine
-    rows = []
+    rows, weight_bytes = [], _weight_bytes(model, held=engine is not None)
     for length in settings.lengths:
         for tokens in settings.tokens:
             jobs = {"generate's forward": _forward(model, length, tokens)}
             for name, of in engines.items():
                 jobs[name] = _own(model, of, length, tokens)
             found, bandwidth = _medians(jobs, settings.repeats, f"{tokens} after {length}")
-            size = _bytes(model, length)
+            size = weight_bytes + _kv_bytes(model, length)
             rows.append({"length": length, "tokens": tokens, "ms": found, "bytes": size})
             rows[-1]["gigabytes_per_second"] = bandwidth / 1e9
             rows[-1]["bytes_alone_ms"] = 1e3 * size / bandwidth
@@ -116,15 +125,28 @@ def _medians(
     return medians, statistics.median(reading)
 
 
-def _bytes(model: ExitModel, length: int) -> int:
-    """Weights of the layers and of the LM head, keys and values of the text."""
+def _weight_bytes(model: ExitModel, *, held: bool) -> int:
+    """Bytes of the weights of the layers and of the LM head.
+
+    Args:
+        held: as the graphs hold them, else as the modules do.
+    """
+    from hispec.engine.tracing import exact_copy
+
+    size = 0
+    for weight in (*model.hf.model.layers.parameters(), model.hf.lm_head.weight):
+        copy = exact_copy(weight.detach()) if held and weight.dim() == 2 else None
+        size += weight.numel() * (weight if copy is None else copy[0]).element_size()
+    return size
+
+
+def _kv_bytes(model: ExitModel, length: int) -> int:
+    """Bytes of the keys and values of the text."""
     from hispec.engine.graph import Shape
 
-    layers = sum(p.numel() * p.element_size() for p in model.hf.model.layers.parameters())
-    head = model.hf.lm_head.weight
     shape = Shape.of(model.hf.config)
     kv = 2 * model.num_layers * shape.kv_heads * shape.head_size * length
-    return layers + (head.numel() + kv) * head.element_size()
+    return kv * model.hf.lm_head.weight.element_size()
 
 
 def _tokens(model: ExitModel, count: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Source:
         if compiled is None:
             before()
             if self._model is None:
-                with torch.inference_mode(), Tracing(self.module):
+                with torch.inference_mode(), Tracing(self.module, self.example):
                     self._model = ov.convert_model(self.module, example_input=self.example)
             model = self._model.clone()
             model.reshape({i: ov.PartialShape(list(size)) for i, size in enumerate(sizes)})

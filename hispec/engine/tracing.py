@@ -25,18 +25,26 @@ class Tracing(TorchFunctionMode):
 
     - `F.linear` reads float32 weights from an exact copy in fewer bits, where there is one. The
       compiled graph holds the copy alone.
-    - A negation becomes a product with -1.0. OpenVINO fuses rotary embeddings that are written so:
-      without it a pass of 4 tokens takes 49 ms instead of 44 (docs/benchmarks.md).
+    - Products of one input with several weights, as those of queries, keys and values, are one
+      product: fewer and larger kernels.
+    - A negation becomes a product with -1.0: OpenVINO fuses rotary embeddings that are written so.
+
+    docs/benchmarks.md has what each of them gains.
+
+    Args:
+        module: a function of tensors alone.
+        example: its inputs.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, example: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-        for weight in module.parameters():
-            if weight.dtype == torch.float32 and weight.dim() == 2:
-                copy = exact_copy(weight.detach())
-                if copy is not None:
-                    self._copies[id(weight)] = copy
+        with _Products() as products:
+            module(*example)
+        self._part_of: dict[int, tuple[_Product, int]] = {}
+        for same_input in products.by_input():
+            product = _Product(same_input)
+            for number, (weight, _) in enumerate(same_input):
+                self._part_of[id(weight)] = product, number
 
     def __torch_function__(
         self,
@@ -47,11 +55,71 @@ class Tracing(TorchFunctionMode):
     ) -> Any:
         if func in _NEGATIONS:
             return args[0] * -1.0
-        if func is F.linear and id(args[1]) in self._copies:
-            copy, scale = self._copies[id(args[1])]
-            weight = copy.float() if scale is None else copy.float() * scale
-            args = [args[0], weight, *args[2:]]
+        if func is F.linear and id(args[1]) in self._part_of:
+            product, number = self._part_of[id(args[1])]
+            return product.part(args[0], number)
         return func(*args, **(kwargs or {}))
+
+
+_Linear = tuple[torch.Tensor, torch.Tensor | None]
+"""Weight and bias."""
+
+
+class _Products(TorchFunctionMode):
+    """Collects the linear layers of a pass, and which of them read the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read: list[tuple[torch.Tensor, _Linear]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs:
+            self._read.append((args[0], (args[1], args[2] if len(args) > 2 else None)))
+        return func(*args, **(kwargs or {}))
+
+    def by_input(self) -> list[list[_Linear]]:
+        """Linear layers that follow each other and read the same tensor."""
+        found: list[list[_Linear]] = []
+        before: tuple[torch.Tensor, bool] | None = None
+        for states, (weight, bias) in self._read:
+            now = states, bias is None
+            if before is not None and before[0] is states and before[1] == now[1]:
+                found[-1].append((weight, bias))
+            else:
+                found.append([(weight, bias)])
+            before = now
+        return found
+
+
+class _Product:
+    """Linear layers of one input as one product."""
+
+    def __init__(self, linear: Sequence[_Linear]) -> None:
+        weights = [weight.detach() for weight, _ in linear]
+        biases = [bias.detach() for _, bias in linear if bias is not None]
+        self._sizes = [len(weight) for weight in weights]
+        self._bias = torch.cat(biases) if biases else None
+        self._scale: torch.Tensor | None = None
+        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        if (copy := exact_copy(self._weight)) is not None:
+            self._weight, self._scale = copy
+        self._parts: Sequence[torch.Tensor] = ()
+
+    def part(self, states: torch.Tensor, number: int) -> torch.Tensor:
+        """What one of the linear layers gives, computed with the first of them."""
+        if number == 0:
+            weight = self._weight.float()
+            if self._scale is not None:
+                weight = weight * self._scale
+            whole = F.linear(states, weight, self._bias)
+            self._parts = [whole] if len(self._sizes) == 1 else whole.split(self._sizes, dim=-1)
+        return self._parts[number]
 
 
 def exact_copy(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
