@@ -42,7 +42,10 @@ demo: $(READY)
 	$(BIN)/hispec report $(DEMO) --prompts 3 --max-new-tokens 32
 	@echo "pictures: $(DEMO)/agreement.png, plan.png, speed.png; all in one page: $(DEMO)/report.html"
 
+# What a pass costs beside its bytes, where the time of a round goes, and every decoder side by side.
 bench: $(READY)
+	$(BIN)/python eval/passes.py checkpoint=$(CHECKPOINT)
+	$(BIN)/python eval/rounds.py checkpoint=$(CHECKPOINT) prompts_from=builtin
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)
 
 test: $(READY) $(KERNELS)

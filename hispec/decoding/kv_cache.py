@@ -8,7 +8,7 @@ of a segment is garbage that a later write replaces, so rolling back means lower
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -57,8 +57,10 @@ class KVCache:
         self._block = block
         self._allocated = 0 if block else self.capacity
         self.lengths: dict[Segment, np.ndarray] = {}
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+        self._stacks: dict[tuple[int, ...], torch.Tensor] = {}
+        """Keys and values of some layers in turn, [2 * layers, B, heads, S, size]."""
+        self._stack_of: dict[int, tuple[int, ...]] = {}
+        """The layers that a layer is stacked with."""
         self._hidden: dict[Segment, torch.Tensor] = {}
         self._rows_B1 = torch.arange(rows, device=device)[:, None]
         self._offsets_B1 = self._rows_B1 * self.capacity
@@ -118,9 +120,8 @@ class KVCache:
             return
         if slots > self._allocated:
             more = round_up(slots, self._block) - self._allocated
-            for store in (self._keys, self._values):
-                for layer, buffer in store.items():
-                    store[layer] = F.pad(buffer, (0, 0, 0, more))
+            for layers, stack in self._stacks.items():
+                self._stacks[layers] = F.pad(stack, (0, 0, 0, more))
             self._allocated += more
         self.visible = self._allocated
 
@@ -211,38 +212,55 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the KV of the tokens announced by `place`; return all that is visible to them."""
         heads, size = keys_BATE.shape[1], keys_BATE.shape[3]
-        keys, values = self.buffers(layer_idx, heads, size, keys_BATE)
-        self.write(layer_idx, keys_BATE, values_BATE)
-        return keys[:, :, : self.visible], values[:, :, : self.visible]
+        if layer_idx not in self._stack_of:
+            self.buffers([layer_idx], heads, size, keys_BATE)
+        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
+        stack = self._kv(layer_idx)
+        for buffer, new_BATE in zip(stack, (keys_BATE, values_BATE), strict=True):
+            self._put(buffer[None], self._slots_BT, new_BATE[None])
+        return stack[0, :, :, : self.visible], stack[1, :, :, : self.visible]
 
     def buffers(
-        self, layer_idx: int, heads: int, size: int, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, heads, S, size] of a layer: the cache's own memory."""
-        if layer_idx not in self._keys:
-            for store in (self._keys, self._values):
-                # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-                store[layer_idx] = like.new_zeros(self.rows, heads, self._allocated, size)
-        return self._keys[layer_idx], self._values[layer_idx]
+        self, layers: Sequence[int], heads: int, size: int, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Keys and values of some layers in turn, [2 * layers, B, heads, S, size]: the cache's own
+        memory. Layers that were stacked otherwise are moved."""
+        key = tuple(layers)
+        if key not in self._stacks:
+            # zeros, not empty: a masked NaN would still poison the attention's weighted sum
+            stack = like.new_zeros(2 * len(key), self.rows, heads, self._allocated, size)
+            for i, layer in enumerate(key):
+                if layer in self._stack_of:
+                    stack[2 * i : 2 * i + 2] = self._kv(layer)
+            self._stacks[key] = stack
+            self._stack_of |= dict.fromkeys(key, key)
+            used = set(self._stack_of.values())
+            self._stacks = {of: stack for of, stack in self._stacks.items() if of in used}
+        return self._stacks[key]
 
-    def write(self, layer_idx: int, keys_BATE: torch.Tensor, values_BATE: torch.Tensor) -> None:
-        """Store the KV of the announced tokens."""
+    def write(self, layers: Sequence[int], new_NBATE: torch.Tensor) -> None:
+        """Store the KV of the announced tokens, in the order of `buffers`."""
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
-        self._put(self._keys[layer_idx], self._slots_BT, keys_BATE)
-        self._put(self._values[layer_idx], self._slots_BT, values_BATE)
+        self._put(self._stacks[tuple(layers)], self._slots_BT, new_NBATE)
 
-    def _put(self, buffer: torch.Tensor, slots_BT: torch.Tensor, new_BATE: torch.Tensor) -> None:
-        """Write to some slots of a buffer [B, heads, S, size]."""
+    def _kv(self, layer: int) -> torch.Tensor:
+        """Keys and values [2, B, heads, S, size] of a layer."""
+        key = self._stack_of[layer]
+        at = 2 * key.index(layer)
+        return self._stacks[key][at : at + 2]
+
+    def _put(self, stack: torch.Tensor, slots_BT: torch.Tensor, new_NBATE: torch.Tensor) -> None:
+        """Write to some slots of a stack [N, B, heads, S, size]."""
         if self.rows == 1:
-            buffer.index_copy_(2, slots_BT[0], new_BATE)
+            stack.index_copy_(3, slots_BT[0], new_NBATE)
         else:
-            buffer[self._rows_B1, :, slots_BT] = new_BATE.transpose(1, 2)
+            stack[:, self._rows_B1, :, slots_BT] = new_NBATE.permute(1, 3, 0, 2, 4)
 
-    def _take(self, buffer: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
-        """A copy [B, heads, T, size] of some slots of a buffer."""
+    def _take(self, stack: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
+        """A copy [N, B, heads, T, size] of some slots of a stack."""
         if self.rows == 1:
-            return buffer.index_select(2, slots_BT[0])
-        return buffer[self._rows_B1, :, slots_BT].transpose(1, 2)
+            return stack.index_select(3, slots_BT[0])
+        return stack[:, self._rows_B1, :, slots_BT].permute(2, 0, 3, 1, 4)
 
     def store_hidden(self, segment: Segment, hidden_BTH: torch.Tensor) -> None:
         """Keep the hidden states that a segment computed for the announced slots."""
@@ -274,8 +292,8 @@ class KVCache:
         to_BD = base_B[:, None] + np.arange(path_BD.shape[1])
         moves = np.stack([base_B[:, None] + path_BD - 1, to_BD])
         source_BD, target_BD = torch.from_numpy(moves).to(self.device)
-        for buffer in (*self._keys.values(), *self._values.values()):
-            self._put(buffer, target_BD, self._take(buffer, source_BD))
+        for stack in self._stacks.values():
+            self._put(stack, target_BD, self._take(stack, source_BD))
         source, target = (
             (slots_BD + self._offsets_B1).flatten() for slots_BD in (source_BD, target_BD)
         )

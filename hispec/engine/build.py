@@ -16,6 +16,11 @@ _WORTHWHILE = 20_000_000
 """Parameters from which on `auto` compiles: it takes seconds."""
 
 
+def openvino_installed() -> bool:
+    """Whether the package is there."""
+    return find_spec("openvino") is not None
+
+
 def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
     """The engine that runs a model's cached passes; None runs its modules.
 
@@ -33,7 +38,7 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
     fits = device == "cpu" and model.hf.dtype == torch.float32
     if backend == AUTO and sum(p.numel() for p in model.parameters()) < _WORTHWHILE:
         return None
-    if find_spec("openvino") is None:
+    if not openvino_installed():
         check(
             backend == AUTO, "backend", backend, "it is installed by pip install 'hispec[openvino]'"
         )

@@ -225,17 +225,15 @@ class _Piece:
             bound.graph.set_input(i, tensor)
         indices = self.layers.indices
         if not bound.holds(cache):
-            for i, index in enumerate(indices):
-                for j, buffer in enumerate(
-                    cache.buffers(index, shape.kv_heads, shape.head_size, hidden_BTH)
-                ):
-                    bound.graph.set_input(len(given) + 2 * i + j, buffer)
+            stack = cache.buffers(indices, shape.kv_heads, shape.head_size, hidden_BTH)
+            for i, buffer in enumerate(stack, len(given)):
+                bound.graph.set_input(i, buffer)
         out_BTH = torch.empty_like(hidden_BTH)
         bound.graph.set_output(0, out_BTH)
-        new = bound.outputs((rows, shape.kv_heads, tokens, shape.head_size), 2 * len(indices))
+        size = 2 * len(indices), rows, shape.kv_heads, tokens, shape.head_size
+        new_NBATE = bound.outputs(size)
         bound.graph.infer()
-        for i, index in enumerate(indices):
-            cache.write(index, new[2 * i][:, :, :real], new[2 * i + 1][:, :, :real])
+        cache.write(indices, new_NBATE[..., :real, :])
         return out_BTH
 
 
@@ -246,7 +244,7 @@ class _Bound:
         self.graph = graph
         self._cache: weakref.ref[Any] | None = None
         self._visible = 0
-        self._new: list[torch.Tensor] = []
+        self._new: torch.Tensor | None = None
 
     def holds(self, cache: PassCache) -> bool:
         """Whether the graph reads the slots that the pass may see; if not, it is about to."""
@@ -255,12 +253,12 @@ class _Bound:
         self._cache, self._visible = weakref.ref(cache), cache.visible
         return False
 
-    def outputs(self, size: tuple[int, ...], count: int) -> list[torch.Tensor]:
-        """Tensors of that size that the new keys and values are written to."""
-        if not self._new or self._new[0].shape != size:
-            self._new = [torch.empty(size) for _ in range(count)]
-            for i, tensor in enumerate(self._new):
-                self.graph.set_output(1 + i, tensor)
+    def outputs(self, size: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of that size that the new keys and values are written to."""
+        if self._new is None or self._new.shape != size:
+            self._new = torch.empty(size)
+            for i, part in enumerate(self._new, 1):
+                self.graph.set_output(i, part)
         return self._new
 
 

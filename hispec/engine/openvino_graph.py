@@ -77,7 +77,10 @@ class Graph:
         self.path = path
         self._content = content
         self._request = compiled.create_infer_request()
-        self.infer = self._request.infer
+
+    def infer(self) -> None:
+        """Compute the outputs from the inputs."""
+        self._request.infer()
 
     def set_input(self, number: int, tensor: torch.Tensor) -> None:
         """Read an input from this tensor, which must live until it is replaced or not used."""

@@ -66,12 +66,13 @@ class PassCache(Protocol):
     """Slots of a row that the announced pass may see."""
 
     def buffers(
-        self, layer_idx: int, heads: int, size: int, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, heads, S, size] of a layer, for an engine: the cache's own memory."""
+        self, layers: Sequence[int], heads: int, size: int, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Keys and values of some layers in turn, [2 * layers, B, heads, S, size], for an engine:
+        the cache's own memory."""
 
-    def write(self, layer_idx: int, keys_BATE: torch.Tensor, values_BATE: torch.Tensor) -> None:
-        """Store the KV of the announced tokens."""
+    def write(self, layers: Sequence[int], new_NBATE: torch.Tensor) -> None:
+        """Store the KV of the announced tokens, in the order of `buffers`."""
 
     def seen_apart(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Which slots the tokens attend to besides those of the pass, bool [B, T, S], and which
