@@ -247,8 +247,8 @@ class Decode:
             order_N = np.argsort(on_path_N, kind="stable")
             rows_N, columns_N = rows_N[order_N], columns_N[order_N]
         tokens_N = tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
-        scores_NV = scores_BCV[rows_N, columns_N]
-        self.drafter.observe(tokens_N, self.sampler.candidates(scores_NV, self.drafter.observes))
+        candidates_NK = self.sampler.candidates(scores_BCV.flatten(0, 1), self.drafter.observes)
+        self.drafter.observe(tokens_N, candidates_NK[rows_N * scores_BCV.shape[1] + columns_N])
 
     def _keep(self, base_B: np.ndarray, verified: Verified) -> None:
         """Move the accepted tokens of a tree to their positions, in the text and in the cache."""

@@ -124,13 +124,9 @@ class ExitModel(nn.Module):
             inputs: what `layer_inputs` gave for these tokens, if the caller runs one stretch of
                 layers after another: the masks are then built once.
         """
-        layers = list(
-            zip(
-                self.hf.model.layers[from_depth:to_depth],
-                self.layer_types[from_depth:to_depth],
-                strict=True,
-            )
-        )
+        # a slice of a ModuleList is a new ModuleList, which takes 0.5 ms for 30 layers
+        layers = list(zip(self.hf.model.layers, self.layer_types, strict=True))
+        layers = layers[from_depth:to_depth]
         return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs)
 
     def layer_inputs(
