@@ -42,6 +42,7 @@ from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.checkpoint.io import attach_exits
 from hispec.config import OLD_NAMES, DecodeConfig, current_names
 from hispec.decoding.decoder import Decode
+from hispec.engine.build import AUTO, build_engine
 from hispec.hub.pull import ROOT, locate
 from hispec.models.exit_model import ExitModel
 from hispec.utils.settings import check
@@ -81,6 +82,7 @@ def generate(
     model: PreTrainedModel,
     *,
     exits_from: str | None = None,
+    backend: str = AUTO,
     streamer: BaseStreamer | None = None,
     stop_strings: str | list[str] | None = None,
     tokenizer: Any = None,
@@ -97,6 +99,7 @@ def generate(
         model: any plain model of the base that the exits belong to.
         exits_from: the EE checkpoint, a folder or `ORG/NAME` on the Hub; by default what `model`
             was loaded from.
+        backend: what runs the passes, `eager`, `openvino` or `auto`, see `engine.build`.
         streamer: for one row.
         stop_strings: as in `generate`; they need `tokenizer`.
         arguments: those of `generate`, and the settings of `DecodeConfig` that have no counterpart
@@ -116,7 +119,7 @@ def generate(
     folder = _find(model) if exits_from is None else _at(exits_from)
     if folder is None:
         raise _not_found(exits_from)
-    ee = _with_exits(model, folder)
+    ee = _with_exits(model, folder, backend)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings:
         check(tokenizer is not None, "tokenizer", None, "stop_strings need it")
@@ -241,13 +244,17 @@ def _ids(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return () if tensor is None else tuple(tensor.flatten().tolist())
 
 
-def _with_exits(model: PreTrainedModel, folder: Path) -> ExitModel:
-    """The model with its exits. They are kept with it, and read again if the file has changed or
-    the model has another dtype or device than before."""
-    key = str(folder.resolve()), (folder / EXITS).stat().st_mtime_ns, model.dtype, model.device
+def _with_exits(model: PreTrainedModel, folder: Path, backend: str) -> ExitModel:
+    """The model with its exits and its engine. They are kept with it, and read again if the file
+    has changed or the model has another dtype, device or backend than before."""
+    key = (
+        *(str(folder.resolve()), (folder / EXITS).stat().st_mtime_ns),
+        *(model.dtype, model.device, backend),
+    )
     kept = vars(model).get(_KEPT)
     if kept is None or kept[0] != key:
         kept = key, attach_exits(model, folder).eval()
+        kept[1].engine = build_engine(kept[1], backend)
         vars(model)[_KEPT] = kept  # no submodule: the model is a part of it already
     ee: ExitModel = kept[1]
     return ee

@@ -27,7 +27,7 @@ from hispec.config import DecodeConfig, ExitConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
 from hispec.engine.build import AUTO as AUTO_BACKEND
-from hispec.engine.build import build_engine
+from hispec.engine.build import EAGER, build_engine
 from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import FULL, INT8, WEIGHTS, quantize_linear
@@ -156,18 +156,25 @@ class EarlyExitLM:
 
     @classmethod
     def from_transformers(
-        cls, hf: PreTrainedModel, tokenizer: Any, exits: Sequence[int] = ()
+        cls,
+        hf: PreTrainedModel,
+        tokenizer: Any,
+        exits: Sequence[int] = (),
+        backend: str = AUTO_BACKEND,
     ) -> EarlyExitLM:
         """Wrap a loaded transformers model, every depth read through its final norm (LayerSkip).
 
         Args:
             exits: the depths that `ladder()` returns, besides the full model's.
+            backend: see `load`.
 
         Raises:
-            ValueError: an architecture that is not supported, or depths that it does not have.
+            ValueError: an architecture that is not supported, depths that it does not have, or a
+                backend that cannot run it.
         """
-        model = ExitModel(hf, ExitConfig(_as_list(exits), head="shared"))
-        return cls(model.eval(), tokenizer)
+        model = ExitModel(hf, ExitConfig(_as_list(exits), head="shared")).eval()
+        model.engine = build_engine(model, backend)
+        return cls(model, tokenizer)
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
         """Token ids of a prompt.
@@ -365,7 +372,7 @@ def load(
     home = find_base(str(path)).folder
     tokenizer = load_tokenizer(home)
     hf = load_base(home, dtype).to(device)
-    lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits)
+    lm = EarlyExitLM.from_transformers(hf, tokenizer, () if exits is None else exits, EAGER)
     lm.plan = _plan(home, lm.model.num_layers) if exits is None else None
     return _prepared(lm, backend, weights)
 

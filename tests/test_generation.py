@@ -60,7 +60,9 @@ def passes(monkeypatch):
 
 def texts(plain, full, inputs, **settings):
     """(through the exits, by transformers alone)."""
-    ours = {key: settings.pop(key) for key in ("ladder", "draft_length") if key in settings}
+    ours = {
+        key: settings.pop(key) for key in ("ladder", "draft_length", "backend") if key in settings
+    }
     settings = {"max_new_tokens": 20, "do_sample": False, **settings}
     return plain.generate(**inputs, **settings, **ours, **with_exits(full)), plain.generate(
         **inputs, **settings
@@ -354,3 +356,13 @@ def test_nothing_is_found_by_walking_frames():
         file.read_text() for file in (Path(__file__).parents[1] / "hispec").rglob("*.py")
     )
     assert not re.findall(r"_getframe|currentframe|inspect\.stack|f_locals|f_back", code)
+
+
+def test_the_backend_is_the_users_choice(plain, full, tokenizer, passes):
+    inputs = tokenizer("def main():", return_tensors="pt")
+    for backend in ("openvino", "eager", "openvino"):
+        ours, theirs = texts(plain, full, inputs, backend=backend)
+        assert ours.tolist() == theirs.tolist()
+        assert passes[-1].stats.backend == backend
+    with pytest.raises(ValueError, match=r"backend='onnx' is not possible"):
+        plain.generate(**inputs, backend="onnx", **with_exits(full))

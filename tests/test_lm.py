@@ -184,6 +184,11 @@ def test_a_loaded_transformers_model_decodes_as_it_is(lm, tiny_base):
     assert wrapped.ladder("auto") == [3, 6]
     expected = hf_generate(hf, wrapped.encode(PROMPT), 12, wrapped.eos())
     assert wrapped.generate(PROMPT, max_new_tokens=12).tokens[0] == expected
+    assert wrapped.model.backend == "eager"
+    compiled = hispec.EarlyExitLM.from_transformers(hf, lm.tokenizer, backend="openvino")
+    result = compiled.generate(PROMPT, max_new_tokens=12)
+    assert result.tokens[0] == expected
+    assert result.stats.backend == "openvino"
 
 
 def test_a_stream_adds_up_to_the_text(lm):

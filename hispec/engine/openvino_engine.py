@@ -9,6 +9,7 @@ the pass before if it is a little larger.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -58,7 +59,7 @@ class OpenVinoEngine:
         """(rows, tokens) of the last pass by its first layer, padding included."""
         self._lm_head: Graph | None = None
         self._core = ov.Core()
-        self.say: Callable[[str], None] = lambda _: None
+        self.say: Callable[[str], None] = logging.getLogger(__name__).warning
         self._said = False
 
     def refresh(self) -> None:
