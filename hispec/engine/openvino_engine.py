@@ -57,7 +57,8 @@ class OpenVinoEngine:
         self._pieces: dict[tuple[int, int], _Piece] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         """(rows, tokens) of the last pass by its first layer, padding included."""
-        self._lm_head: Graph | None = None
+        self._lm_heads: dict[bool, Graph] = {}
+        """The LM head, and by True its rows of the draft vocabulary."""
         self._core = ov.Core()
         self.say: Callable[[str], None] = logging.getLogger(__name__).warning
         self._said = False
@@ -67,7 +68,7 @@ class OpenVinoEngine:
         if (weights := _versions(self.model)) != self._weights:
             self._weights = weights
             self._pieces.clear()
-            self._lm_head = None
+            self._lm_heads.clear()
 
     def takes(self, states: torch.Tensor) -> bool:
         """Whether it runs a pass with these states [..., H], or turns them into logits: those of
@@ -96,11 +97,12 @@ class OpenVinoEngine:
             hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache, tokens)
         return hidden_BTH[:, :tokens]
 
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]."""
+    def project(self, normed: torch.Tensor, *, drafting: bool = False) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H], or [..., W] of the draft vocabulary."""
         flat = normed.reshape(-1, normed.shape[-1]).contiguous()
-        logits = flat.new_empty(len(flat), self.model.vocab_size)
-        graph = self._project()
+        vocab_size = self.model.exits.draft_vocab if drafting else self.model.vocab_size
+        logits = flat.new_empty(len(flat), vocab_size)
+        graph = self._project(drafting)
         graph.set_input(0, flat)
         graph.set_output(0, logits)
         graph.infer()
@@ -120,7 +122,9 @@ class OpenVinoEngine:
             if len(head.blocks):
                 pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
         todo = [partial(self._graph, piece, size) for piece in pieces for size in (_ONE, _ANY)]
-        return [one().path for one in progress([*todo, self._project], "compiling")]
+        heads = [False] if model.draft_tokens is None else [False, True]
+        todo += [partial(self._project, drafting) for drafting in heads]
+        return [one().path for one in progress(todo, "compiling")]
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
         """Tokens to run a pass with, from this layer on."""
@@ -149,14 +153,15 @@ class OpenVinoEngine:
             self._said = True
             self.say("compiling for this machine, once; `hispec compile` does it ahead")
 
-    def _project(self) -> Graph:
-        if self._lm_head is None:
+    def _project(self, drafting: bool) -> Graph:
+        if drafting not in self._lm_heads:
             config = self.model.hf.config
             example = torch.zeros(2, config.hidden_size)
-            source = Source(_LMHead(self.model).eval(), config, [example])
+            head = _LMHead(self.model, self.model.draft_head() if drafting else None)
+            source = Source(head.eval(), config, [example])
             sizes = [[-1, config.hidden_size]]
-            self._lm_head = source.compile(self._core, sizes, self._announce)
-        return self._lm_head
+            self._lm_heads[drafting] = source.compile(self._core, sizes, self._announce)
+        return self._lm_heads[drafting]
 
     def _cut(self, layers: Layers) -> list[Layers]:
         """Layers of the trunk cut at the exits; the blocks of a head stay together."""
@@ -178,11 +183,15 @@ class OpenVinoEngine:
 
 
 class _LMHead(nn.Module):
-    """The LM head with the scaling of its family."""
+    """The LM head, or some of its rows, with the scaling of its family."""
 
-    def __init__(self, model: ExitModel) -> None:
+    def __init__(self, model: ExitModel, rows_WH: torch.Tensor | None) -> None:
         super().__init__()
         self.lm_head = model.hf.lm_head
+        if rows_WH is not None:
+            count, width = rows_WH.shape
+            self.lm_head = nn.Linear(width, count, bias=False, device="meta")
+            self.lm_head.weight = nn.Parameter(rows_WH, requires_grad=False)
         self._scale = model.scale_logits
 
     def forward(self, normed_NH: torch.Tensor) -> torch.Tensor:
@@ -265,7 +274,5 @@ class _Bound:
 
 def _versions(model: ExitModel) -> list[tuple[int, int]]:
     """What changes whenever a weight is replaced or written to."""
-    return [
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for tensor in model.parameters()
-    ]
+    tensors = [*model.parameters(), *([] if model.draft_tokens is None else [model.draft_tokens])]
+    return [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors]

@@ -40,5 +40,5 @@ class Engine(Protocol):
     ) -> torch.Tensor:
         """Hidden states [B, T, H] after these layers, each with its attention type."""
 
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H]."""
+    def project(self, normed: torch.Tensor, *, drafting: bool = False) -> torch.Tensor:
+        """Logits [..., V] of normed states [..., H], or [..., W] of the draft vocabulary."""

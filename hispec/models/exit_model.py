@@ -237,7 +237,9 @@ class ExitModel(nn.Module):
         """
         if self.draft_tokens is None:
             return self.project(normed)
-        if head_WH is not None:
+        if head_WH is not None and self.engine is not None and self.engine.takes(normed):
+            logits_W = self.engine.project(normed, drafting=True)
+        elif head_WH is not None:
             logits_W = self.project(normed, head_WH)
         else:
             logits_W = self.project(normed).index_select(-1, self.draft_tokens)

@@ -9,9 +9,9 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from conftest import ROOT, disturbed, tiny_model
+from conftest import ROOT, disturbed, tiny_hf, tiny_model
 
-from hispec.config import DecodeConfig
+from hispec.config import DecodeConfig, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
@@ -19,6 +19,7 @@ from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.engine.openvino_graph import Source
 from hispec.engine.tracing import exact_copy
+from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import int8_values
 
 SETTINGS = [
@@ -62,6 +63,22 @@ def test_logits_equal_those_of_the_modules(family):
         found.append([part.clone() for part in logits])
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])  # one scales its logits
+def test_the_draft_vocabulary_has_a_graph_of_its_own(family):
+    config = ExitConfig([2], "block", 2, draft_vocab=20)
+    model = disturbed(ExitModel(tiny_hf(family), config).eval())
+    model.draft_tokens.copy_(torch.randperm(61, generator=torch.Generator().manual_seed(2))[:20])
+    normed = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        eager = model.draft(normed, model.draft_head())
+        engine = model.engine = OpenVinoEngine(model)
+        compiled = model.draft(normed, model.draft_head())
+    assert set(engine._lm_heads) == {True}
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    assert (compiled > -torch.inf).sum(-1).eq(20).all()
+    assert len(engine.compile()) == 2 * 3 + 2  # two sizes of three pieces, two heads
 
 
 def test_padded_passes_equal_those_of_the_modules():
