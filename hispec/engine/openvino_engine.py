@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hispec.engine.graph import NAME, LayerGraph, Shape, layer_index
-from hispec.engine.openvino_graph import Graph, Source
+from hispec.engine.openvino_graph import Graph, compile_module
 from hispec.models.attention import PassCache, attention_by
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import additive_mask
@@ -121,10 +121,10 @@ class OpenVinoEngine:
             head = model.head(depth)
             if len(head.blocks):
                 pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
-        todo = [partial(self._graph, piece, size) for piece in pieces for size in (_ONE, _ANY)]
+        todo: list[Callable[[], list[Graph]]] = [partial(self._graphs, piece) for piece in pieces]
         heads = [False] if model.draft_tokens is None else [False, True]
-        todo += [partial(self._project, drafting) for drafting in heads]
-        return [one().path for one in progress(todo, "compiling")]
+        todo += [partial(self._head_graphs, drafting) for drafting in heads]
+        return [graph.path for graphs in progress(todo, "compiling") for graph in graphs()]
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
         """Tokens to run a pass with, from this layer on."""
@@ -157,11 +157,14 @@ class OpenVinoEngine:
         if drafting not in self._lm_heads:
             config = self.model.hf.config
             example = torch.zeros(2, config.hidden_size)
-            head = _LMHead(self.model, self.model.draft_head() if drafting else None)
-            source = Source(head.eval(), config, [example])
-            sizes = [[-1, config.hidden_size]]
-            self._lm_heads[drafting] = source.compile(self._core, sizes, self._announce)
+            head = _LMHead(self.model, self.model.draft_head() if drafting else None).eval()
+            (self._lm_heads[drafting],) = compile_module(
+                self._core, head, config, [example], [[[-1, config.hidden_size]]], self._announce
+            )
         return self._lm_heads[drafting]
+
+    def _head_graphs(self, drafting: bool) -> list[Graph]:
+        return [self._project(drafting)]
 
     def _cut(self, layers: Layers) -> list[Layers]:
         """Layers of the trunk cut at the exits; the blocks of a head stay together."""
@@ -178,8 +181,8 @@ class OpenVinoEngine:
             self._pieces[key] = _Piece(layers, self)
         return self._pieces[key]
 
-    def _graph(self, layers: Layers, size: tuple[int, int]) -> Graph:
-        return self._piece(layers).bound(size).graph
+    def _graphs(self, layers: Layers) -> list[Graph]:
+        return [bound.graph for bound in self._piece(layers).bound.values()]
 
 
 class _LMHead(nn.Module):
@@ -199,24 +202,19 @@ class _LMHead(nn.Module):
 
 
 class _Piece:
-    """A run of layers, compiled for the sizes that were asked for."""
+    """A run of layers, compiled for one token and for any number of rows and tokens."""
 
     def __init__(self, layers: Layers, engine: OpenVinoEngine) -> None:
-        self.engine = engine
-        self.config = engine.model.hf.config
+        config = engine.model.hf.config
         self.shape = engine.shape
         self.layers = LayerGraph(layers).eval()
-        self.source = Source(self.layers, self.config, self.layers.example(self.shape))
-        self._bound: dict[tuple[int, int], _Bound] = {}
-
-    def bound(self, size: tuple[int, int]) -> _Bound:
-        """The graph for so many (rows, tokens)."""
-        if size not in self._bound:
-            sizes, engine = self.layers.sizes(self.shape, *size), self.engine
-            with attention_by(self.config, NAME):
-                graph = self.source.compile(engine._core, sizes, engine._announce)
-            self._bound[size] = _Bound(graph)
-        return self._bound[size]
+        example, sizes = self.layers.example(self.shape), (_ONE, _ANY)
+        variants = [self.layers.sizes(self.shape, *size) for size in sizes]
+        with attention_by(config, NAME):
+            graphs = compile_module(
+                engine._core, self.layers, config, example, variants, engine._announce
+            )
+        self.bound = {size: _Bound(graph) for size, graph in zip(sizes, graphs, strict=True)}
 
     def run(
         self,
@@ -228,7 +226,7 @@ class _Piece:
         """Hidden states [B, T, H] after the layers; the KV of the `real` first tokens goes to the
         cache."""
         rows, tokens, _ = hidden_BTH.shape
-        bound, shape = self.bound(_ONE if rows * tokens == 1 else _ANY), self.shape
+        bound, shape = self.bound[_ONE if rows * tokens == 1 else _ANY], self.shape
         given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
         given = [tensor.contiguous() for tensor in given]
         for i, tensor in enumerate(given):

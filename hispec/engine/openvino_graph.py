@@ -20,49 +20,49 @@ Sizes = Sequence[Sequence[int]]
 """Sizes of the inputs of a graph, -1 for those that vary."""
 
 
-class Source:
-    """A module that is compiled for one or more sizes of its inputs.
+def compile_module(
+    core: ov.Core,
+    module: nn.Module,
+    config: Any,
+    example: Sequence[torch.Tensor],
+    variants: Sequence[Sizes],
+    before: Callable[[], None] = lambda: None,
+) -> list[Graph]:
+    """Graphs of a module, one for each variant: from disk, else compiled and kept there.
 
     Args:
+        module: a function of tensors alone.
         config: the transformers config of its model.
         example: inputs to trace it with.
+        variants: sizes of the inputs.
+        before: called before anything is compiled.
     """
-
-    def __init__(self, module: nn.Module, config: Any, example: Sequence[torch.Tensor]) -> None:
-        self.module = module
-        self.example = tuple(example)
-        self._digest = module_digest(module, config)
-        self._model: ov.Model | None = None
-
-    def compile(
-        self, core: ov.Core, sizes: Sizes, before: Callable[[], None] = lambda: None
-    ) -> Graph:
-        """The graph for inputs of these sizes: from disk, else compiled and kept there.
-
-        Args:
-            before: called before it is compiled.
-        """
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # int8 weights, float32 states
-        }
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "ENABLE_CPU_PINNING": False,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # int8 weights, float32 states
+    }
+    digest = module_digest(module, config)
+    traced: ov.Model | None = None
+    graphs = []
+    for sizes in variants:
         context = {**settings, "sizes": sizes, "openvino": ov.get_version()}
-        path = artifact_path(self._digest, context)
+        path = artifact_path(digest, context)
         content = read_artifact(path)
         compiled = None if content is None else _load(core, path, content, settings)
         if compiled is None:
             before()
-            if self._model is None:
-                with torch.inference_mode(), Tracing(self.module, self.example):
-                    self._model = ov.convert_model(self.module, example_input=self.example)
-            model = self._model.clone()
+            if traced is None:
+                with torch.inference_mode(), Tracing(module, example):
+                    traced = ov.convert_model(module, example_input=tuple(example))
+            model = traced.clone()
             model.reshape({i: ov.PartialShape(list(size)) for i, size in enumerate(sizes)})
             compiled = core.compile_model(model, "CPU", settings)
             write_artifact(path, compiled.export_model().getvalue())
-        return Graph(compiled, path, content)
+        graphs.append(Graph(compiled, path, content))
+    return graphs
 
 
 class Graph:

@@ -17,7 +17,7 @@ from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
 from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
-from hispec.engine.openvino_graph import Source
+from hispec.engine.openvino_graph import compile_module
 from hispec.engine.tracing import exact_copy
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import int8_values
@@ -116,7 +116,7 @@ def test_graphs_hold_weights_in_the_fewest_bits_that_lose_nothing(tmp_path, monk
     values = {4: full, 2: full.bfloat16().float(), 1: int8_values(full)}
     for bytes_each, weight in values.items():
         linear.weight.data = weight
-        graph = Source(linear, config, [states]).compile(ov.Core(), [[-1, 256]])
+        (graph,) = compile_module(ov.Core(), linear, config, [states], [[[-1, 256]]])
         assert graph.path.stat().st_size == pytest.approx(bytes_each * weight.numel(), rel=0.15)
         graph.set_input(0, states)
         graph.set_output(0, out := torch.empty(3, 512))
