@@ -32,6 +32,7 @@ SCRIPTS = {
     "eval/agreement.py": "eval.agreement",
     "eval/speed.py": "eval.speed",
     "eval/passes.py": "eval.passes",
+    "eval/rounds.py": "eval.rounds",
     "eval/lossless.py": "eval.lossless",
     "eval/quality.py": "eval.quality",
 }
