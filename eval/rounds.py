@@ -126,10 +126,10 @@ def _functions() -> Iterator[tuple[str, type, tuple[str, ...]]]:
 
 
 def main(words: Sequence[str]) -> None:
-    import torch
     from rich.table import Table
 
     from eval.presets import presets
+    from eval.timing import machine_of
     from hispec.lm import load
 
     settings = resolve(Settings, overrides=words)
@@ -153,10 +153,8 @@ def main(words: Sequence[str]) -> None:
             row["setting"], str(row["rounds"]), f"{row['ms_per_round']:.1f}", *shown, share
         )
     out.print(table)
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    machine["dtype"] = str(lm.model.hf.dtype).removeprefix("torch.")
-    machine |= {"backend": lm.model.backend, "weights": lm.model.weights}
-    print(json.dumps({"settings": asdict(settings), "machine": machine, "results": rows}))
+    result = {"settings": asdict(settings), "machine": machine_of(lm), "results": rows}
+    print(json.dumps(result))
 
 
 def _measure(method: Method, prompts: Sequence[list[int]]) -> dict[str, Any]:

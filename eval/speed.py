@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from omegaconf import MISSING
 from pydantic import Field
@@ -27,9 +27,6 @@ from hispec.utils.command_line import parse_depths, parse_device, parse_dtype, r
 from hispec.utils.console import Output, bar, quiet_transformers
 from hispec.utils.limits import at_most, one_of
 from hispec.utils.settings import resolve
-
-if TYPE_CHECKING:
-    from hispec.lm import EarlyExitLM
 
 _OLD_NAMES = {"rivals": "baselines", "rival_exits": "baseline_exits"}
 """Former names of settings, which still work."""
@@ -79,7 +76,7 @@ def main(words: Sequence[str]) -> None:
     from eval.presets import preset, presets
     from eval.speed_plot import draw
     from eval.speed_results import report, summary
-    from eval.timing import measure
+    from eval.timing import machine_of, measure
     from hispec.checkpoint.format import is_checkpoint
     from hispec.lm import load
     from hispec.utils.files import output_path, write_json
@@ -129,7 +126,7 @@ def main(words: Sequence[str]) -> None:
     rows = summary(lm.model.hf, measure(methods, prompts, settings.repeats, bar), prompts)
     report(out, rows, prompts)
 
-    machine = _machine(lm)
+    machine = machine_of(lm)
     result = {
         "settings": {**asdict(settings), "checkpoint": folder.name},
         "machine": machine,
@@ -143,20 +140,6 @@ def main(words: Sequence[str]) -> None:
     out.say(f"picture: {target / 'speed.png'}")
     in_short = [{key: row[key] for key in row if key not in ("tasks", "rungs")} for row in rows]
     print(json.dumps({**result, "results": in_short}))
-
-
-def _machine(lm: EarlyExitLM) -> dict[str, Any]:
-    """Where and in which dtype the model is decoded."""
-    import torch
-
-    return {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": str(lm.model.device),
-        "dtype": str(lm.model.hf.dtype).removeprefix("torch."),
-        "backend": lm.model.backend,
-        "weights": lm.model.weights,
-    }
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from eval.prompts import TokenizedPrompt
 from hispec.decoding.stats import DecodeStats, DraftStats
+from hispec.lm import EarlyExitLM
 from hispec.utils.console import Progress
 
 FREE = "free"
@@ -148,3 +152,15 @@ def measure(
             outcome = method.decode(prompts[p].tokens)
             timing.add(repeat, time.perf_counter() - began, outcome)
     return timings
+
+
+def machine_of(lm: EarlyExitLM) -> dict[str, Any]:
+    """Where, in which dtype and with which weights a model is decoded."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": str(lm.model.device),
+        "dtype": str(lm.model.hf.dtype).removeprefix("torch."),
+        "backend": lm.model.backend,
+        "weights": lm.model.weights,
+    }
