@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hispec.utils.limits import MaxNewTokens, Share, Temperature, at_most, one_of
-from hispec.utils.schema import STRICT, ListOf, TupleOf, validate
+from hispec.utils.schema import STRICT, ListOf, TupleOf, filled, validate
 from hispec.utils.settings import check
 
-HEAD_KINDS = ("shared", "adapter", "block")
+HEAD_KINDS = ("shared", "adapter", "block", "eagle3")
 DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
 VERIFICATIONS = ("match", "rejection")
 OLD_NAMES = {"law": "verification"}
@@ -25,32 +25,62 @@ _Draft = Annotated[
 _Depth = Annotated[int, Field(ge=0, le=10_000)]
 
 
+def _from_keys(kind: type[Any]) -> BeforeValidator:
+    """Takes a mapping of its fields, as JSON and YAML have it, for a dataclass."""
+    return BeforeValidator(lambda v: filled(kind, v, "") if isinstance(v, Mapping) else v)
+
+
 @dataclass
-class ExitConfig:
-    """Which depths of a model are exits, and what reads them."""
+class Eagle3:
+    """How a head of kind `eagle3` differs from the first published ones."""
 
     __pydantic_config__ = STRICT
 
-    depths: ListOf[_Depth] = field(default_factory=list)
-    """Depths of the exits, increasing, each from 1 to L - 1."""
+    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    """Width of its MLP; 0 for that of the base."""
+    norm_before_residual: bool = False
+    """Whether the residual of its layer is taken after `hidden_norm`."""
+    norm_output: bool = False
+    """Whether a chained draft reads the state after the head's norm, not before (EAGLE-3.1)."""
+    fc_norm: bool = False
+    """Whether each of the three states has a norm of its own (EAGLE-3.1)."""
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    """Base of its rotary embedding; None for the rotary embedding of the base model."""
+
+
+@dataclass
+class Exit:
+    """One exit: its depth, and what reads the states there."""
+
+    __pydantic_config__ = STRICT
+
+    depth: _Depth
+    """From 1 to L - 1; 0, the embeddings, for a head that reads the token before."""
     head: Annotated[str, one_of(*HEAD_KINDS)] = "block"
     """`shared`: final norm and LM head as they are (LayerSkip). `adapter`: own norm and a low-rank
-    adapter before the shared LM head. `block`: own transformer blocks and own norm."""
+    adapter before the shared LM head. `block`: own transformer blocks and own norm. `eagle3`: the
+    published EAGLE-3 head (2503.01840) at depth 0, with an LM head of its own."""
     blocks: Annotated[int, Field(ge=0)] = 2
     """Transformer blocks of a `block` head."""
     rank: Annotated[
         int, Field(ge=1), at_most(2**16, "an adapter has 2 x rank x hidden size weights")
     ] = 64
     """Width of an `adapter` head's bottleneck."""
-    draft_vocab: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """Tokens that the exits draft from, stored with them; 0 for the whole vocabulary."""
     previous: bool = False
-    """Whether a `block` head also reads the final hidden state of the token before."""
+    """Whether a `block` head also reads the final hidden state of the token before (EAGLE)."""
+    aux_depths: ListOf[_Depth] = field(default_factory=list)
+    """Three depths whose states of the token before an `eagle3` head reads; empty for 2, L / 2 and
+    L - 3, those of the published heads."""
+    eagle3: Annotated[Eagle3, _from_keys(Eagle3)] | None = None
+    """Variants of an `eagle3` head; None for the published one."""
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether the head reads states of the token before."""
+        return self.previous or self.head == "eagle3"
 
     def validate(self, num_layers: int) -> None:
-        """Raises ValueError if this cannot describe exits of a model of `num_layers` layers."""
-        validate(ExitConfig, self)
-        check_depths("exits", self.depths, num_layers)
+        """Raises ValueError if a model of `num_layers` layers cannot have this exit."""
         check(
             self.head != "block" or 1 <= self.blocks <= num_layers,
             "blocks",
@@ -63,6 +93,76 @@ class ExitConfig:
             self.previous,
             f"a head of the kind {self.head!r} does not read the token before; it needs 'block'",
         )
+        check(
+            self.depth > 0 or self.reads_before,
+            "depth",
+            self.depth,
+            "depth 0 holds one token alone; it needs a head that reads the token before, 'eagle3' "
+            "or a 'block' with previous=true",
+        )
+        eagle3 = self.head == "eagle3"
+        check(not eagle3 or self.depth == 0, "depth", self.depth, "0 for a head of kind 'eagle3'")
+        check(
+            len(self.aux_depths) == (3 if eagle3 else 0),
+            "aux_depths",
+            self.aux_depths,
+            "three depths for a head of kind 'eagle3', none for any other",
+        )
+        if eagle3:
+            inside = all(1 <= depth <= num_layers for depth in self.aux_depths)
+            check(inside, "aux_depths", self.aux_depths, f"depths from 1 to {num_layers}")
+        check(eagle3 or self.eagle3 is None, "eagle3", self.eagle3, "for a head of that kind")
+
+
+@dataclass
+class ExitConfig:
+    """The exits of a model."""
+
+    __pydantic_config__ = STRICT
+
+    exits: ListOf[Annotated[Exit, _from_keys(Exit)]] = field(default_factory=list)
+    """By increasing depth."""
+    draft_vocab: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Tokens that the exits draft from, stored with them; 0 for the whole vocabulary."""
+
+    @classmethod
+    def of(
+        cls,
+        depths: Sequence[int] = (),
+        head: str = "block",
+        *,
+        draft_vocab: int = 0,
+        **settings: Any,
+    ) -> ExitConfig:
+        """Exits that differ by their depth alone; `settings` are the other fields of `Exit`."""
+        check(isinstance(depths, list | tuple), "exits", depths, "a list of depths")
+        exits = [Exit(depth, head, **settings) for depth in depths]
+        return cls(exits, draft_vocab)
+
+    @property
+    def depths(self) -> list[int]:
+        """The depths of the exits."""
+        return [exit.depth for exit in self.exits]
+
+    def resolved(self, num_layers: int) -> ExitConfig:
+        """These exits with the depths that an empty `aux_depths` stands for."""
+        published = [min(2, num_layers), max(num_layers // 2, 1), max(num_layers - 3, 1)]
+        return replace(
+            self,
+            exits=[
+                replace(exit, aux_depths=published)
+                if exit.head == "eagle3" and not exit.aux_depths
+                else exit
+                for exit in self.exits
+            ],
+        )
+
+    def validate(self, num_layers: int) -> None:
+        """Raises ValueError if this cannot describe exits of a model of `num_layers` layers."""
+        validate(ExitConfig, self)
+        check_depths("exits", self.depths, num_layers, lowest=0)
+        for exit in self.resolved(num_layers).exits:
+            exit.validate(num_layers)
 
 
 @dataclass
@@ -132,7 +232,7 @@ class DecodeConfig:
         """Raises ValueError naming the key, the value and what is allowed."""
         validate(DecodeConfig, self)
         ladder = tuple(self.ladder)
-        check_depths("ladder", ladder[:-1], num_layers, at_least=0)
+        check_depths("ladder", ladder[:-1], num_layers, at_least=0, lowest=0)
         check(
             ladder[-1:] == (num_layers,),
             "ladder",
@@ -177,15 +277,18 @@ def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {OLD_NAMES.get(key, key): value for key, value in settings.items()}
 
 
-def check_depths(key: str, depths: Sequence[int], num_layers: int, at_least: int = 1) -> None:
-    """Raise ValueError unless `depths` increase inside the model and are `at_least` so many."""
+def check_depths(
+    key: str, depths: Sequence[int], num_layers: int, *, at_least: int = 1, lowest: int = 1
+) -> None:
+    """Raise ValueError unless `depths` increase inside the model, from `lowest` on, and are
+    `at_least` so many."""
     shown = tuple(depths)
     check(len(depths) >= at_least, key, shown, f"name {at_least} or more depths")
     check(
-        all(1 <= depth < num_layers for depth in depths),
+        all(lowest <= depth < num_layers for depth in depths),
         key,
         shown,
-        f"depths from 1 to {num_layers - 1} (the model has {num_layers} layers; "
+        f"depths from {lowest} to {num_layers - 1} (the model has {num_layers} layers; "
         f"depth {num_layers} is the full model, not an exit)",
     )
     check(all(a < b for a, b in pairwise(depths)), key, shown, "increasing depths, none twice")

@@ -172,7 +172,7 @@ class EarlyExitLM:
             ValueError: an architecture that is not supported, depths that it does not have, or a
                 backend that cannot run it.
         """
-        model = ExitModel(hf, ExitConfig(_as_list(exits), head="shared")).eval()
+        model = ExitModel(hf, ExitConfig.of(_as_list(exits), head="shared")).eval()
         model.engine = build_engine(model, backend)
         return cls(model, tokenizer)
 

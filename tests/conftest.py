@@ -119,7 +119,9 @@ def tiny_hf(family: str = "llama", layers: int = 6, seed: int = 0, **extra):
 def tiny_model(
     family: str = "llama", exits: tuple[int, ...] = (), head: str = "block", seed: int = 0, **extra
 ) -> ExitModel:
-    model = ExitModel(tiny_hf(family, seed=seed, **extra), ExitConfig(list(exits), head, 2))
+    model = ExitModel(
+        tiny_hf(family, seed=seed, **extra), ExitConfig.of(list(exits), head, blocks=2)
+    )
     return model.eval()
 
 
@@ -212,7 +214,7 @@ def ee(tiny_base, tmp_path_factory) -> Path:
     from hispec.checkpoint import io as checkpoint
 
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 1))
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2, 4], "block", blocks=1))
     folder = tmp_path_factory.mktemp("ee") / "tiny-ee"
     checkpoint.save_checkpoint(folder, model, base, recipe={"data": "stdlib", "held_out": 0.05})
     return folder
@@ -225,7 +227,7 @@ def full(tiny_base, tmp_path_factory) -> Path:
     from hispec.checkpoint import io as checkpoint
 
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2, 4], "block", blocks=1)).eval()
     folder = tmp_path_factory.mktemp("full") / "full"
     checkpoint.save_checkpoint(folder, disturbed(model), base, full=True)
     return folder
@@ -304,7 +306,7 @@ def made(worker) -> tuple[Path, Path]:
     home = worker.folder / "checkpoints" / "base" / "org--base"
     tiny_hf(vocab_size=320).save_pretrained(home, max_shard_size="60KB")
     tiny_tokenizer().save_pretrained(home)
-    exits = ExitConfig([2, 4], "block", 1)
+    exits = ExitConfig.of([2, 4], "block", blocks=1)
     model = disturbed(ExitModel(load_base(home), exits).eval())
     provenance = {"hub_id": "org/base", "revision": "a" * 40, "license": "apache-2.0"}
     base = LocalBase("org/base", home, provenance)

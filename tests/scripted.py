@@ -9,7 +9,6 @@ moved branch or a mask that is wrong gives it another prefix, and the text or th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
+from hispec.models.attention import Reach
+from hispec.models.exit_heads import ExitHead
 
 VOCAB = 128
 FILLERS = "~}|{"  # the candidates after those that are said, best first; they are in no text
@@ -71,7 +72,7 @@ class ScriptedModel:
         return None
 
     def head(self, depth):
-        return SimpleNamespace(blocks=(), mix=None)
+        return ExitHead()
 
     def draft_head(self):
         return None
@@ -85,7 +86,7 @@ class ScriptedModel:
             written_BHTD = torch.stack([tokens_BT, positions_BT.float()], -1)[:, None]
             kept_BHKD, _ = cache.update(written_BHTD, written_BHTD, layer)
             tokens_BK, positions_BK = kept_BHKD[:, 0].unbind(-1)
-            seen_BTK = tokens_BK[:, None] * cache.seen(None)
+            seen_BTK = tokens_BK[:, None] * cache.seen(Reach())
             places_BTK = positions_BK.long()[:, None].expand_as(seen_BTK)
             prefix_BTP = torch.zeros(*tokens_BT.shape, LONGEST).scatter_add(2, places_BTK, seen_BTK)
             hidden_BTH = torch.cat([tokens_BT[..., None], prefix_BTP], -1)

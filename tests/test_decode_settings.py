@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hispec
-from hispec.config import DRAFTERS, VERIFICATIONS, DecodeConfig, ExitConfig
+from hispec.config import DRAFTERS, VERIFICATIONS, DecodeConfig, Exit, ExitConfig
 from hispec.generation import generate
 
 PROMPT = "def main():\n    return"
@@ -138,8 +138,15 @@ def test_hostile_settings_end_in_a_value_error_or_not_at_all(found, key, value):
 @fuzz("exit settings, hostile", 100)
 @given(st.sampled_from([field.name for field in fields(ExitConfig)]), ANYTHING)
 def test_hostile_exits_end_in_a_value_error_or_not_at_all(key, value):
-    config = ExitConfig(**{"depths": [2, 4], key: value})
+    config = ExitConfig(**{"exits": [Exit(2), Exit(4)], key: value})
     message = refusal(lambda: config.validate(6))
+    assert message is None or " is not possible: " in message
+
+
+@fuzz("fields of an exit, hostile", 100)
+@given(st.sampled_from([field.name for field in fields(Exit)]), ANYTHING)
+def test_hostile_fields_of_an_exit_end_in_a_value_error_or_not_at_all(key, value):
+    message = refusal(lambda: ExitConfig([Exit(**{"depth": 2, key: value})]).validate(6))
     assert message is None or " is not possible: " in message
 
 
@@ -190,8 +197,8 @@ def test_arguments_of_calls(lm, arguments, message):
         ({"device": "abacus"}, "device='abacus' is not possible here"),
         ({"dtype": "int4"}, "dtype='int4' is not possible: one of auto"),
         ({"exits": (4, 2)}, "increasing depths, none twice"),
-        ({"exits": [2.0]}, r"depths\[0\]=2.0 is not possible: a whole number"),
-        ({"exits": 2}, "depths=2 is not possible: a list"),
+        ({"exits": [2.0]}, r"exits\[0\].depth=2.0 is not possible: a whole number"),
+        ({"exits": 2}, "exits=2 is not possible: a list"),
     ],
 )
 def test_arguments_of_load(tiny_base, arguments, message):

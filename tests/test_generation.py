@@ -293,7 +293,9 @@ def test_the_checkpoint_that_the_model_was_loaded_from_is_found(full, tokenizer,
 def other(tiny_base, tmp_path):
     """A full checkpoint of the same base with other exits."""
     base = find_base(str(tiny_base))
-    model = disturbed(ExitModel(load_base(base.folder), ExitConfig([3], "block", 1)).eval())
+    model = disturbed(
+        ExitModel(load_base(base.folder), ExitConfig.of([3], "block", blocks=1)).eval()
+    )
     checkpoint.save_checkpoint(tmp_path / "other", model, base, full=True)
     return tmp_path / "other"
 

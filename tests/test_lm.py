@@ -45,7 +45,7 @@ def test_half_precision_is_left_where_it_is_slow(tiny_base, tmp_path, monkeypatc
     half = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    model = ExitModel(half, ExitConfig([2, 4], "block", 1))
+    model = ExitModel(half, ExitConfig.of([2, 4], "block", blocks=1))
     save_checkpoint(tmp_path / "ee", model, find_base(str(tmp_path / "base")))
     for folder in (tmp_path / "base", tmp_path / "ee"):
         found = hispec.load(folder, device="cpu").model

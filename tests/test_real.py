@@ -37,7 +37,7 @@ def load(folder, dtype) -> EarlyExitLM:
     from transformers import AutoTokenizer
 
     hf = load_base(folder, dtype)
-    model = ExitModel(hf, ExitConfig([6, 12], "block", 2)).eval()
+    model = ExitModel(hf, ExitConfig.of([6, 12], "block", blocks=2)).eval()
     return EarlyExitLM(model, AutoTokenizer.from_pretrained(folder))
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from omegaconf import MISSING
 from pydantic import Field
 
-from hispec.config import HEAD_KINDS, ExitConfig
+from hispec.config import HEAD_KINDS, Exit, ExitConfig
 from hispec.data.documents import STDLIB
 from hispec.utils.devices import multiplies_half
 from hispec.utils.limits import PartialShare, Seed, Share, Threads, Weight, at_most, one_of
-from hispec.utils.schema import STRICT, validate
+from hispec.utils.schema import STRICT, filled, validate
 from hispec.utils.settings import check, resolve
 from train.fused import FUSED
 from train.layer_dropout import SCHEDULES
@@ -47,8 +47,10 @@ class Recipe:
     `OUTPUT.run`."""
 
     # exits
-    exits: Annotated[list[int], Field(min_length=1, max_length=64)] = MISSING
-    """Depths of the exits."""
+    exits: Annotated[list[int | dict[str, Any]], Field(min_length=1, max_length=64)] = MISSING
+    """Depths of the exits; or for some of them the fields of `hispec.config.Exit`, as in
+    `[{depth: 0, head: eagle3}, {depth: 12, blocks: 1}]`. What is not said there the four keys below
+    say, for all kinds of head that have it."""
     head: Annotated[str, one_of(*HEAD_KINDS)] = "block"
     """`shared` (LayerSkip: final norm and LM head as they are), `adapter` or `block`."""
     head_blocks: Annotated[int, Field(ge=1), at_most(256, _COSTS["blocks"])] = 2
@@ -178,6 +180,7 @@ class Recipe:
     def validate(self) -> None:
         """Raises ValueError naming the key, the value and what is allowed."""
         validate(Recipe, self)
+        validate(ExitConfig, self.exit_config())
         trained = self.trunk != "frozen"
         check(
             trained or self.head != "shared",
@@ -256,15 +259,23 @@ class Recipe:
         """Dtype of a frozen trunk and of its activations."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
+    @property
+    def depths(self) -> list[int]:
+        """Depths of the exits."""
+        return self.exit_config().depths
+
     def exit_config(self) -> ExitConfig:
-        return ExitConfig(
-            list(self.exits),
-            self.head,
-            self.head_blocks,
-            self.head_rank,
-            self.draft_vocab,
-            self.head_previous,
-        )
+        """The exits one by one."""
+        return ExitConfig([self._exit(entry) for entry in self.exits], self.draft_vocab)
+
+    def _exit(self, entry: int | dict[str, Any]) -> Exit:
+        keys = entry if isinstance(entry, dict) else {"depth": entry}
+        keys = {"head": self.head, **keys}
+        if keys["head"] == "block":
+            keys = {"blocks": self.head_blocks, "previous": self.head_previous, **keys}
+        elif keys["head"] == "adapter":
+            keys = {"rank": self.head_rank, **keys}
+        return filled(Exit, keys, "exits")
 
 
 def load_recipe(words: Sequence[str]) -> Recipe:

@@ -73,7 +73,7 @@ def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
         f"at most {vocab_size}, the vocabulary of the base",
     )
     return StateSizes(
-        depths=list(recipe.exits),
+        depths=recipe.depths,
         top_k=recipe.states_top_k,
         hidden=hidden,
         final=recipe.head_previous,

@@ -240,8 +240,8 @@ class Trainer:
         figures: Figures = {}
         chosen = active_exits(recipe.curriculum, len(recipe.exits), self.step, recipe.steps)
         for p, e in enumerate(chosen):
-            figures[f"@{recipe.exits[e]} loss"] = loss_P[p]
-            figures[f"@{recipe.exits[e]} agree"] = agreement_P[p]
+            figures[f"@{recipe.depths[e]} loss"] = loss_P[p]
+            figures[f"@{recipe.depths[e]} agree"] = agreement_P[p]
         if self.trunk.trained:
             figures["final loss"] = loss_P[-1]
         logged_too = {"learning rate": rate}

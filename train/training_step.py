@@ -123,7 +123,7 @@ class TrainingStep:
     def __call__(self, model: ExitModel, batch: Batch) -> ExitLoss:
         recipe = self.recipe
         chosen = active_exits(recipe.curriculum, len(recipe.exits), batch.step, recipe.steps)
-        depths = [recipe.exits[e] for e in chosen]
+        depths = [recipe.depths[e] for e in chosen]
         final: torch.Tensor | StoredProbs
         if batch.stored is not None:
             states, final = batch.stored.states, batch.stored.probs()

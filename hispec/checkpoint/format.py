@@ -7,6 +7,7 @@ section `exits`, where one would change the logits.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,8 @@ from hispec.config import ExitConfig
 from hispec.utils.files import sha256
 from hispec.utils.schema import STRICT, Schema, read_json, validate
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OLD_VERSIONS = (1,)
 CONFIG, CARD, PULLED = "exit_config.json", "README.md", "pulled.json"
 GENERATE = "custom_generate/generate.py"
 """The code that `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
@@ -52,8 +54,8 @@ class _Open(Schema):
     model_config = ConfigDict({**STRICT, "extra": "ignore"})
 
 
-class Exits(Schema):
-    """Section `exits`: the fields of `ExitConfig`, which checks their values."""
+class ExitsOf1(Schema):
+    """Section `exits` of format 1, where all exits are alike."""
 
     depths: Annotated[list[int], Field(min_length=1)]
     head: str
@@ -61,6 +63,12 @@ class Exits(Schema):
     rank: Annotated[int, Field(ge=1, le=2**16)] = 64
     draft_vocab: int = 0
     previous: bool = False
+
+
+class _Format1(Schema):
+    """What format 2 describes otherwise."""
+
+    exits: ExitsOf1
 
 
 class Model(_Open):
@@ -137,8 +145,9 @@ class Figures(_Open):
 class ExitConfigFile(_Open):
     """The content of `exit_config.json`."""
 
-    format_version: Literal[1]
-    exits: Exits
+    format_version: Literal[2]
+    exits: list[dict[str, Any]]
+    draft_vocab: int = 0
     model: Model
     base: Base
     files: Annotated[dict[FileName, Sha256], AfterValidator(_names_exits)]
@@ -163,18 +172,40 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is no EE checkpoint: it has no {CONFIG}")
     config = read_json(path)
     found = config.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:  # True is 1 for Python
+    if type(found) is not int or found not in (*OLD_VERSIONS, FORMAT_VERSION):  # True is 1
         newer = type(found) is int and found > FORMAT_VERSION
         raise ValueError(
             f"{path}: format_version={found!r} cannot be read, this hispec reads "
-            f"{FORMAT_VERSION}" + ("; upgrade hispec" if newer else "")
+            f"{', '.join(map(str, (*OLD_VERSIONS, FORMAT_VERSION)))}"
+            + ("; upgrade hispec" if newer else "")
         )
+    if found == 1:
+        config = _from_1(config, path)
     validate(ExitConfigFile, config, path)
     try:
-        ExitConfig(**config["exits"]).validate(config["model"]["num_hidden_layers"])
+        exit_config(config).validate(config["model"]["num_hidden_layers"])
     except ValueError as error:
-        raise ValueError(f"{path}: exits: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def _from_1(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a file of format 1 in format 2."""
+    section = config.get("exits")
+    validate(_Format1, {"exits": section}, path)
+    exits = asdict(ExitConfig.of(**section))
+    return {**config, "format_version": FORMAT_VERSION, **exits}
+
+
+def exit_config(config: dict[str, Any]) -> ExitConfig:
+    """The exits that an `exit_config.json` describes, as `read_config` gives it."""
+    keys = {"exits": config["exits"], "draft_vocab": config.get("draft_vocab", 0)}
+    return validate(ExitConfig, keys)
+
+
+def exit_depths(config: dict[str, Any]) -> list[int]:
+    """The depths of the exits in an `exit_config.json`, as `read_config` gives it."""
+    return [exit["depth"] for exit in config["exits"]]
 
 
 def pinned(config: dict[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from hispec.base_models.model_folder import (
     not_safetensors,
     read_model_config,
 )
-from hispec.checkpoint.format import is_checkpoint, read_config
+from hispec.checkpoint.format import exit_depths, is_checkpoint, read_config
 from hispec.checkpoint.io import base_folder, check_hashes
 from hispec.checkpoint.model_card import accepted
 from hispec.models.architectures import check_supported
@@ -63,6 +63,7 @@ def _checkpoint(folder: Path, base: str | None) -> Report:
         "folder": str(folder),
         "format_version": config["format_version"],
         "exits": config["exits"],
+        "draft_vocab": config.get("draft_vocab", 0),
         "model": config["model"],
         "bytes": {"exits": _size([folder / EXITS]), "all": _size(files)},
         "base": {
@@ -198,13 +199,13 @@ _KINDS = {"base": "a plain model", "draft-model": "a draft model for speculative
 
 
 def _checkpoint_lines(report: Report, shape: str) -> list[str]:
-    exits, base = report["exits"], report["base"]
+    base = report["base"]
     where = "included" if base["included"] else f"at {base['folder'] or 'no place known here'}"
     trained = ", its layers trained too" if base["trained"] else ""
     found = [
         f"{report['folder']}: an EE checkpoint, format {report['format_version']}",
         f"model: {shape}",
-        f"exits: {', '.join(map(str, exits['depths']))} ({heads_in_words(exits)}), "
+        f"exits: {', '.join(map(str, exit_depths(report)))} ({heads_in_words(report)}), "
         f"{_megabytes(report['bytes']['exits'])}; all files {_megabytes(report['bytes']['all'])}",
         f"base: {base['id']}, {where}{trained}; license: {base['license'] or 'unknown'}",
         "files: all there, and the base is the right one, by hash"
@@ -227,15 +228,22 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
     return found
 
 
-def heads_in_words(exits: dict[str, Any]) -> str:
-    """Section `exits` of `exit_config.json` in words, without the depths."""
-    kind: str = exits["head"]
+def heads_in_words(config: dict[str, Any]) -> str:
+    """The heads that an `exit_config.json` describes in words, without the depths."""
+    heads = dict.fromkeys(map(_head, config["exits"]))
+    words = "; ".join(heads)
+    if config.get("draft_vocab"):
+        words += f", drafting from {config['draft_vocab']:,} tokens"
+    return words
+
+
+def _head(exit: dict[str, Any]) -> str:
+    """The head of one exit in words."""
+    kind: str = exit["head"]
     if kind == "block":
-        kind += f", {exits['blocks']} block(s) each"
-    if exits.get("previous"):
+        kind += f", {exit.get('blocks', 2)} block(s) each"
+    if exit.get("previous"):
         kind += ", reading the token before"
-    if exits.get("draft_vocab"):
-        kind += f", drafting from {exits['draft_vocab']:,} tokens"
     return kind
 
 

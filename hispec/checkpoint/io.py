@@ -46,6 +46,7 @@ from hispec.checkpoint.format import (
     FORMAT_VERSION,
     GENERATE,
     SHAPE_KEYS,
+    exit_config,
     file_fault,
     is_checkpoint,
     pinned,
@@ -53,7 +54,6 @@ from hispec.checkpoint.format import (
     stored_files,
 )
 from hispec.checkpoint.model_card import model_card
-from hispec.config import ExitConfig
 from hispec.models.exit_model import ExitModel
 from hispec.utils.files import new_folder, output_path, sha256, write_json, write_text
 
@@ -124,7 +124,7 @@ def save_checkpoint(
             save_torch_state_dict(weights, temporary, max_shard_size=SHARD)
         config = {
             "format_version": FORMAT_VERSION,
-            "exits": asdict(model.exits),
+            **asdict(model.exits),
             "model": {key: getattr(model.hf.config, key) for key in SHAPE_KEYS},
             "base": {
                 "id": base.id,
@@ -264,7 +264,7 @@ def _with_exits(hf: PreTrainedModel, folder: Path, config: dict[str, Any], name:
         expected, found = config["model"][key], getattr(hf.config, key)
         if expected != found:
             raise ValueError(f"{name}: {key}={found!r}, but the exits belong to {expected!r}")
-    model = ExitModel(hf, ExitConfig(**config["exits"]))
+    model = ExitModel(hf, exit_config(config))
     load_exits(model, folder / EXITS)
     return model
 

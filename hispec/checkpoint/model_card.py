@@ -9,15 +9,17 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from hispec.base_models.local import fetch_names
+from hispec.checkpoint.format import exit_depths
 from hispec.planner.plan_file import PICTURE, Plan, shown
 
 FIGURE = "agreement.png"
 # A card with this line is written anew by hispec; one without it is the user's own text.
 WRITTEN = "<!-- Written by hispec, which writes it anew while this line stands. -->"
 _KINDS = {
-    "shared": "the final norm",
-    "adapter": "norms and low-rank adapters of their own",
-    "block": "own transformer blocks",
+    "shared": "the final norm and the LM head",
+    "adapter": "norms and low-rank adapters of their own and the shared LM head",
+    "block": "own transformer blocks and the shared LM head",
+    "eagle3": "an EAGLE-3 head",
 }
 # The settings of a recipe that the card shows; `exit_config.json` holds all of them.
 _SETTINGS = (
@@ -42,7 +44,7 @@ def model_card(
             if they are among them.
         plan: the content of `plan.json`, if there is one.
     """
-    base, exits = config["base"], config["exits"]
+    base = config["base"]
     metadata = ModelCardData(
         base_model=base["hub_id"],
         license=base["license"],
@@ -52,7 +54,7 @@ def model_card(
         model_name=name.rpartition("/")[2],
         eval_results=_eval_results(config) or None,
     )
-    depths = ", ".join(map(str, exits["depths"]))
+    depths = ", ".join(map(str, exit_depths(config)))
     trained = (
         " Its layers were trained together with the exits, so that text is no longer the base's."
         if base.get("trained")
@@ -67,7 +69,7 @@ def model_card(
         f"# {name}",
         "",
         f"Early exits at depth {depths} of {config['model']['num_hidden_layers']} for "
-        f"`{_cell(base['id'])}`, read through {_KINDS[exits['head']]} and the shared LM head. "
+        f"`{_cell(base['id'])}`, read through {_readers(config)}. "
         "Decoded with HiSpec, a shallow exit drafts, a deeper one verifies and the full model "
         f"validates; the text is the full model's own.{trained}",
         "",
@@ -81,6 +83,12 @@ def model_card(
     lines += ["## Base", "", f"`{_cell(base['id'])}`, {included}. SHA-256 of its weights:", ""]
     lines += [f"- `{file}` `{digest}`" for file, digest in base["weights"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _readers(config: dict[str, Any]) -> str:
+    """What reads the exits, in words."""
+    kinds = dict.fromkeys(exit["head"] for exit in config["exits"])
+    return " or ".join(_KINDS[kind] for kind in kinds)
 
 
 def _eval_results(config: dict[str, Any]) -> list[EvalResult]:

@@ -300,6 +300,12 @@ def check_inputs(
 ) -> None:
     """Raise ValueError unless the model can decode these prompts with this config."""
     config.validate(model.num_layers)
+    check(
+        config.ladder[0] > 0 or 0 in model.exits.depths,
+        "ladder",
+        tuple(config.ladder),
+        "depth 0 needs a trained exit there, and this model has none",
+    )
     check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
     for row, prompt in enumerate(prompts):
         check(len(prompt) > 0, f"prompts[{row}]", prompt, "a prompt needs at least one token")

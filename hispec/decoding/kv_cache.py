@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from hispec.decoding.draft_tree import DraftTree
-from hispec.models.attention import Branch, causal
+from hispec.models.attention import Branch, Reach, causal
 
 Segment = tuple[str, int]
 """("segment", rung) for the trunk's layers up to a rung, ("head", rung) for the blocks there."""
@@ -125,10 +125,12 @@ class KVCache:
             self._allocated += more
         self.visible = self._allocated
 
-    def whole_texts(self, window: int | None) -> list[int] | None:
+    def whole_texts(self, reach: Reach) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
         plain causal attention over each is enough; None for any other pass."""
-        if self._whole_B is None or (window is not None and int(self._whole_B.max()) > window):
+        if self._whole_B is None or reach.first:
+            return None
+        if reach.window is not None and int(self._whole_B.max()) > reach.window:
             return None
         return self._whole_B.tolist()
 
@@ -139,26 +141,20 @@ class KVCache:
             return self._slots_BT - 1
         return self._tree.previous_slots(self._slots_BT)
 
-    def seen(self, window: int | None) -> torch.Tensor:
-        """Which slots the tokens of the announced pass attend to, bool [B, T, S].
-
-        Args:
-            window: with sliding attention, how many of the last positions, its own included.
-        """
+    def seen(self, reach: Reach) -> torch.Tensor:
+        """Which slots the tokens of the announced pass attend to, bool [B, T, S]."""
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         slots_S = torch.arange(self.visible, device=self._slots_BT.device)
         seen_BTS = slots_S <= self._slots_BT[..., None]
         if self._tree is not None:
             seen_BTS = self._tree.hide(seen_BTS, self._slots_BT)
-        if window is not None:
-            positions_BT, key_positions = self._slots_BT, slots_S
-            if self._tree is not None:
-                positions_BT = self._tree.positions(self._slots_BT)
-                key_positions = self._tree.positions(slots_S.expand(self.rows, -1))[:, None]
-            seen_BTS = seen_BTS & (key_positions > positions_BT[..., None] - window)
-        return seen_BTS
+        if self._tree is None:
+            return reach.limit(seen_BTS, self._slots_BT, slots_S)
+        positions_BT = self._tree.positions(self._slots_BT)
+        key_positions = self._tree.positions(slots_S.expand(self.rows, -1))[:, None]
+        return reach.limit(seen_BTS, positions_BT, key_positions)
 
-    def seen_apart(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def seen_apart(self, reach: Reach) -> tuple[torch.Tensor, torch.Tensor]:
         """As `seen`, for an engine whose passes get their own keys apart from those before them.
 
         Returns:
@@ -166,19 +162,16 @@ class KVCache:
             which tokens of the pass, bool [B, T, T]).
         """
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
-        seen_BTS = self.seen(window)
+        seen_BTS = self.seen(reach)
         own_BTT = self._slots_BT[:, None].expand(-1, self._slots_BT.shape[1], -1)
         return seen_BTS.scatter(2, own_BTT, False), seen_BTS.gather(2, own_BTT)
 
-    def branches(
-        self, window: int | None, mask: Callable[[torch.Tensor], torch.Tensor]
-    ) -> list[Branch]:
+    def branches(self, reach: Reach, mask: Callable[[torch.Tensor], torch.Tensor]) -> list[Branch]:
         """The branches of the announced tree, depth first; none if no tree was announced.
 
         The first branch of a row includes the tokens of the pass before the tree.
 
         Args:
-            window: as in `seen`.
             mask: makes the attention mask of which slots are seen, bool [1, T, S].
         """
         if self._tree is None:
@@ -202,7 +195,7 @@ class KVCache:
                         slots=slice(first, stop),
                         places=slice(first + moved, stop + moved),
                         drafts=slice(base, base + self._tree.width),
-                        mask=mask(causal(positions_1T, slots_S, window)),
+                        mask=mask(causal(positions_1T, slots_S, reach)),
                     )
                 )
         return found

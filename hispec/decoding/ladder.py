@@ -56,6 +56,12 @@ class Ladder:
         """Rows of the LM head, copied when the first draft reads them."""
         return self.model.draft_head() if self.draft_vocab else None
 
+    @cached_property
+    def _read_depths(self) -> list[int]:
+        """Depths whose states of committed tokens are kept because a head reads them."""
+        heads = [self.model.head(depth) for depth in self.depths[:-1]]
+        return sorted({depth for head in heads for depth in head.reads})
+
     def segment_layers(self, rung: int) -> int:
         """Layers of the segment that ends at `rung`."""
         return self.depths[rung] - (self.depths[rung - 1] if rung else 0)
@@ -73,10 +79,23 @@ class Ladder:
             self.bring(len(self.depths) - 1, tokens_BN, block_B)
             for rung in range(len(self.depths)):
                 if self.head_layers(rung):
-                    self.bring_head(rung, block_B)
+                    self._prefill_head(rung, block_B)
             if stop >= longest:
                 return
             stop += _PREFILL
+
+    def _prefill_head(self, rung: int, upto_B: np.ndarray) -> None:
+        """Bring the blocks of a head to `upto` tokens; in short passes if they need a mask."""
+        if self._masked(rung):
+            done = int(self.cache.length(("head", rung)).min()) + _PREFILL
+            for stop in range(done, int(upto_B.max()), _PREFILL):
+                self.bring_head(rung, np.minimum(stop, upto_B))
+        self.bring_head(rung, upto_B)
+
+    def _masked(self, rung: int) -> bool:
+        """Whether the head at `rung` needs a mask for whole texts too."""
+        kinds = self.model.head(self.depths[rung]).layer_types
+        return any(self.model.reach(kind).first for kind in kinds)
 
     def logits(
         self,
@@ -106,7 +125,7 @@ class Ladder:
     def read(self, depth: int, hidden_BCH: torch.Tensor, drafting: bool) -> torch.Tensor:
         """Logits [B, C, V] of states at `depth`, of the draft vocabulary if the rung drafts."""
         if drafting and self._draft_head is not None:
-            return self.model.draft(self.model.normed(depth, hidden_BCH), self._draft_head)
+            return self.model.draft(depth, self.model.normed(depth, hidden_BCH), self._draft_head)
         return self.model.read(depth, hidden_BCH)
 
     def truncate(self, length_B: np.ndarray) -> None:
@@ -192,9 +211,12 @@ class Ladder:
         else:
             hidden_BTH = self.cache.placed_hidden(("segment", rung - 1))
             from_depth = self.depths[rung - 1]
-        hidden_BTH = self.model.run(
-            hidden_BTH, from_depth, self.depths[rung], positions_BT, self.cache
-        )
+        stops = [depth for depth in self._read_depths if from_depth < depth < self.depths[rung]]
+        for to_depth in (*stops, self.depths[rung]):
+            hidden_BTH = self.model.run(hidden_BTH, from_depth, to_depth, positions_BT, self.cache)
+            if to_depth in self._read_depths:
+                self.cache.store_hidden(("depth", to_depth), hidden_BTH)
+            from_depth = to_depth
         self.cache.store_hidden(("segment", rung), hidden_BTH)
 
     def _run_head(self, rung: int, positions_BT: torch.Tensor) -> None:
@@ -206,30 +228,43 @@ class Ladder:
         self.cache.store_hidden(("head", rung), hidden_BTH)
 
     def _previous(self, rung: int) -> torch.Tensor | None:
-        """For a head that reads it, the normed state [B, T, H] of the token before each slot.
+        """For a head that reads it, what is known [B, T, H] of the token before each slot.
 
         Where the full model has not run on that token yet, the state of the next shallower rung
         stands in (for the shallowest rung its own, from an earlier pass); where that is unknown
         too, 0.
         """
-        if self.model.head(self.depths[rung]).mix is None:
+        if not self.model.head(self.depths[rung]).reads_before:
             return None
         before_BT = self.cache.previous_slots()
+        slots_BT = before_BT.clamp_min(0)
+        found_BTH = torch.zeros_like(self.cache.hidden(("segment", rung), slots_BT))
         lower, last = max(rung - 1, 0), len(self.depths) - 1
         stand_in = ("head" if self.head_layers(lower) else "segment", lower)
-        found_BTH: torch.Tensor | None = None
         for segment in (stand_in, ("segment", last)):  # the full model's state where it is known
             length_B = self.cache.length(segment)
             if not length_B.any():
                 continue
             length_B1 = torch.from_numpy(length_B[:, None]).to(before_BT.device)
             known_BT = (before_BT >= 0) & (before_BT < length_B1)
-            states_BTH = self.cache.hidden(segment, before_BT.clamp_min(0))
-            normed_BTH = self.model.normed(self.depths[segment[1]], states_BTH)
-            if found_BTH is None:
-                found_BTH = torch.zeros_like(normed_BTH)
-            found_BTH = torch.where(known_BT[..., None], normed_BTH, found_BTH)
+            if not known_BT.any():
+                continue
+            state_BTH = self._state_before(rung, segment, slots_BT)
+            found_BTH = torch.where(known_BT[..., None], state_BTH, found_BTH)
         return found_BTH
+
+    def _state_before(self, rung: int, segment: Segment, slots_BT: torch.Tensor) -> torch.Tensor:
+        """What the head at `rung` reads [B, T, H] of the tokens in some slots, by what a segment
+        says of them: the full model's, or the one that stands in for it."""
+        depth, of = self.depths[rung], self.depths[segment[1]]
+        hidden_BTH = self.cache.hidden(segment, slots_BT)
+        if of == self.model.num_layers:
+            head = self.model.head(depth)
+            states = {d: self.cache.hidden(("depth", d), slots_BT) for d in head.reads}
+            final_BTH = None if states else self.model.normed(of, hidden_BTH)
+            return head.before(final_BTH, states)
+        normed_BTH = self.model.normed(of, hidden_BTH)
+        return self.model.head(depth).own(hidden_BTH, normed_BTH) if of == depth else normed_BTH
 
     def _forget_stand_ins(self, known_B: np.ndarray) -> None:
         """Roll heads back that read stand-ins for states which the full model has now computed.
@@ -238,7 +273,7 @@ class Ladder:
             known_B: tokens whose states at full depth were known before.
         """
         for rung in range(len(self.depths) - 1):
-            if self.model.head(self.depths[rung]).mix is not None:
+            if self.model.head(self.depths[rung]).reads_before:
                 segment = ("head", rung)
                 self.cache.lengths[segment] = np.minimum(self.cache.length(segment), known_B + 1)
 

@@ -92,8 +92,9 @@ AttentionInterface.register(NAME, graph_attention)
 class LayerGraph(nn.Module):
     """A run of layers as a function of tensors alone.
 
-    Inputs: hidden states [B, T, H]; for every attention type among the layers cos and sin
-    [B, T, head size] and the mask [B, 1, heads per KV head * T, S + T]; for every layer its keys
+    Inputs: hidden states [B, T, H], `parts` times as wide; for every attention type among the
+    layers cos and sin [B, T, head size] and the mask [B, 1, heads per KV head * T, S + T]; for
+    every layer its keys
     and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H]; for every layer the
     new keys and values [B, kv heads, T, head size].
     """
@@ -103,6 +104,8 @@ class LayerGraph(nn.Module):
         self.layers = nn.ModuleList(layer for layer, _ in layers)
         self.kinds = [kind for _, kind in layers]
         self.indices = [layer_index(layer) for layer, _ in layers]
+        self.parts = int(getattr(layers[0][0], "input_parts", 1))
+        """States that the first layer reads of a token, beside each other."""
 
     @property
     def used_kinds(self) -> list[str]:
@@ -134,7 +137,7 @@ class LayerGraph(nn.Module):
     def example(self, shape: Shape, rows: int = 2) -> list[torch.Tensor]:
         """Inputs to trace with."""
         tokens, slots = 3, 32
-        inputs = [torch.randn(rows, tokens, shape.hidden)]
+        inputs = [torch.randn(rows, tokens, self.parts * shape.hidden)]
         for _ in self.used_kinds:
             inputs += [torch.randn(rows, tokens, shape.head_size) for _ in range(2)]
             inputs += [torch.zeros(rows, 1, shape.heads_per_kv * tokens, slots + tokens)]
@@ -147,7 +150,7 @@ class LayerGraph(nn.Module):
         rope, mask = [rows, tokens, shape.head_size], [rows, 1, queries, -1]
         buffer = [rows, shape.kv_heads, -1, shape.head_size]
         return [
-            [rows, tokens, shape.hidden],
+            [rows, tokens, self.parts * shape.hidden],
             *([rope, rope, mask] * len(self.used_kinds)),
             *([buffer] * (2 * len(self.indices))),
         ]

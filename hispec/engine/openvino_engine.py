@@ -25,6 +25,7 @@ from torch import nn
 from hispec.engine.graph import NAME, LayerGraph, Shape, layer_index
 from hispec.engine.openvino_graph import Graph, compile_module
 from hispec.models.attention import PassCache, attention_by
+from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import additive_mask
 from hispec.utils.console import Progress
@@ -57,8 +58,8 @@ class OpenVinoEngine:
         self._pieces: dict[tuple[int, int], _Piece] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         """(rows, tokens) of the last pass by its first layer, padding included."""
-        self._lm_heads: dict[bool, Graph] = {}
-        """The LM head, and by True its rows of the draft vocabulary."""
+        self._lm_heads: dict[int, tuple[Graph, int]] = {}
+        """LM heads with the number of their rows, see `Engine.project`."""
         self._core = ov.Core()
         self.say: Callable[[str], None] = logging.getLogger(__name__).warning
         self._said = False
@@ -97,12 +98,11 @@ class OpenVinoEngine:
             hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache, tokens)
         return hidden_BTH[:, :tokens]
 
-    def project(self, normed: torch.Tensor, *, drafting: bool = False) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H], or [..., W] of the draft vocabulary."""
+    def project(self, normed: torch.Tensor, head: int) -> torch.Tensor:
+        """Logits of normed states [..., H], see `Engine.project`."""
         flat = normed.reshape(-1, normed.shape[-1]).contiguous()
-        vocab_size = self.model.exits.draft_vocab if drafting else self.model.vocab_size
+        graph, vocab_size = self._project(head)
         logits = flat.new_empty(len(flat), vocab_size)
-        graph = self._project(drafting)
         graph.set_input(0, flat)
         graph.set_output(0, logits)
         graph.infer()
@@ -122,8 +122,9 @@ class OpenVinoEngine:
             if len(head.blocks):
                 pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
         todo: list[Callable[[], list[Graph]]] = [partial(self._graphs, piece) for piece in pieces]
-        heads = [False] if model.draft_tokens is None else [False, True]
-        todo += [partial(self._head_graphs, drafting) for drafting in heads]
+        lm_heads = [WHOLE] if model.draft_tokens is None else [WHOLE, DRAFTING]
+        lm_heads += [d for d in model.exits.depths if model.head(d).lm_head is not None]
+        todo += [partial(self._head_graphs, head) for head in lm_heads]
         return [graph.path for graphs in progress(todo, "compiling") for graph in graphs()]
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
@@ -138,7 +139,7 @@ class OpenVinoEngine:
     def _mask(self, kind: str, cache: PassCache, padding: int) -> torch.Tensor:
         """The mask [B, 1, heads per KV head * T, S + T] of an attention type; padding sees itself
         alone."""
-        slots_BTS, own_BTT = cache.seen_apart(self.model.window(kind))
+        slots_BTS, own_BTT = cache.seen_apart(self.model.reach(kind))
         if padding:
             tokens = own_BTT.shape[1]
             slots_BTS = F.pad(slots_BTS, (0, 0, 0, padding))
@@ -153,25 +154,26 @@ class OpenVinoEngine:
             self._said = True
             self.say("compiling for this machine, once; `hispec compile` does it ahead")
 
-    def _project(self, drafting: bool) -> Graph:
-        if drafting not in self._lm_heads:
+    def _project(self, head: int) -> tuple[Graph, int]:
+        if head not in self._lm_heads:
             config = self.model.hf.config
             example = torch.zeros(2, config.hidden_size)
-            head = _LMHead(self.model, self.model.draft_head() if drafting else None).eval()
-            (self._lm_heads[drafting],) = compile_module(
-                self._core, head, config, [example], [[[-1, config.hidden_size]]], self._announce
+            module = _LMHead(self.model, head).eval()
+            (graph,) = compile_module(
+                self._core, module, config, [example], [[[-1, config.hidden_size]]], self._announce
             )
-        return self._lm_heads[drafting]
+            self._lm_heads[head] = graph, module.lm_head.out_features
+        return self._lm_heads[head]
 
-    def _head_graphs(self, drafting: bool) -> list[Graph]:
-        return [self._project(drafting)]
+    def _head_graphs(self, head: int) -> list[Graph]:
+        return [self._project(head)[0]]
 
     def _cut(self, layers: Layers) -> list[Layers]:
-        """Layers of the trunk cut at the exits; the blocks of a head stay together."""
+        """Layers of the trunk cut where states are read; the blocks of a head stay together."""
         first = layer_index(layers[0][0])
         if first >= self.model.num_layers:
             return [layers]
-        cuts = [depth - first for depth in self.model.exits.depths]
+        cuts = [depth - first for depth in self.model.cuts()]
         ends = [cut for cut in cuts if 0 < cut < len(layers)]
         return [layers[a:b] for a, b in pairwise([0, *ends, len(layers)])]
 
@@ -186,16 +188,18 @@ class OpenVinoEngine:
 
 
 class _LMHead(nn.Module):
-    """The LM head, or some of its rows, with the scaling of its family."""
+    """An LM head, see `Engine.project`, with the scaling of its family if it is the model's."""
 
-    def __init__(self, model: ExitModel, rows_WH: torch.Tensor | None) -> None:
+    def __init__(self, model: ExitModel, head: int) -> None:
         super().__init__()
         self.lm_head = model.hf.lm_head
-        if rows_WH is not None:
+        if head >= 0 and (own := model.head(head).lm_head) is not None:
+            self.lm_head = own
+        elif head == DRAFTING and (rows_WH := model.draft_head()) is not None:
             count, width = rows_WH.shape
             self.lm_head = nn.Linear(width, count, bias=False, device="meta")
             self.lm_head.weight = nn.Parameter(rows_WH, requires_grad=False)
-        self._scale = model.scale_logits
+        self._scale = model.scale_logits if head < 0 else lambda logits: logits
 
     def forward(self, normed_NH: torch.Tensor) -> torch.Tensor:
         return self._scale(self.lm_head(normed_NH))
@@ -236,7 +240,7 @@ class _Piece:
             stack = cache.buffers(indices, shape.kv_heads, shape.head_size, hidden_BTH)
             for i, buffer in enumerate(stack, len(given)):
                 bound.graph.set_input(i, buffer)
-        out_BTH = torch.empty_like(hidden_BTH)
+        out_BTH = hidden_BTH.new_empty(rows, tokens, shape.hidden)
         bound.graph.set_output(0, out_BTH)
         size = 2 * len(indices), rows, shape.kv_heads, tokens, shape.head_size
         new_NBATE = bound.outputs(size)

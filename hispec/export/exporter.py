@@ -37,7 +37,7 @@ def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bo
     """
     check_target(folder)
     base = find_base(name)
-    model = ExitModel(load_base(base.folder), ExitConfig(list(depths), head="shared"))
+    model = ExitModel(load_base(base.folder), ExitConfig.of(list(depths), head="shared"))
 
     def checked(written: Path) -> Figures:
         return check_in_fresh_process(name, written, exits=depths)

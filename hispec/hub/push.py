@@ -21,7 +21,7 @@ from huggingface_hub import (
 
 from hispec.base_models.local import fetch_names
 from hispec.base_models.model_folder import matches
-from hispec.checkpoint.format import CARD, CONFIG
+from hispec.checkpoint.format import CARD, CONFIG, exit_depths
 from hispec.checkpoint.model_card import FIGURE
 from hispec.hub.contents import card, check_repo, local_files, local_paths, verify
 from hispec.hub.errors import HubError, clearly
@@ -90,7 +90,7 @@ def push(
         commit = HfApi().create_commit(
             repo,
             [CommitOperationAdd(CARD, text), *adds, *map(CommitOperationDelete, stale)],
-            commit_message=f"EE checkpoint, exits {config['exits']['depths']}",
+            commit_message=f"EE checkpoint, exits {exit_depths(config)}",
             revision=revision,
             parent_commit=parent,
         )

@@ -61,12 +61,12 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
                 top_N = p_NV.max(-1).indices  # three times as fast as argmax on a CPU
                 for pair in ((shallow, deep) for shallow in shallows):
                     draft = states[pair[0]]
-                    q_NV = model.draft(draft.first_BTH[0, chunk]).float().softmax(-1)
+                    q_NV = model.draft(pair[0], draft.first_BTH[0, chunk]).float().softmax(-1)
                     first_RT[pair][r, chunk] = (q_NV.max(-1).indices == top_N).cpu()
                     acceptance[pair] += torch.minimum(p_NV, q_NV).sum().item()
                     later_RT[pair][r, chunk] = first_RT[pair][r, chunk]
                     if draft.later_BTH is not None:
-                        again_NV = model.draft(draft.later_BTH[0, chunk])
+                        again_NV = model.draft(pair[0], draft.later_BTH[0, chunk])
                         later_RT[pair][r, chunk] = (again_NV.max(-1).indices == top_N).cpu()
     count = rows.tokens_RT.numel()
     return [

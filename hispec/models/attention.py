@@ -28,14 +28,33 @@ def rounds_alike(tokens: int, like: torch.Tensor) -> bool:
     return tokens <= _ALIKE_TOKENS and like.dtype == torch.bfloat16 and like.device.type == "cpu"
 
 
-def causal(positions: torch.Tensor, slots_S: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Which slots the tokens at `positions` [..., T] attend to, bool [..., T, S].
+@dataclass(frozen=True)
+class Reach:
+    """Which of the tokens before it a token attends to."""
 
-    Args:
-        window: with sliding attention, how many of the last positions, its own included.
-    """
-    seen = slots_S <= positions[..., None]
-    return seen if window is None else seen & (slots_S > positions[..., None] - window)
+    window: int | None = None
+    """With sliding attention, how many of the last positions, its own included."""
+    first: int = 0
+    """Tokens at the beginning of a text that no other token attends to."""
+
+    def limit(
+        self, seen: torch.Tensor, positions: torch.Tensor, keys_S: torch.Tensor
+    ) -> torch.Tensor:
+        """`seen` [..., T, S] without what lies out of reach of the tokens at `positions` [..., T].
+
+        Args:
+            keys_S: positions [..., S] of the keys.
+        """
+        if self.window is not None:
+            seen = seen & (keys_S > positions[..., None] - self.window)
+        if self.first:
+            seen = seen & ((keys_S >= self.first) | (keys_S == positions[..., None]))
+        return seen
+
+
+def causal(positions: torch.Tensor, slots_S: torch.Tensor, reach: Reach) -> torch.Tensor:
+    """Which slots the tokens at `positions` [..., T] attend to, bool [..., T, S]."""
+    return reach.limit(slots_S <= positions[..., None], positions, slots_S)
 
 
 @dataclass
@@ -74,20 +93,18 @@ class PassCache(Protocol):
     def write(self, layers: Sequence[int], new_NBATE: torch.Tensor) -> None:
         """Store the KV of the announced tokens, in the order of `buffers`."""
 
-    def seen_apart(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def seen_apart(self, reach: Reach) -> tuple[torch.Tensor, torch.Tensor]:
         """Which slots the tokens attend to besides those of the pass, bool [B, T, S], and which
         tokens of the pass, bool [B, T, T]."""
 
-    def whole_texts(self, window: int | None) -> list[int] | None:
+    def whole_texts(self, reach: Reach) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
         plain causal attention over each is enough; None for any other pass."""
 
-    def seen(self, window: int | None) -> torch.Tensor:
+    def seen(self, reach: Reach) -> torch.Tensor:
         """Which slots the tokens of the announced pass attend to, bool [B, T, S]."""
 
-    def branches(
-        self, window: int | None, mask: Callable[[torch.Tensor], torch.Tensor]
-    ) -> list[Branch]:
+    def branches(self, reach: Reach, mask: Callable[[torch.Tensor], torch.Tensor]) -> list[Branch]:
         """The announced tree branch by branch; nothing if none was announced."""
 
 

@@ -12,6 +12,9 @@ from torch import nn
 from hispec.models.attention import PassCache
 from hispec.utils.console import Progress
 
+WHOLE, DRAFTING = -1, -2
+"""Parts of the LM head that an engine projects with."""
+
 
 class Engine(Protocol):
     """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
@@ -40,5 +43,10 @@ class Engine(Protocol):
     ) -> torch.Tensor:
         """Hidden states [B, T, H] after these layers, each with its attention type."""
 
-    def project(self, normed: torch.Tensor, *, drafting: bool = False) -> torch.Tensor:
-        """Logits [..., V] of normed states [..., H], or [..., W] of the draft vocabulary."""
+    def project(self, normed: torch.Tensor, head: int) -> torch.Tensor:
+        """Logits of normed states [..., H].
+
+        Args:
+            head: `WHOLE` for the LM head, [..., V]; `DRAFTING` for its rows of the draft
+                vocabulary, [..., W]; else the depth of an exit that has an LM head of its own.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from hispec.config import ExitConfig
+from hispec.config import Eagle3, Exit
+from hispec.models import eagle3
 
 
 class LowRank(nn.Module):
@@ -42,20 +44,108 @@ class ExitHead(nn.Module):
         mix: adds the state of the token before to the input of the blocks, [2 H] -> [H], or None.
     """
 
+    reads: Sequence[int] = ()
+    """Depths whose states of the token before it reads besides the final one."""
+
     def __init__(
         self,
-        blocks: Sequence[nn.Module],
-        norm: nn.Module | None,
-        layer_types: Sequence[str],
+        blocks: Sequence[nn.Module] = (),
+        norm: nn.Module | None = None,
+        layer_types: Sequence[str] = (),
         adapter: LowRank | None = None,
         mix: nn.Linear | None = None,
     ) -> None:
         super().__init__()
+        self.lm_head: nn.Linear | None = None
+        """An LM head of its own, over the draft vocabulary if there is one."""
+        self.rotary: nn.Module | None = None
+        """A rotary embedding of its own."""
         self.mix = mix
         self.adapter = adapter
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.layer_types = list(layer_types)
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether it reads states of the token before."""
+        return self.mix is not None
+
+    def before(
+        self, final: torch.Tensor | None, states: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """What the head reads of a token before that the full model has run on, [..., H].
+
+        Args:
+            final: the normed states [..., H] at full depth.
+            states: [..., H] at the depths of `reads`, before any norm.
+        """
+        assert final is not None
+        return final
+
+    def own(self, hidden: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """What it reads of a token before that it alone has run on, [..., H].
+
+        Args:
+            hidden: its own states after the blocks.
+            normed: the same after its norm.
+        """
+        return normed
+
+    def enter(self, hidden_BTH: torch.Tensor, previous_BTH: torch.Tensor | None) -> torch.Tensor:
+        """The input of the blocks.
+
+        Args:
+            hidden_BTH: the trunk's states at the exit.
+            previous_BTH: what `before` or `own` gave of the token before; None is 0 everywhere.
+        """
+        if self.mix is None:
+            return hidden_BTH
+        if previous_BTH is None:
+            previous_BTH = torch.zeros_like(hidden_BTH)
+        out: torch.Tensor = hidden_BTH + self.mix(torch.cat([hidden_BTH, previous_BTH], -1))
+        return out
+
+
+class Eagle3Head(ExitHead):
+    """The EAGLE-3 head, see `models.eagle3`.
+
+    Args:
+        hf: the base model.
+        exit: its description.
+        index: cache index of its layer.
+        outputs: rows of its LM head.
+    """
+
+    def __init__(self, hf: PreTrainedModel, exit: Exit, index: int, outputs: int) -> None:
+        base, settings = hf.config, exit.eagle3 or Eagle3()
+        width, eps = base.hidden_size, base.rms_norm_eps
+        layer = eagle3.Eagle3Layer(base, settings, index)
+        super().__init__([layer], LlamaRMSNorm(width, eps), [eagle3.KIND])
+        self.reads = tuple(exit.aux_depths)
+        self.fc = nn.Linear(len(self.reads) * width, width, bias=False)
+        norms = [LlamaRMSNorm(width, eps) for _ in self.reads] if settings.fc_norm else []
+        self.aux_norms = nn.ModuleList(norms)
+        self.lm_head = nn.Linear(width, outputs, bias=False)
+        self.rotary = eagle3.own_rotary(base, settings)
+        self._norm_output = settings.norm_output
+
+    @property
+    def reads_before(self) -> bool:
+        return True
+
+    def before(
+        self, final: torch.Tensor | None, states: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        return eagle3.fuse([states[depth] for depth in self.reads], self.fc, self.aux_norms)
+
+    def own(self, hidden: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        return normed if self._norm_output else hidden
+
+    def enter(self, hidden_BTH: torch.Tensor, previous_BTH: torch.Tensor | None) -> torch.Tensor:
+        if previous_BTH is None:
+            previous_BTH = torch.zeros_like(hidden_BTH)
+        return torch.cat([hidden_BTH, previous_BTH], -1)
 
 
 Gather = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -64,34 +154,39 @@ Gather = Callable[[nn.Module], AbstractContextManager[Any]]
 
 def build_head(
     hf: PreTrainedModel,
-    config: ExitConfig,
+    exit: Exit,
     layer_types: Sequence[str],
     first_index: int,
     gather: Gather = nullcontext,
+    draft_vocab: int = 0,
 ) -> ExitHead:
     """A fresh head for a base model `hf`.
 
     `block` heads start as copies of the last layers and of the final norm, which in the base model
-    turn hidden states into input of the LM head. An `adapter` head
+    turn hidden states into input of the LM head. At depth 0 the last layer reads the state of the
+    token before, and the embedding adds nothing at first. An `adapter` head
     starts as a copy of the final norm.
 
     Args:
         layer_types: attention type of every layer of the base model.
         first_index: cache index of the first block; no other layer may have it.
         gather: entered around every copy.
+        draft_vocab: tokens that the exits draft from, 0 for all.
     """
-    if config.head == "shared":
-        return ExitHead([], None, [])
+    if exit.head == "shared":
+        return ExitHead()
     trunk = hf.model
+    if exit.head == "eagle3":
+        return _build_eagle3(hf, exit, first_index, gather, draft_vocab)
     norm = type(trunk.norm)(hf.config.hidden_size, eps=hf.config.rms_norm_eps)
     norm.to(_place(trunk.norm))
     with gather(trunk.norm):
         norm.load_state_dict(trunk.norm.state_dict())
-    if config.head == "adapter":
-        adapter = LowRank(hf.config.hidden_size, config.rank).to(_place(trunk.norm))
+    if exit.head == "adapter":
+        adapter = LowRank(hf.config.hidden_size, exit.rank).to(_place(trunk.norm))
         return ExitHead([], norm, [], adapter)
     blocks = []
-    for offset, layer in enumerate(trunk.layers[-config.blocks :]):
+    for offset, layer in enumerate(trunk.layers[-exit.blocks :]):
         source = layer.self_attn.layer_idx
         # Built, not deep-copied: a deep copy would carry a copy of the config with it.
         block = type(layer)(hf.config, source).to(_place(layer))
@@ -100,10 +195,40 @@ def build_head(
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
     mix = None
-    if config.previous:  # fresh, it adds nothing
+    if exit.previous:
         mix = nn.Linear(2 * hf.config.hidden_size, hf.config.hidden_size, bias=False)
-        nn.init.zeros_(mix.to(_place(trunk.norm)).weight)
-    return ExitHead(blocks, norm, layer_types[-config.blocks :], mix=mix)
+        nn.init.zeros_(mix.to(_place(trunk.norm)).weight)  # it adds nothing
+        if exit.depth == 0:
+            _read_previous(mix)
+    return ExitHead(blocks, norm, layer_types[-exit.blocks :], mix=mix)
+
+
+@torch.no_grad()
+def _read_previous(mix: nn.Linear) -> None:
+    """Let a head's input be the state of the token before: `h + W [h, p] = p`."""
+    width = mix.out_features
+    one = torch.eye(width).to(mix.weight)
+    mix.weight[:, :width], mix.weight[:, width:] = -one, one
+
+
+def _build_eagle3(
+    hf: PreTrainedModel, exit: Exit, index: int, gather: Gather, draft_vocab: int
+) -> Eagle3Head:
+    """A fresh EAGLE-3 head; its LM head starts with rows of the base model's."""
+    head = Eagle3Head(hf, exit, index, draft_vocab or hf.lm_head.out_features)
+    head.to(_place(hf.model.norm))
+    layer = head.blocks[0]
+    assert isinstance(layer, eagle3.Eagle3Layer)
+    source = hf.model.layers[-1]
+    with gather(source):
+        eagle3.start(layer, head.fc, source, hf.config.initializer_range)
+    with torch.no_grad(), gather(hf.model.norm), gather(hf.lm_head):
+        # families store the gain of a norm differently; ones show what it is
+        ones = torch.ones(1, hf.config.hidden_size).to(_place(hf.model.norm))
+        assert head.lm_head is not None
+        head.norm.weight.copy_(hf.model.norm(ones)[0])
+        head.lm_head.weight.copy_(hf.lm_head.weight[: head.lm_head.out_features])
+    return head
 
 
 def _place(module: nn.Module) -> torch.Tensor:

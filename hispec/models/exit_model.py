@@ -8,7 +8,7 @@ either picked up or fails by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -17,9 +17,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hispec.config import ExitConfig
+from hispec.models import eagle3
 from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
-from hispec.models.attention import NAME, PassCache, attention_by, causal, padded_rows, rounds_alike
-from hispec.models.engine import Engine
+from hispec.models.attention import (
+    NAME,
+    PassCache,
+    Reach,
+    attention_by,
+    causal,
+    padded_rows,
+    rounds_alike,
+)
+from hispec.models.engine import DRAFTING, WHOLE, Engine
 from hispec.models.exit_heads import ExitHead, Gather, build_head
 from hispec.models.layer_inputs import LayerInputs, additive_mask, all_positions, documents
 from hispec.models.quantization import FULL
@@ -51,28 +60,36 @@ class ExitModel(nn.Module):
         self.vocab_size: int = hf.lm_head.out_features
         self.layer_types = layer_types(hf.config)
         self.longest_text = longest_text(hf.config)
-        self.exits = exits or ExitConfig(head="shared")
-        if self.exits.depths:
+        self.exits = exits or ExitConfig()
+        if self.exits.exits:
             self.exits.validate(self.num_layers)
-        self.heads = nn.ModuleDict()
-        for i, depth in enumerate(self.exits.depths):
-            first = self.num_layers + i * self.exits.blocks
-            self.heads[str(depth)] = build_head(hf, self.exits, self.layer_types, first, gather)
+            self.exits = self.exits.resolved(self.num_layers)
         size = self.exits.draft_vocab
         check(
             size <= self.vocab_size, "draft_vocab", size, f"the model has {self.vocab_size} tokens"
         )
+        self.heads = nn.ModuleDict()
+        index = self.num_layers
+        for exit in self.exits.exits:
+            head = build_head(hf, exit, self.layer_types, index, gather, size)
+            self.heads[str(exit.depth)] = head
+            index += len(head.blocks)
         self.draft_tokens: torch.Tensor | None
         self.register_buffer("draft_tokens", torch.arange(size) if size else None)
         rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
         self._rope_by_type = "layer_type" in rotary
         config = hf.config
         self._heads_per_kv = config.num_attention_heads // config.num_key_value_heads
-        self._untrained = ExitHead([], None, [])
+        self._untrained = ExitHead()
         self.weights = FULL
         """`full`, or `int8` where `quantization` has rounded them."""
         self.engine: Engine | None = None
         """Runs cached passes in place of the modules, where it takes them."""
+
+    def cuts(self) -> list[int]:
+        """Depths whose states an exit or a head reads, increasing, below the full depth."""
+        read = {depth for exit in self.exits.depths for depth in self.head(exit).reads}
+        return sorted({*self.exits.depths, *read} - {self.num_layers})
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +176,31 @@ class ExitModel(nn.Module):
             found[depth] = hidden_BTH
         return found
 
+    def set_draft_tokens(self, tokens_W: torch.Tensor) -> None:
+        """Let exits draft from these token ids [W], increasing; for fresh heads.
+
+        LM heads of exits become the rows of the model's own.
+        """
+        assert self.draft_tokens is not None
+        self.draft_tokens.copy_(tokens_W)
+        rows_WH = self.draft_head()
+        for depth in self.exits.depths:
+            if (lm_head := self.head(depth).lm_head) is not None and rows_WH is not None:
+                with torch.no_grad():
+                    lm_head.weight.copy_(rows_WH)
+
+    def before(
+        self, depth: int, final: torch.Tensor | None, states: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """What the head at `depth` reads of a token before, [..., H]; None if it reads nothing.
+
+        Args:
+            final: the full model's normed states [..., H] of that token.
+            states: its states [..., H] at the depths that the head reads, before any norm.
+        """
+        head = self.head(depth)
+        return head.before(final, states) if head.reads_before else None
+
     def run_head(
         self,
         depth: int,
@@ -166,6 +208,7 @@ class ExitModel(nn.Module):
         positions_BT: torch.Tensor | None = None,
         cache: PassCache | None = None,
         previous_BTH: torch.Tensor | None = None,
+        inputs: dict[str, LayerInputs] | None = None,
     ) -> torch.Tensor:
         """States [B, T, H] after the blocks of the exit head at `depth`, before its norm.
 
@@ -173,18 +216,14 @@ class ExitModel(nn.Module):
 
         Args:
             hidden_BTH: the trunk's states at `depth`.
-            previous_BTH: for a head that reads it, the normed state of the token before at full
-                depth, or its stand-in; 0 where neither is known. None is 0 everywhere.
+            previous_BTH: for a head that reads the token before, what `before` gave of it, or a
+                stand-in (`ExitHead.own`); 0 where neither is known. None is 0 everywhere.
+            inputs: as in `run`.
         """
         head = self.head(depth)
-        if head.mix is not None:
-            if previous_BTH is None:
-                previous_BTH = torch.zeros_like(hidden_BTH)
-            hidden_BTH = hidden_BTH + head.mix(torch.cat([hidden_BTH, previous_BTH], -1))
+        hidden_BTH = head.enter(hidden_BTH, previous_BTH)
         layers = list(zip(head.blocks, head.layer_types, strict=True))
-        if not layers:
-            return hidden_BTH
-        return self._run_layers(layers, hidden_BTH, positions_BT, cache)
+        return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs)
 
     def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """States [..., H] at `depth` (after `run_head`) as the LM head expects them."""
@@ -194,7 +233,9 @@ class ExitModel(nn.Module):
 
     def read(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] of states [..., H] at `depth` (after `run_head`)."""
-        return self.project(self.normed(depth, hidden))
+        normed = self.normed(depth, hidden)
+        own = depth < self.num_layers and self.head(depth).lm_head is not None
+        return self.draft(depth, normed) if own else self.project(normed)
 
     def final(
         self, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None = None
@@ -210,7 +251,7 @@ class ExitModel(nn.Module):
             head_VH: weights to use instead of the LM head's own.
         """
         if head_VH is None and self.engine is not None and self.engine.takes(normed):
-            return self.engine.project(normed)
+            return self.engine.project(normed, WHOLE)
         return self.scale_logits(
             self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
         )
@@ -229,20 +270,32 @@ class ExitModel(nn.Module):
         rows: torch.Tensor = self.hf.lm_head.weight.index_select(0, self.draft_tokens)
         return rows
 
-    def draft(self, normed: torch.Tensor, head_WH: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [..., V] as exits draft: those of tokens outside the draft vocabulary are -inf.
+    def draft(
+        self, depth: int, normed: torch.Tensor, head_WH: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits [..., V] as an exit drafts: those of tokens outside the draft vocabulary are -inf.
 
         Args:
+            normed: its states [..., H] after its norm.
             head_WH: rows from `draft_head`; without them the whole LM head is used.
         """
-        if self.draft_tokens is None:
+        lm_head = self.head(depth).lm_head
+        if self.draft_tokens is None and lm_head is None:
             return self.project(normed)
-        if head_WH is not None and self.engine is not None and self.engine.takes(normed):
-            logits_W = self.engine.project(normed, drafting=True)
+        engine = self.engine if self.engine is not None and self.engine.takes(normed) else None
+        if lm_head is not None:
+            logits_W = lm_head(normed) if engine is None else engine.project(normed, depth)
         elif head_WH is not None:
-            logits_W = self.project(normed, head_WH)
+            logits_W = (
+                self.project(normed, head_WH)
+                if engine is None
+                else engine.project(normed, DRAFTING)
+            )
         else:
+            assert self.draft_tokens is not None
             logits_W = self.project(normed).index_select(-1, self.draft_tokens)
+        if self.draft_tokens is None:
+            return logits_W
         everywhere = logits_W.new_full((*normed.shape[:-1], self.vocab_size), -torch.inf)
         return everywhere.index_copy_(-1, self.draft_tokens, logits_W)
 
@@ -270,6 +323,8 @@ class ExitModel(nn.Module):
         cache: PassCache | None,
         inputs: dict[str, LayerInputs] | None = None,
     ) -> torch.Tensor:
+        if not layers:
+            return hidden_BTH
         if cache is not None and self.engine is not None and self.engine.takes(hidden_BTH):
             assert positions_BT is not None
             return self.engine.run(layers, hidden_BTH, positions_BT, cache)
@@ -302,12 +357,19 @@ class ExitModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) [B, T, head size] of an attention type."""
         rotary = self.hf.model.rotary_emb
+        if kind == eagle3.KIND:
+            own = self.head(0).rotary
+            if own is not None:
+                return own(hidden_BTH, positions_BT)
+            kind = self.layer_types[-1]
         cos, sin = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
         return cos, sin
 
-    def window(self, kind: str) -> int | None:
-        """Positions that a token attends to, its own included; None for all before it."""
-        return self.hf.config.sliding_window if kind == SLIDING else None
+    def reach(self, kind: str) -> Reach:
+        """Which tokens before it a token attends to in layers of an attention type."""
+        window = self.hf.config.sliding_window if kind == SLIDING else None
+        # EAGLE-3 pairs a token with the one before it, so there is no pair for the first
+        return Reach(window, first=int(kind == eagle3.KIND))
 
     def _layer_inputs(
         self,
@@ -319,24 +381,29 @@ class ExitModel(nn.Module):
     ) -> LayerInputs:
         """Args: document_BT: without a cache, the number of each token's document in its row."""
         rope = self.rope(kind, hidden_BTH, positions_BT)
-        window = self.window(kind)
+        reach = self.reach(kind)
         if cache is None:
             length = hidden_BTH.shape[1]
-            if document_BT is None and (window is None or length <= window):
+            near = reach.window is None or length <= reach.window
+            if document_BT is None and near and not reach.first:
                 return LayerInputs(None, rope)  # plain causal attention needs no mask
             places_T = torch.arange(length, device=hidden_BTH.device)
-            seen = causal(places_T, places_T, window)[None]
+            seen = reach.limit(
+                causal(places_T, places_T, Reach(reach.window))[None],
+                positions_BT,
+                positions_BT[:, None],
+            )
             if document_BT is not None:
                 seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
             return LayerInputs(additive_mask(seen, hidden_BTH.dtype), rope)
-        if (lengths := cache.whole_texts(window)) is not None:
+        if (lengths := cache.whole_texts(reach)) is not None:
             return LayerInputs(None, rope, lengths=lengths)
 
         def mask(seen_BTS: torch.Tensor) -> torch.Tensor:
             return padded_rows(additive_mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv))
 
         if rounds_alike(positions_BT.numel(), hidden_BTH):
-            branches = cache.branches(window, mask)
+            branches = cache.branches(reach, mask)
             if branches:
                 return LayerInputs(None, rope, branches)
-        return LayerInputs(mask(cache.seen(window)), rope)
+        return LayerInputs(mask(cache.seen(reach)), rope)

@@ -17,6 +17,7 @@ from hispec.decoding.drafters.recycle import CANDIDATES
 from hispec.decoding.kv_cache import KVCache, Segment
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import confidence, top_candidates
+from hispec.models.attention import Reach
 from hispec.models.exit_model import ExitModel
 
 _PASS = 128  # nodes of one pass
@@ -44,7 +45,7 @@ class Answers:
     def __init__(
         self, model: ExitModel, prompt: Sequence[int], depths: Sequence[int], room: int = 2048
     ) -> None:
-        if any(model.head(depth).mix is not None for depth in depths[:-1]):
+        if any(model.head(depth).reads_before for depth in depths[:-1]):
             raise ValueError("heads that read the token before cannot be replayed")
         self.model = model
         self.prompt = list(prompt)
@@ -236,12 +237,8 @@ class _Forest(KVCache):
         assert self._slots_BT is not None
         return self._position_S[self._slots_BT]
 
-    def seen(self, window: int | None) -> torch.Tensor:
+    def seen(self, reach: Reach) -> torch.Tensor:
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         seen_BTS = self._sees_SS[self._slots_BT][..., : self.visible]
-        if window is not None:
-            positions_BT = self._position_S[self._slots_BT]
-            seen_BTS = seen_BTS & (
-                self._position_S[: self.visible] > positions_BT[..., None] - window
-            )
-        return seen_BTS
+        position_S = self._position_S
+        return reach.limit(seen_BTS, position_S[self._slots_BT], position_S[: self.visible])

@@ -244,7 +244,7 @@ def parse(content: dict[str, Any], name: str, num_layers: int | None = None) -> 
 
 def _check_ladders(plan: Plan) -> None:
     """Raise ValueError unless every setting can be decoded, and all are comparable."""
-    check_depths("exits", plan.exits, plan.num_layers, at_least=0)
+    check_depths("exits", plan.exits, plan.num_layers, at_least=0, lowest=0)
     settings = [plan.setting, *(tried.setting for tried in [*plan.confirmed, *plan.settings])]
     for setting in settings:
         DecodeConfig(**setting).validate(plan.num_layers)

@@ -92,12 +92,12 @@ class Planner:
         check(new_tokens >= 2, "new_tokens", new_tokens, "2 or more")
         self.model = model
         self.exits = list(model.exits.depths if exits is None else exits)
-        check_depths("exits", self.exits, self.model.num_layers, at_least=0)
+        check_depths("exits", self.exits, self.model.num_layers, at_least=0, lowest=0)
         self.prompts = [list(prompt) for prompt in prompts]
         self.new_tokens = new_tokens
         self.eos = tuple(eos)
         self.settings = search_space.settings(self.exits, self.model.num_layers)
-        self.replayed = all(self.model.head(depth).mix is None for depth in self.exits)
+        self.replayed = not any(self.model.head(depth).reads_before for depth in self.exits)
         """Whether what the heads say depends on the text alone. What cannot be replayed is really
         decoded instead, with fewer settings."""
         if not self.replayed:
@@ -125,7 +125,7 @@ class Planner:
         lengths = sorted(map(len, self.prompts))
         latency = measure_latency(
             self.model,
-            [*self.exits, self.model.num_layers],
+            self._replayed_depths(),
             sorted({lengths[0], lengths[-1] + self.new_tokens}),
             progress=progress,
         )
@@ -194,14 +194,17 @@ class Planner:
         """A decode of one prompt with some setting."""
         return DecodeConfig(**setting, max_new_tokens=self.new_tokens, eos=self.eos)
 
+    def _replayed_depths(self) -> list[int]:
+        """Depths whose passes are timed and replayed."""
+        return [*(self.exits if self.replayed else ()), self.model.num_layers]
+
     def _try(
         self, prompt: list[int], latency: Latency, pairs: Sequence[tuple[Setting, _Totals]]
     ) -> None:
         """Add the predicted seconds and the counts of one prompt to the totals of some settings."""
         text = Decode(self.model, [prompt], self.config(self.settings[0])).finish()[0]
         prefill = self._prefill(prompt)
-        depths = [*self.exits, self.model.num_layers]
-        answers = Answers(self.model, prompt, depths if self.replayed else depths[-1:])
+        answers = Answers(self.model, prompt, self._replayed_depths())
         nodes = answers.follow(text)
         for depth in answers.rungs.depths:
             answers.answers((depth, False), nodes)

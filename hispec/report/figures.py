@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from hispec.checkpoint.format import exit_depths
 from hispec.checkpoint.inspect import heads_in_words
 from hispec.checkpoint.model_card import accepted, public, training_settings
 from hispec.planner.heatmap import axes_of, gain_by_exits, place
@@ -14,7 +15,7 @@ from hispec.report.measured import Figures, longest
 
 def lead(config: Figures) -> str:
     """The checkpoint in one sentence."""
-    model, depths = config["model"], config["exits"]["depths"]
+    model, depths = config["model"], exit_depths(config)
     exits = "Early exits" if len(depths) > 1 else "An early exit"
     return (
         f"{exits} at {_depths(depths)} of {model['num_hidden_layers']} for "
@@ -24,15 +25,15 @@ def lead(config: Figures) -> str:
 
 def facts(config: Figures) -> dict[str, str]:
     """Facts about the checkpoint from its `exit_config.json`, by name."""
-    model, exits, base = config["model"], config["exits"], config["base"]
+    model, base = config["model"], config["base"]
     figures, versions = config["figures"], config.get("versions", {})
     trunk = "its layers trained too" if base.get("trained") else "its layers unchanged"
     where = "included" if base["included"] else "not included"
     found = {
         "model": f"{model['model_type']}, {model['num_hidden_layers']} layers, hidden size "
         f"{model['hidden_size']:,}, vocabulary {model['vocab_size']:,}",
-        "exits": f"{_depths(exits['depths'])} of {model['num_hidden_layers']}; heads: "
-        + heads_in_words(exits),
+        "exits": f"{_depths(exit_depths(config))} of {model['num_hidden_layers']}; heads: "
+        + heads_in_words(config),
         "base": f"{public(base['id'])}, {where}, {trunk}",
         "license": base["license"] or "unknown",
     }

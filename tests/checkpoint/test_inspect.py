@@ -82,7 +82,7 @@ def _saved(tiny_base, tmp_path):
     from hispec.models.exit_model import ExitModel
 
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2], head="adapter", rank=3))
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2], head="adapter", rank=3))
     checkpoint.save_checkpoint(tmp_path / "adapter", model, base)
     return tmp_path / "adapter"
 

@@ -35,7 +35,7 @@ def all_logits(model: ExitModel) -> list[torch.Tensor]:
 def trained(tiny_base):
     """A model whose exits differ from what a fresh head would be."""
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 2)).eval()
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2, 4], "block", blocks=2)).eval()
     with torch.no_grad():
         for parameter in model.heads.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -69,7 +69,7 @@ def test_every_exit_gives_the_same_bits_after_a_round_trip(trained, saved):
 
 def test_adapters_come_back_too(tiny_base, tmp_path):
     base = find_base(str(tiny_base))
-    exits = ExitConfig([2, 4], "adapter", rank=3)
+    exits = ExitConfig.of([2, 4], "adapter", rank=3)
     model = ExitModel(load_base(base.folder), exits).eval()
     fresh = all_logits(model)
     with torch.no_grad():

@@ -67,7 +67,7 @@ def test_logits_equal_those_of_the_modules(family):
 
 @pytest.mark.parametrize("family", ["llama", "granite"])  # one scales its logits
 def test_the_draft_vocabulary_has_a_graph_of_its_own(family):
-    config = ExitConfig([2], "block", 2, draft_vocab=20)
+    config = ExitConfig.of([2], "block", blocks=2, draft_vocab=20)
     model = disturbed(ExitModel(tiny_hf(family), config).eval())
     model.draft_tokens.copy_(torch.randperm(61, generator=torch.Generator().manual_seed(2))[:20])
     normed = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))

@@ -38,7 +38,7 @@ def test_evaluations_hold_out_what_the_training_held_out(tiny_base, texts):
     from eval.prompts import TextSource, held_out_documents
 
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2], "block", 1))
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2], "block", blocks=1))
     folder = texts.parent / "ee"
     recipe = {"data": str(texts), "text_column": "source", "held_out": 0.2}
     checkpoint.save_checkpoint(folder, model, base, recipe=recipe)

@@ -66,7 +66,7 @@ def test_log_likelihoods_of_every_family_and_head(family):
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (4, 19, 11)]
     pairs = [(tuple(text[:2]), tuple(text[2:])) for text in texts]
-    exits = ExitConfig([2, 4], "block", 1, previous=True)
+    exits = ExitConfig.of([2, 4], "block", blocks=1, previous=True)
     model = ExitModel(tiny_model(family).hf, exits).eval()
     for head in model.heads.values():
         torch.nn.init.normal_(head.mix.weight, std=0.3)
@@ -173,7 +173,9 @@ def test_what_cannot_be_generated_is_refused(lm, tiny_base):
     long = request("generate_until", "x", {"max_gen_toks": 512})
     with pytest.raises(ValueError, match="max_gen_toks=512 is not possible: the model's texts"):
         model.generate_until([long])
-    adapted = EarlyExitLM(ExitModel(lm.model.hf, ExitConfig([2], "adapter")).eval(), lm.tokenizer)
+    adapted = EarlyExitLM(
+        ExitModel(lm.model.hf, ExitConfig.of([2], "adapter")).eval(), lm.tokenizer
+    )
     with pytest.raises(ValueError, match="head='adapter' is not possible"):
         harness_model(adapted, 2).generate_until([request("generate_until", "x", {})])
 

@@ -28,7 +28,7 @@ QUICK = ("sequences=2", "seq_len=32", "limit=6", "max_new_tokens=8")
 def trained(tiny_base, tmp_path_factory):
     """An EE checkpoint whose trunk has moved a little."""
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 1))
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2, 4], "block", blocks=1))
     trunk = {name: tensor * 1.01 for name, tensor in model.hf.state_dict().items()}
     folder = tmp_path_factory.mktemp("trained") / "ee"
     checkpoint.save_checkpoint(folder, model, base, trunk=trunk)
@@ -133,7 +133,7 @@ def test_a_plain_model_is_read_at_any_depth(tiny_base, tmp_path, capsys):
 
 def test_an_exit_that_cannot_write_alone_is_only_scored(tiny_base, tmp_path, capsys):
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2], "adapter"))
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2], "adapter"))
     checkpoint.save_checkpoint(tmp_path / "ee", model, base)
     tasks = "tasks=[local/common,local/word_problems]"
     eval.quality.main([f"checkpoint={tmp_path / 'ee'}", tasks, *QUICK])

@@ -61,7 +61,7 @@ def test_a_preset_is_a_setting_of_the_loop(ee):
 
 
 def test_a_reduced_vocabulary_is_shown_against_the_whole_one():
-    exits = ExitConfig([2, 4], "block", 1, draft_vocab=50)
+    exits = ExitConfig.of([2, 4], "block", blocks=1, draft_vocab=50)
     lm = EarlyExitLM(ExitModel(tiny_hf(vocab_size=320), exits).eval(), tiny_tokenizer())
     found = {method.name: method for method in presets(lm, COMMON)}
     prompt = tokens_of(lm)[0]
@@ -138,7 +138,7 @@ def test_an_interrupted_early_exit_leaves_the_model_whole(ee, monkeypatch):
 
 
 def test_what_cannot_be_timed_is_said(monkeypatch):
-    exits = ExitConfig([2], "adapter")
+    exits = ExitConfig.of([2], "adapter")
     lm = EarlyExitLM(ExitModel(tiny_hf(vocab_size=320), exits).eval(), tiny_tokenizer())
     found, left_out = baselines(lm, LIMITS, ["hf-early-exit", "hf-draft-model"], [2])
     assert [baseline.name for baseline in found] == ["HF early exit, final norm (2, 6)"]

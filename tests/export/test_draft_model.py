@@ -49,7 +49,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
 def trained(tiny_base, tmp_path_factory):
     """An EE checkpoint whose heads are no copies, with a reduced draft vocabulary."""
     base = find_base(str(tiny_base))
-    exits = ExitConfig([2, 4], "block", 2, draft_vocab=50)
+    exits = ExitConfig.of([2, 4], "block", blocks=2, draft_vocab=50)
     model = disturbed(ExitModel(load_base(base.folder), exits).eval())
     folder = tmp_path_factory.mktemp("ee") / "ee"
     checkpoint.save_checkpoint(folder, model, base)
@@ -96,10 +96,18 @@ def test_a_layerskip_model_is_read_through_its_final_norm(tiny_base, tmp_path):
 @pytest.mark.parametrize(
     ("exits", "depth", "message"),
     [
-        (ExitConfig([2], "adapter"), 2, "head='adapter' is not possible: no plain model"),
-        (ExitConfig([2], "block", 1, previous=True), 2, "previous=True is not possible"),
-        (ExitConfig([2, 4], "block", 1), 3, "exit=3 is not possible: one of the exits, 2, 4"),
-        (ExitConfig([2, 4], "block", 1), 6, "exit=6 is not possible: a depth from 1 to 5"),
+        (ExitConfig.of([2], "adapter"), 2, "head='adapter' is not possible: no plain model"),
+        (ExitConfig.of([2], "block", blocks=1, previous=True), 2, "previous=True is not possible"),
+        (
+            ExitConfig.of([2, 4], "block", blocks=1),
+            3,
+            "exit=3 is not possible: one of the exits, 2, 4",
+        ),
+        (
+            ExitConfig.of([2, 4], "block", blocks=1),
+            6,
+            "exit=6 is not possible: a depth from 1 to 5",
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(exits, depth, message, tmp_path):

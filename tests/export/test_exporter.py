@@ -71,7 +71,7 @@ def test_trained_exported_and_loaded_elsewhere_gives_the_same_bits(tiny_base, te
     )  # fmt: skip
     trainer.train()
     wanted = all_logits(trainer.model.eval())
-    untouched = ExitModel(load_base(tiny_base), ExitConfig([2, 4], "block", 2)).eval()
+    untouched = ExitModel(load_base(tiny_base), ExitConfig.of([2, 4], "block", blocks=2)).eval()
     assert not torch.equal(wanted["2"], all_logits(untouched)["2"])  # it did learn
     for full in (False, True):
         target = tmp_path / f"full-{full}"
@@ -93,7 +93,7 @@ def test_trained_exported_and_loaded_elsewhere_gives_the_same_bits(tiny_base, te
 @pytest.fixture
 def saved(tiny_base, tmp_path):
     base = find_base(str(tiny_base))
-    model = ExitModel(load_base(base.folder), ExitConfig([2, 4], "block", 1)).eval()
+    model = ExitModel(load_base(base.folder), ExitConfig.of([2, 4], "block", blocks=1)).eval()
     checkpoint.save_checkpoint(tmp_path / "ee", disturbed(model), base)
     return tmp_path / "ee"
 

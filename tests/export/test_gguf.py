@@ -106,7 +106,9 @@ def test_llama3s_rotary_scaling_goes_along(tmp_path):
 
 def test_a_draft_model_becomes_one(tiny_base, tmp_path):
     base = find_base(str(tiny_base))
-    model = disturbed(ExitModel(load_base(base.folder), ExitConfig([2], "block", 2)).eval())
+    model = disturbed(
+        ExitModel(load_base(base.folder), ExitConfig.of([2], "block", blocks=2)).eval()
+    )
     checkpoint.save_checkpoint(tmp_path / "ee", model, base)
     export_as("gguf", str(tmp_path / "ee"), tmp_path / "draft.gguf", depth=2)
     loaded = read_by_transformers(tmp_path / "draft.gguf")

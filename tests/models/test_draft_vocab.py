@@ -28,7 +28,7 @@ KEPT = torch.tensor([2, 5, 11, 12, 30, 31, 47, 60])
 
 
 def reduced_model(family="llama", kept=KEPT):
-    config = ExitConfig([2, 4], "block", 1, draft_vocab=len(kept))
+    config = ExitConfig.of([2, 4], "block", blocks=1, draft_vocab=len(kept))
     model = ExitModel(tiny_hf(family), config).eval()
     model.draft_tokens.copy_(kept)
     return model
@@ -96,7 +96,7 @@ def test_training_chooses_stores_and_uses_it(tiny_base, texts, tmp_path):
     trainer = Trainer(load_recipe(settings(tiny_base, texts, tmp_path / "ee", draft_vocab=40)))
     trainer.train()
     chosen = frequent_tokens(trainer.loader.dataset.labels_RT, 40, 320)
-    assert checkpoint.read_config(tmp_path / "ee")["exits"]["draft_vocab"] == 40
+    assert checkpoint.read_config(tmp_path / "ee")["draft_vocab"] == 40
     lm = load(tmp_path / "ee", device="cpu")
     assert torch.equal(lm.model.draft_tokens, chosen)
     prompt = "def read(path):"
@@ -133,4 +133,4 @@ def test_a_vocabulary_that_is_none_is_refused(tiny_base, texts, tmp_path, ids):
 
 def test_more_tokens_than_there_are_is_refused():
     with pytest.raises(ValueError, match=f"draft_vocab=99 is not possible: .* {VOCAB} tokens"):
-        ExitModel(tiny_hf(), ExitConfig([2], "block", 1, draft_vocab=99))
+        ExitModel(tiny_hf(), ExitConfig.of([2], "block", blocks=1, draft_vocab=99))

@@ -151,11 +151,11 @@ def test_another_architecture_is_refused_by_name():
 @pytest.mark.parametrize(
     ("exits", "message"),
     [
-        (ExitConfig([6]), "depth 6 is the full model"),
-        (ExitConfig([0]), "depths from 1 to 5"),
-        (ExitConfig([3, 2]), "increasing"),
-        (ExitConfig([2], "mlp"), "head='mlp'"),
-        (ExitConfig([2], "block", 9), "blocks=9"),
+        (ExitConfig.of([6]), "depth 6 is the full model"),
+        (ExitConfig.of([0]), "depth=0 is not possible: depth 0 holds one token alone"),
+        (ExitConfig.of([3, 2]), "increasing"),
+        (ExitConfig.of([2], "mlp"), "head='mlp'"),
+        (ExitConfig.of([2], "block", blocks=9), "blocks=9"),
     ],
 )
 def test_impossible_exits_are_refused(exits, message):

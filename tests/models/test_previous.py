@@ -20,7 +20,7 @@ from hispec.models.layer_inputs import of_token_before
 
 def reading_model(family="llama", exits=(2, 4), seed=3):
     """Heads that make something of the token before."""
-    config = ExitConfig(list(exits), "block", 2, previous=True)
+    config = ExitConfig.of(list(exits), "block", blocks=2, previous=True)
     model = ExitModel(tiny_hf(family), config).eval()
     generator = torch.Generator().manual_seed(seed)
     for head in model.heads.values():
@@ -46,7 +46,7 @@ def whole(model, text, depth):
 
 @torch.inference_mode()
 def test_a_fresh_head_is_the_block_head(family):
-    fresh = ExitModel(tiny_hf(family), ExitConfig([2], "block", 2, previous=True)).eval()
+    fresh = ExitModel(tiny_hf(family), ExitConfig.of([2], "block", blocks=2, previous=True)).eval()
     bare = tiny_model(family, exits=(2,))
     text = tokens()
     hidden = bare.run(bare.embed(text), 0, 2)
@@ -156,7 +156,7 @@ def test_the_text_is_that_of_plain_decoding(drafter, ladder, prompts):
 
 def test_other_heads_do_not_read_the_token_before():
     with pytest.raises(ValueError, match="previous=True is not possible: a head of the kind"):
-        ExitConfig([2], "adapter", previous=True).validate(6)
+        ExitConfig.of([2], "adapter", previous=True).validate(6)
 
 
 def test_it_is_trained_resumed_and_stored(tiny_base, texts, tmp_path):

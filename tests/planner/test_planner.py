@@ -118,7 +118,7 @@ def test_heads_that_read_the_token_before_are_decoded_instead():
     from hispec.config import ExitConfig
     from hispec.models.exit_model import ExitModel
 
-    config = ExitConfig([2, 4], "block", 1, previous=True)
+    config = ExitConfig.of([2, 4], "block", blocks=1, previous=True)
     model = ExitModel(tiny_hf(vocab_size=320), config).eval()
     planner = Planner(model, [[5, 6, 7, 8]], new_tokens=6)
     assert not planner.replayed

@@ -132,7 +132,7 @@ def test_seconds_are_those_of_the_parts():
 
 
 def test_what_cannot_be_replayed_is_refused():
-    model = ExitModel(tiny_hf(), ExitConfig([2, 4], "block", 1, previous=True)).eval()
+    model = ExitModel(tiny_hf(), ExitConfig.of([2, 4], "block", blocks=1, previous=True)).eval()
     with pytest.raises(ValueError, match="cannot be replayed"):
         Answers(model, [3, 4], [2, 6])
     answers = Answers(model, [3, 4], [6])

@@ -66,7 +66,7 @@ def test_a_plan_counts_what_a_real_model_has(tiny_base, trunk, head):
     recipe = Recipe(base=str(tiny_base), output="-", exits=[2, 4], trunk=trunk, head=head)
     found = plan(recipe)
     hf = tiny_hf(vocab_size=320)
-    model = ExitModel(hf, ExitConfig([2, 4], head, 2))
+    model = ExitModel(hf, ExitConfig.of([2, 4], head, blocks=2))
     Trunk(hf, trunk, rank=recipe.lora_rank, alpha=1.0)
     assert found.exits == sum(p.numel() for p in model.heads.parameters())
     assert found.trunk == sum(p.numel() for p in hf.parameters())

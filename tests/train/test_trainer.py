@@ -124,7 +124,7 @@ def test_the_trunk_stays_as_it_was_and_every_head_parameter_moves(finished, tiny
     output, _ = finished
     config = checkpoint.read_config(output)
     assert config["base"]["weights"] == weight_hashes(tiny_base)
-    fresh = ExitModel(load_base(tiny_base), ExitConfig([2, 4], "block", 2))
+    fresh = ExitModel(load_base(tiny_base), ExitConfig.of([2, 4], "block", blocks=2))
     trained = exits_of(output)
     for name, tensor in fresh.heads.state_dict().items():
         assert not torch.equal(trained[f"exits.{name}"], tensor), name
