@@ -58,11 +58,11 @@ def test_no_layer_runs_twice(exit, prompts):
 def test_depth_0_needs_a_head_that_reads_the_token_before():
     with pytest.raises(ValueError, match="depth=0 is not possible: depth 0 holds one token alone"):
         ExitConfig.of([0, 2], "block").validate(6)
-    with pytest.raises(ValueError, match="ladder=.0, 6. is not possible: depth 0 needs a trained"):
+    with pytest.raises(ValueError, match=r"ladder=.0, 6. is not possible: depth 0 needs a trained"):
         Decode(model_of([MIDDLE]), [[3, 4]], DecodeConfig(ladder=[0, 6]))
     with pytest.raises(ValueError, match="depth=2 is not possible: 0 for a head of kind 'eagle3'"):
         ExitConfig([Exit(2, "eagle3")]).validate(6)
-    with pytest.raises(ValueError, match="aux_depths=.1, 2. is not possible: three depths"):
+    with pytest.raises(ValueError, match=r"aux_depths=.1, 2. is not possible: three depths"):
         ExitConfig([Exit(0, "eagle3", aux_depths=[1, 2])]).validate(6)
 
 
