@@ -76,7 +76,7 @@ class LogLikelihoods:
             read = slice(len(text) - 1 - count, len(text) - 1)
             for depth in self.depths:
                 total, greedy = 0.0, True
-                normed_NH = states[depth].first_BTH[row, read]
+                normed_NH = states[depth][0][row, read]
                 for chunk_NH, chunk_N in zip(
                     normed_NH.split(_CHUNK), ending_N.split(_CHUNK), strict=True
                 ):

@@ -11,11 +11,13 @@ from torch import nn
 
 from hispec.data.packing import Rows
 from hispec.models.exit_model import ExitModel
-from hispec.models.layer_inputs import of_token_before
+from hispec.models.unrolled import unrolled
 
 CHUNK = 128  # tokens whose probabilities are in memory at one time, for two depths
 LONGEST_RUN = 8
 """Longest run of equal tokens that is measured."""
+STEPS = 4
+"""Drafts of a chain that are computed for heads which read the token before."""
 
 
 @dataclass
@@ -39,8 +41,9 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
     """Measure pairs (shallower depth, deeper depth) on rows of documents, each a text of its own.
 
     A depth with a trained head is read through it, any other through the final norm. The shallower
-    depth of a pair is read as a drafter: from the draft vocabulary if there is one, and a head that
-    also reads the token before gets the full model's state of it.
+    depth of a pair is read as a drafter: from the draft vocabulary if there is one. A head that
+    reads the token before gets the full model's states of it; in `runs` from the second token on
+    its own, as in a decode.
 
     Returns:
         One `Agreement` per pair, in their order.
@@ -48,56 +51,57 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
     depths = sorted({depth for pair in pairs for depth in pair})
     drafts_of = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
     acceptance = dict.fromkeys(pairs, 0.0)
-    first_RT, later_RT = (
-        {pair: torch.zeros_like(rows.tokens_RT, dtype=torch.bool) for pair in pairs}
-        for _ in range(2)
-    )
+    right: dict[tuple[int, int], list[torch.Tensor]] = {pair: [] for pair in pairs}
     for r, (tokens_1T, positions_1T) in enumerate(rows.one_by_one(model.device)):
-        states = normed_states(model, tokens_1T, positions_1T, depths)
+        states = normed_states(model, tokens_1T, positions_1T, depths, STEPS)
+        if r == 0:
+            for pair in pairs:
+                shape = len(states[pair[0]]), *rows.tokens_RT.shape
+                right[pair] = list(torch.zeros(shape, dtype=torch.bool))
         for start in range(0, tokens_1T.shape[1], CHUNK):
             chunk = slice(start, start + CHUNK)
             for deep, shallows in drafts_of.items():
-                p_NV = model.project(states[deep].first_BTH[0, chunk]).float().softmax(-1)
+                p_NV = model.project(states[deep][0][0, chunk]).float().softmax(-1)
                 top_N = p_NV.max(-1).indices  # three times as fast as argmax on a CPU
                 for pair in ((shallow, deep) for shallow in shallows):
-                    draft = states[pair[0]]
-                    q_NV = model.draft(pair[0], draft.first_BTH[0, chunk]).float().softmax(-1)
-                    first_RT[pair][r, chunk] = (q_NV.max(-1).indices == top_N).cpu()
-                    acceptance[pair] += torch.minimum(p_NV, q_NV).sum().item()
-                    later_RT[pair][r, chunk] = first_RT[pair][r, chunk]
-                    if draft.later_BTH is not None:
-                        again_NV = model.draft(pair[0], draft.later_BTH[0, chunk])
-                        later_RT[pair][r, chunk] = (again_NV.max(-1).indices == top_N).cpu()
+                    for step, normed_1TH in enumerate(states[pair[0]]):
+                        q_NV = model.draft(pair[0], normed_1TH[0, chunk]).float()
+                        right[pair][step][r, chunk] = (q_NV.max(-1).indices == top_N).cpu()
+                        if step == 0:
+                            both_NV = torch.minimum(p_NV, q_NV.softmax(-1))
+                            acceptance[pair] += both_NV.sum().item()
     count = rows.tokens_RT.numel()
     return [
         Agreement(
             *pair,
-            top1=first_RT[pair].float().mean().item(),
+            top1=right[pair][0].float().mean().item(),
             acceptance=min(acceptance[pair] / count, 1.0),  # sums of float32 may be a little above
             tokens=count,
-            runs=run_shares(first_RT[pair], later_RT[pair], rows.positions_RT),
+            runs=run_shares(right[pair], rows.positions_RT),
         )
         for pair in pairs
     ]
 
 
-def run_shares(
-    first_RT: torch.Tensor, later_RT: torch.Tensor, positions_RT: torch.Tensor
-) -> list[float]:
-    """Share of the positions at which a run of at least 1, 2, ... `LONGEST_RUN` true values begins.
+def run_shares(right: Sequence[torch.Tensor], positions_RT: torch.Tensor) -> list[float]:
+    """Share of the positions at which a run of at least 1, 2, ... `LONGEST_RUN` right drafts
+    begins.
 
     Only positions with `LONGEST_RUN` (or the length of the longest document, if that is shorter)
     tokens left in their document count.
 
     Args:
-        first_RT: whether the first token of a draft that begins here is accepted, bool [R, T].
-        later_RT: whether a later token of a draft is accepted here, bool [R, T].
+        right: for the first draft of a chain, the second and so on, whether it is accepted where it
+            is made, bool [R, T]; the last of them stands for all later ones too.
         positions_RT: positions of the tokens in their documents.
     """
     longest = min(LONGEST_RUN, int(positions_RT.max()) + 1)
-    counted_RT = (positions_RT[:, longest - 1 :] >= longest - 1).to(first_RT.device)
-    windows_ND = later_RT.unfold(1, longest, 1)[counted_RT]
-    windows_ND[:, 0] = first_RT[:, : counted_RT.shape[1]][counted_RT]
+    counted_RT = positions_RT[:, longest - 1 :] >= longest - 1
+    starts = counted_RT.shape[1]
+    drafts = [right[min(step, len(right) - 1)] for step in range(longest)]
+    windows_ND = torch.stack(
+        [draft_RT[:, step : step + starts][counted_RT] for step, draft_RT in enumerate(drafts)], -1
+    )
     return windows_ND.int().cumprod(-1).float().mean(0).tolist()
 
 
@@ -127,7 +131,9 @@ def expected_speed(model: ExitModel, measured: Sequence[Agreement]) -> ExpectedS
     for found in measured:
         if found.deep != model.num_layers:
             continue
-        draft = found.shallow * layer + _size(model.head(found.shallow)) + draft_head
+        head = model.head(found.shallow)
+        own = head.lm_head is not None  # counted with the head
+        draft = found.shallow * layer + _size(head) + (0 if own else draft_head)
         for length in range(1, len(found.runs) + 1):
             tokens = 1 + sum(found.runs[:length])
             speed = tokens * target / (target + length * draft)
@@ -140,44 +146,35 @@ def _size(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
-@dataclass
-class NormedStates:
-    """States [B, T, H] of one depth after its norm, which the LM head turns into logits."""
-
-    first_BTH: torch.Tensor
-    later_BTH: torch.Tensor | None = None
-    """For a head that reads the token before: computed with the head's own state of that token
-    instead of the full model's, as from the second token of a draft on."""
-
-
 def normed_states(
     model: ExitModel,
     tokens_BT: torch.Tensor,
     positions_BT: torch.Tensor | None,
     depths: Sequence[int],
-) -> dict[int, NormedStates]:
-    """Normed states of some depths and of the full depth, by depth.
+    steps: int = 1,
+) -> dict[int, list[torch.Tensor]]:
+    """States [B, T, H] of some depths and of the full depth after their norms, by depth.
+
+    Those of an exit come as a list: what it says in the first draft of a chain, in the second and
+    so on. A head that does not read the token before says the same in all of them: its list, as
+    that of the full depth, has one element.
 
     Args:
         tokens_BT: whole sequences or packed documents.
         positions_BT: positions of the tokens in packed documents; None for whole sequences.
+        steps: drafts of a chain.
     """
-    states = model.states(tokens_BT, {*depths, model.num_layers}, positions_BT)
-    final_BTH = model.normed(model.num_layers, states[model.num_layers])
-    found = {model.num_layers: NormedStates(final_BTH)}
-
-    def through_head(depth: int, normed_BTH: torch.Tensor) -> torch.Tensor:
-        """Normed states of a head that reads `normed_BTH` of the tokens before."""
-        before_BTH = of_token_before(normed_BTH, positions_BT)
-        head_BTH = model.run_head(depth, states[depth], positions_BT, previous_BTH=before_BTH)
-        return model.normed(depth, head_BTH)
-
+    full = model.num_layers
+    read = {depth for exit in depths if exit < full for depth in model.head(exit).reads}
+    states = model.states(tokens_BT, {*depths, *read, full}, positions_BT)
+    final_BTH = model.normed(full, states[full])
+    found = {full: [final_BTH]}
     for depth in depths:
-        if depth < model.num_layers:
-            first_BTH = through_head(depth, final_BTH)
-            found[depth] = NormedStates(first_BTH)
-            if model.head(depth).mix is not None:
-                found[depth].later_BTH = through_head(depth, first_BTH)
+        if depth < full:
+            chain = unrolled(
+                model, depth, states[depth], final_BTH, states, positions_BT, passes=steps
+            )
+            found[depth] = list(chain)
     return found
 
 

@@ -73,7 +73,7 @@ def perplexity(
                 logits_NV = model.project(reference.normed[r][0, chunk], reference.head_VH)
                 log_p_NV = logits_NV.float().log_softmax(-1)
             for depth in depths:
-                logits_NV = model.project(states[depth].first_BTH[0, chunk])
+                logits_NV = model.project(states[depth][0][0, chunk])
                 log_q_NV = logits_NV.float().log_softmax(-1)
                 labels_N = labels_RT[r, chunk]
                 loss[depth] += F.nll_loss(

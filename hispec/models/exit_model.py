@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,7 @@ class ExitModel(nn.Module):
         cache: PassCache | None = None,
         previous_BTH: torch.Tensor | None = None,
         inputs: dict[str, LayerInputs] | None = None,
+        keys: Any = None,
     ) -> torch.Tensor:
         """States [B, T, H] after the blocks of the exit head at `depth`, before its norm.
 
@@ -219,11 +221,12 @@ class ExitModel(nn.Module):
             previous_BTH: for a head that reads the token before, what `before` gave of it, or a
                 stand-in (`ExitHead.own`); 0 where neither is known. None is 0 everywhere.
             inputs: as in `run`.
+            keys: without a cache, what the layers call `update` of, see `models.unrolled`.
         """
         head = self.head(depth)
         hidden_BTH = head.enter(hidden_BTH, previous_BTH)
         layers = list(zip(head.blocks, head.layer_types, strict=True))
-        return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs)
+        return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs, keys)
 
     def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """States [..., H] at `depth` (after `run_head`) as the LM head expects them."""
@@ -322,6 +325,7 @@ class ExitModel(nn.Module):
         positions_BT: torch.Tensor | None,
         cache: PassCache | None,
         inputs: dict[str, LayerInputs] | None = None,
+        keys: Any = None,
     ) -> torch.Tensor:
         if not layers:
             return hidden_BTH
@@ -346,8 +350,8 @@ class ExitModel(nn.Module):
                     attention_mask=inputs[kind].attention_mask,
                     position_embeddings=inputs[kind].position_embeddings,
                     position_ids=positions_BT,
-                    past_key_values=cache,
-                    use_cache=cache is not None,
+                    past_key_values=keys if cache is None else cache,
+                    use_cache=cache is not None or keys is not None,
                     **(inputs[kind].of_cache() if cache is not None else {}),
                 )
         return hidden_BTH

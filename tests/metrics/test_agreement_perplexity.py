@@ -49,8 +49,8 @@ def test_runs_stay_in_their_document():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
     same = torch.tensor([[True, True, True, True, False, True, True, True]])
     # four places in a row lie in one document only once, from place 3 on: right, wrong, ...
-    assert run_shares(same, same, positions) == [1.0, 0.0, 0.0, 0.0]
-    assert run_shares(same, same, torch.arange(8)[None]) == [1.0] * 4 + [0.0] * 4
+    assert run_shares([same], positions) == [1.0, 0.0, 0.0, 0.0]
+    assert run_shares([same], torch.arange(8)[None]) == [1.0] * 4 + [0.0] * 4
 
 
 def test_agreement_by_hand(lm):
@@ -70,7 +70,7 @@ def test_agreement_by_hand(lm):
         assert one.top1 == pytest.approx(same.float().mean().item(), abs=1e-3)
         overlap = torch.minimum(p, q).sum(-1).mean().item()
         assert one.acceptance == pytest.approx(overlap, abs=1e-4)
-        assert one.runs == run_shares(same, same, rows.positions_RT)
+        assert one.runs == run_shares([same], rows.positions_RT)
 
 
 def test_the_fastest_draft_is_expected(lm):
