@@ -52,6 +52,22 @@ class StoredProbs:
         return torch.cat([p_NK, rest_N1], -1)
 
 
+def top_probs(read: Read, final_NH: torch.Tensor, count: int, chunk: int) -> StoredProbs:
+    """The full model's `count` most probable tokens, of its normed states.
+
+    Args:
+        read: the LM head.
+        chunk: tokens whose logits are held at one time.
+    """
+    tokens, logs = [], []
+    for part_NH in final_NH.split(chunk):
+        logits_NV = read(part_NH).float()
+        top = logits_NV.topk(count)
+        tokens.append(top.indices)
+        logs.append(top.values - logits_NV.logsumexp(-1, keepdim=True))
+    return StoredProbs(torch.cat(tokens), torch.cat(logs))
+
+
 @dataclass
 class Student:
     """One exit (or the full model, if it is trained too) with the settings of its loss."""

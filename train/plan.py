@@ -122,7 +122,7 @@ def _stored(recipe: Recipe, config: Any) -> float:
     """Bytes of the states that a run stores on disk, if its text is long enough."""
     if recipe.states is None:
         return 0.0
-    sizes = state_sizes(recipe, config.hidden_size, config.vocab_size)
+    sizes = state_sizes(recipe, config)
     rows = recipe.steps * recipe.batch_size * recipe.accumulate
     if recipe.max_rows is not None:
         rows = min(rows, recipe.max_rows)

@@ -30,6 +30,7 @@ _COSTS = {
     "passes": "all batches of a step are read before it, to count their labels",
     "steps": "at ten steps a second they would take eleven days",
     "chunk": "the logits of a chunk take 4 bytes times the vocabulary per token",
+    "unroll": "a pass takes as long as the first, and its attention longer",
     "rows": "every evaluation runs the full model over them",
 }
 
@@ -62,6 +63,12 @@ class Recipe:
     the exits; 0 for the whole vocabulary."""
     head_previous: bool = False
     """Whether a `block` head also reads the full model's hidden state of the previous token."""
+
+    unroll: Annotated[int, Field(ge=1), at_most(16, _COSTS["unroll"])] = 3
+    """Passes over a text of a head that reads the token before, each fed with what the one before
+    said, as its drafts are (the training-time test of EAGLE-3)."""
+    unroll_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Weight of each pass relative to the one before."""
 
     # trunk
     trunk: Annotated[str, one_of("frozen", "lora", "full")] = "frozen"
@@ -267,6 +274,16 @@ class Recipe:
     def exit_config(self) -> ExitConfig:
         """The exits one by one."""
         return ExitConfig([self._exit(entry) for entry in self.exits], self.draft_vocab)
+
+    @property
+    def passes(self) -> int:
+        """Passes over a text of heads that read the token before; 1 without such heads."""
+        return self.unroll if any(e.reads_before for e in self.exit_config().exits) else 1
+
+    def read_depths(self, num_layers: int) -> list[int]:
+        """Depths above 0 whose states heads read, besides the full model's final one."""
+        exits = self.exit_config().resolved(num_layers).exits
+        return sorted({depth for e in exits for depth in (e.depth, *e.aux_depths)} - {0})
 
     def _exit(self, entry: int | dict[str, Any]) -> Exit:
         keys = entry if isinstance(entry, dict) else {"depth": entry}

@@ -61,3 +61,10 @@ def exit_weights(
     if final is not None:
         weights.append(raw(final))
     return [weight / sum(weights) for weight in weights]
+
+
+def pass_weights(passes: int, decay: float) -> list[float]:
+    """Weights of the unrolled passes of an exit, each `decay` times the one before; they sum to
+    one."""
+    raw = [decay**k for k in range(passes)]
+    return [weight / sum(raw) for weight in raw]

@@ -29,7 +29,7 @@ from hispec.utils.files import clear_leftovers, new_file, read_json, write_json
 from hispec.utils.settings import check
 from train.data import TrainingRows
 from train.distributed import on_all, on_first
-from train.losses import StoredProbs
+from train.losses import StoredProbs, top_probs
 from train.recipe import Recipe
 
 ABOUT = "states.json"
@@ -60,12 +60,13 @@ class StateSizes:
         return states * self.hidden * self.dtype.itemsize + self.top_k * (4 + 4)
 
 
-def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
-    """What a recipe stores of a model with this hidden size and vocabulary.
+def state_sizes(recipe: Recipe, config: Any) -> StateSizes:
+    """What a recipe stores of a model with this transformers config.
 
     Raises:
         ValueError: `states_top_k` is larger than the vocabulary.
     """
+    hidden, vocab_size, layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
     check(
         recipe.states_top_k <= vocab_size,
         "states_top_k",
@@ -73,10 +74,10 @@ def state_sizes(recipe: Recipe, hidden: int, vocab_size: int) -> StateSizes:
         f"at most {vocab_size}, the vocabulary of the base",
     )
     return StateSizes(
-        depths=recipe.depths,
+        depths=recipe.read_depths(layers),
         top_k=recipe.states_top_k,
         hidden=hidden,
-        final=recipe.head_previous,
+        final=any(exit.previous for exit in recipe.exit_config().exits),
         dtype=recipe.dtype,
     )
 
@@ -124,16 +125,11 @@ def compute_states(
     found = {f"depth.{depth}": states[depth] for depth in sizes.depths}
     if sizes.final:
         found["final"] = final_BTH
-    tops, logs = [], []
-    for part_NH in final_BTH.flatten(0, 1).split(chunk):
-        logits_NV = model.project(part_NH).float()
-        top = logits_NV.topk(sizes.top_k)
-        tops.append(top.indices.int())
-        logs.append(top.values - logits_NV.logsumexp(-1, keepdim=True))
+    top = top_probs(model.project, final_BTH.flatten(0, 1), sizes.top_k, chunk)
     shape = (*tokens_BT.shape, sizes.top_k)
     kept = {name: tensor.to("cpu", sizes.dtype) for name, tensor in found.items()}
-    kept["top.tokens"] = torch.cat(tops).view(shape).cpu()
-    kept["top.log_p"] = torch.cat(logs).view(shape).cpu()
+    kept["top.tokens"] = top.tokens_NK.int().view(shape).cpu()
+    kept["top.log_p"] = top.log_probs_NK.view(shape).cpu()
     return kept
 
 

@@ -97,6 +97,7 @@ class Trainer:
             untouched,
             rank=accelerator.process_index,
             processes=accelerator.num_processes,
+            whole=not sharded(accelerator),
         )
         self.best = BestCheckpoint(
             self.run_folder / "best", recipe, accelerator, self.model, self.trunk, self.base
@@ -143,12 +144,13 @@ class Trainer:
         if self.model.draft_tokens is not None:
             count = self.recipe.draft_vocab
             tokens_W = frequent_tokens(labels_RT, count, self.model.vocab_size)
-            self.model.draft_tokens.copy_(tokens_W)
+            with gather(self.model.hf.lm_head):
+                self.model.set_draft_tokens(tokens_W)
 
     def _state_store(self, training: TrainingRows) -> StateStore | None:
         if self.recipe.states is None:
             return None
-        sizes = state_sizes(self.recipe, self.model.hf.config.hidden_size, self.model.vocab_size)
+        sizes = state_sizes(self.recipe, self.model.hf.config)
         return StateStore(Path(self.recipe.states), training, sizes, self.base.weights())
 
     def train(self) -> Path:
@@ -218,7 +220,10 @@ class Trainer:
         began = time.perf_counter()
         recipe, accelerator = self.recipe, self.accelerator
         rate = self._set_learning_rate()
-        parts = [Batch.of(next(batches), self.step, micro) for micro in range(recipe.accumulate)]
+        parts = [
+            Batch.of(next(batches), self.step, micro, recipe.passes)
+            for micro in range(recipe.accumulate)
+        ]
         own = torch.stack([part.labels() for part in parts])
         labels = accelerator.reduce(own.sum(), "sum").clamp_min(1)
         # Undoes the means over passes and processes that accelerate and DDP take of gradients.

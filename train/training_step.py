@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hispec.data.packing import positions_if_packed
 from hispec.models.exit_model import ExitModel
-from hispec.models.layer_inputs import LayerInputs, of_token_before
+from hispec.models.layer_inputs import LayerInputs
+from hispec.models.unrolled import unrolled
+from train.draft_loss import DraftLoss, DraftTargets, columns
 from train.layer_dropout import rates, skipped, warmed_up
-from train.losses import ExitLoss, StoredProbs, Student, Teacher, exit_loss
+from train.losses import ExitLoss, StoredProbs, Student, Teacher, exit_loss, top_probs
 from train.recipe import Recipe
-from train.schedule import active_exits, exit_weights
+from train.schedule import active_exits, exit_weights, pass_weights
 from train.state_cache import StoredStates
 from train.trunk import Trunk
-
-# A head that reads the previous token's state is trained on three kinds of it, chosen per token:
-# this share sees the full model's state, this share sees zeros, the rest see the head's own state.
-_SHOWN_FINAL, _SHOWN_NOTHING = 0.5, 0.15
 
 
 @dataclass
@@ -87,14 +86,59 @@ class Batch:
     """The trunk's states, if they were computed before."""
 
     @classmethod
-    def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0) -> Batch:
-        """The batch of a collated dict of `TrainingRows` or `StateStore`."""
+    def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0, passes: int = 1) -> Batch:
+        """The batch of a collated dict of `TrainingRows` or `StateStore`.
+
+        Args:
+            passes: of heads that read the token before. The last one says nothing of tokens so near
+                to the beginning of a text that no chain of as many drafts reaches them: these are
+                not taught.
+        """
         positions_BT = positions_if_packed(row["positions"])
-        return cls(row["tokens"], row["labels"], step, micro, positions_BT, StoredStates.of(row))
+        labels_BT = row["labels"].masked_fill(row["positions"] < passes - 1, -100)
+        return cls(row["tokens"], labels_BT, step, micro, positions_BT, StoredStates.of(row))
 
     def labels(self) -> torch.Tensor:
         """Number of labelled tokens, a float32 scalar."""
         return (self.labels_BT >= 0).sum().float()
+
+
+@dataclass
+class _Part:
+    """The loss of one pass of one exit, or of the full model."""
+
+    depth: int
+    share: float
+    """Its weight among the passes of the exit; these sum to one."""
+    first: bool
+    """Whether it is the first pass, whose agreement is shown."""
+    loss: torch.Tensor | None = None
+    agreement: torch.Tensor | None = None
+    weight: float = 0.0
+    """Its weight in the total."""
+    student: int | None = None
+    """In place of these three: its number among the students of `exit_loss`."""
+
+
+def _joined(parts: Sequence[_Part], whole: ExitLoss | None) -> ExitLoss:
+    """The loss of all parts; those of an exit become one, with the agreement of its first pass."""
+    total = None if whole is None else whole.loss
+    losses: dict[int, torch.Tensor] = {}
+    agreements: dict[int, torch.Tensor] = {}
+    for part in parts:
+        loss, agreement = part.loss, part.agreement
+        if part.student is not None:
+            assert whole is not None
+            loss, agreement = whole.loss_P[part.student], whole.agreement_P[part.student]
+        elif loss is not None:
+            total = part.weight * loss if total is None else total + part.weight * loss
+        assert loss is not None
+        assert agreement is not None
+        losses[part.depth] = losses.get(part.depth, 0.0) + part.share * loss.detach()
+        if part.first:
+            agreements[part.depth] = agreement
+    assert total is not None
+    return ExitLoss(total, torch.stack([*losses.values()]), torch.stack([*agreements.values()]))
 
 
 class TrainingStep:
@@ -103,6 +147,7 @@ class TrainingStep:
     Args:
         base: an untouched copy of the base, for a fully trained trunk with `base_kl`.
         rank: number of this process among `processes`.
+        whole: whether every process has all weights of the trunk.
     """
 
     def __init__(
@@ -113,7 +158,10 @@ class TrainingStep:
         *,
         rank: int = 0,
         processes: int = 1,
+        whole: bool = True,
     ) -> None:
+        self.whole = whole
+        self._draft_rows_WH: torch.Tensor | None = None
         self.recipe = recipe
         self.trunk = trunk
         self.base = base
@@ -126,16 +174,30 @@ class TrainingStep:
         depths = [recipe.depths[e] for e in chosen]
         final: torch.Tensor | StoredProbs
         if batch.stored is not None:
-            states, final = batch.stored.states, batch.stored.probs()
+            states, final = dict(batch.stored.states), batch.stored.probs()
             final_BTH = batch.stored.final_BTH
+            if 0 in depths:
+                states[0] = model.embed(batch.tokens_BT)
         else:
+            read = {depth for exit in depths for depth in model.head(exit).reads}
             with torch.set_grad_enabled(self.trunk.trained):
-                states = self._states(model, batch, depths)
+                states = self._states(model, batch, {*depths, *read})
             final_BTH = model.normed(model.num_layers, states[model.num_layers])
             final_NH = final_BTH.flatten(0, 1)
             final = final_NH.detach()
-        normed = {
-            depth: self._normed(model, batch, depth, states[depth], final_BTH).flatten(0, 1)
+        passes = {
+            depth: [
+                normed_BTH.flatten(0, 1)
+                for normed_BTH in unrolled(
+                    model,
+                    depth,
+                    states[depth],
+                    None if final_BTH is None else final_BTH.detach(),
+                    states,
+                    batch.positions_BT,
+                    passes=recipe.passes,
+                )
+            ]
             for depth in depths
         }
         weights = exit_weights(
@@ -144,62 +206,93 @@ class TrainingStep:
             e_scale=recipe.e_scale,
             final=model.num_layers if self.trunk.trained else None,
         )
-        students = [
-            Student(
-                normed[depth],
-                weights[i],
-                recipe.ce_weight,
-                self._teachers(final, [normed[d] for d in depths[i + 1 : i + 2]]),
-                recipe.distill_weight,
-                recipe.divergence,
-            )
-            for i, depth in enumerate(depths)
-        ]
+        parts: list[_Part] = []
+        students: list[Student] = []
+        for i, depth in enumerate(depths):
+            if self._drafts(model, depth):
+                parts += self._draft_losses(model, batch, depth, passes[depth], final, weights[i])
+                continue
+            deeper = [passes[d][0] for d in depths[i + 1 : i + 2]]
+            for k, normed_NH in enumerate(passes[depth]):
+                share = pass_weights(len(passes[depth]), recipe.unroll_decay)[k]
+                parts.append(_Part(depth, share, k == 0, student=len(students)))
+                students.append(
+                    Student(
+                        normed_NH,
+                        weights[i] * share,
+                        recipe.ce_weight,
+                        self._teachers(final, deeper),
+                        recipe.distill_weight,
+                        recipe.divergence,
+                    )
+                )
         if self.trunk.trained:
             teachers = [self._base_teacher(model, batch)] if recipe.base_kl else []
+            parts.append(_Part(model.num_layers, 1.0, True, student=len(students)))
             students.append(Student(final_NH, weights[-1], 1.0, teachers, recipe.base_kl))
-        return exit_loss(
-            model.project,
-            students,
-            final,
-            batch.labels_BT.flatten(),
-            chunk=recipe.loss_chunk,
-            train_head=self.trunk.kind == "full",
-            kernels=recipe.fused_loss,
-        )
+        whole = None
+        if students:
+            whole = exit_loss(
+                model.project,
+                students,
+                final,
+                batch.labels_BT.flatten(),
+                chunk=recipe.loss_chunk,
+                train_head=self.trunk.kind == "full",
+                kernels=recipe.fused_loss,
+            )
+        return _joined(parts, whole)
 
-    def _normed(
+    def _drafts(self, model: ExitModel, depth: int) -> bool:
+        """Whether an exit is taught over its draft words alone: one that has an LM head of its own
+        for them, and the shallowest exit, which drafts in every ladder that has it."""
+        recipe = self.recipe
+        if self.trunk.trained:
+            return False
+        if model.head(depth).lm_head is not None:
+            return True
+        simple = not recipe.neighbour_share and not recipe.fused_loss
+        first = depth == recipe.depths[0] and model.draft_tokens is not None
+        return first and simple and self.whole
+
+    def _draft_losses(
         self,
         model: ExitModel,
         batch: Batch,
         depth: int,
-        hidden_BTH: torch.Tensor,
-        final_BTH: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Input of the LM head at an exit, [B, T, H].
+        passes: Sequence[torch.Tensor],
+        final: torch.Tensor | StoredProbs,
+        weight: float,
+    ) -> list[_Part]:
+        """The losses of an exit over its draft words, pass by pass."""
+        recipe, lm_head = self.recipe, model.head(depth).lm_head
+        column_of_V = columns(model.draft_tokens, model.vocab_size).to(batch.labels_BT.device)
+        if isinstance(final, torch.Tensor):
+            with torch.no_grad():
+                count = min(recipe.states_top_k, model.vocab_size)
+                final = top_probs(model.project, final, count, recipe.loss_chunk)
+        targets = DraftTargets.of(final, batch.labels_BT.flatten(), column_of_V)
+        loss_of = DraftLoss(
+            recipe.divergence, recipe.distill_weight, recipe.ce_weight, recipe.loss_chunk
+        )
+        if lm_head is None:
+            if self._draft_rows_WH is None:  # of a frozen trunk: the same in every step
+                self._draft_rows_WH = model.draft_head()
+            rows_WH = self._draft_rows_WH
+        else:
+            rows_WH = lm_head.weight
+        assert rows_WH is not None
 
-        A head that reads the previous token's state is shown what it will meet in decoding: the
-        full model's state, or its own from an earlier pass, or zeros, chosen at random for each
-        token (the training-time test of EAGLE-3, 2503.01840, in one pass).
-        """
-        if model.head(depth).mix is None:
-            return model.normed(depth, model.run_head(depth, hidden_BTH, batch.positions_BT))
-        assert final_BTH is not None
-        positions_BT = batch.positions_BT
-        known_BTH = of_token_before(final_BTH.detach(), positions_BT)
-        with torch.no_grad():
-            own_BTH = model.run_head(depth, hidden_BTH, positions_BT, previous_BTH=known_BTH)
-            own_BTH = of_token_before(model.normed(depth, own_BTH), positions_BT)
-        chance_BT1 = self._chance(batch, depth)[..., None].to(hidden_BTH.device)
-        previous_BTH = torch.where(chance_BT1 < _SHOWN_FINAL, known_BTH, own_BTH)
-        previous_BTH = torch.where(chance_BT1 < 1 - _SHOWN_NOTHING, previous_BTH, 0.0)
-        head_BTH = model.run_head(depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH)
-        return model.normed(depth, head_BTH)
+        def read(normed_NH: torch.Tensor, rows_WH: torch.Tensor) -> torch.Tensor:
+            logits_NW = F.linear(normed_NH, rows_WH)
+            return logits_NW if lm_head is not None else model.scale_logits(logits_NW)
 
-    def _chance(self, batch: Batch, depth: int) -> torch.Tensor:
-        """Uniform numbers [B, T]: a pure function of seed, step, batch and depth."""
-        key = [self.recipe.seed, batch.step, batch.micro, self.rank, depth]
-        return torch.from_numpy(np.random.default_rng(key).random(tuple(batch.tokens_BT.shape)))
+        found = []
+        shares = pass_weights(len(passes), recipe.unroll_decay)
+        for k, (share, normed_NH) in enumerate(zip(shares, passes, strict=True)):
+            loss, agreement = loss_of(read, rows_WH, normed_NH, targets)
+            found.append(_Part(depth, share, k == 0, loss, agreement, weight * share))
+        return found
 
     def _teachers(
         self, final: torch.Tensor | StoredProbs, deeper_NH: Sequence[torch.Tensor]
@@ -217,7 +310,9 @@ class TrainingStep:
             *(Teacher(normed_NH.detach(), share) for normed_NH in deeper_NH),
         ]
 
-    def _states(self, model: ExitModel, batch: Batch, depths: list[int]) -> dict[int, torch.Tensor]:
+    def _states(
+        self, model: ExitModel, batch: Batch, depths: Collection[int]
+    ) -> dict[int, torch.Tensor]:
         """Hidden states [B, T, H] at some depths and at the full one."""
         wanted = {*depths, model.num_layers}
         if not self.trunk.trained:
@@ -225,7 +320,7 @@ class TrainingStep:
         recipe = self.recipe
         hidden_BTH = model.embed(batch.tokens_BT)
         inputs = model.layer_inputs(hidden_BTH, batch.positions_BT)
-        found: dict[int, torch.Tensor] = {}
+        found = {0: hidden_BTH}
         warm = warmed_up(batch.step, recipe.dropout_warmup * recipe.steps)
         layer_rates = rates(recipe.dropout_schedule, model.num_layers, recipe.layer_dropout)
         rows = len(hidden_BTH)

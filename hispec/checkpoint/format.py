@@ -191,9 +191,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _from_1(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The content of a file of format 1 in format 2."""
-    section = config.get("exits")
-    validate(_Format1, {"exits": section}, path)
-    exits = asdict(ExitConfig.of(**section))
+    section = validate(_Format1, {"exits": config.get("exits")}, path).exits
+    exits = asdict(ExitConfig.of(**section.model_dump()))
     return {**config, "format_version": FORMAT_VERSION, **exits}
 
 

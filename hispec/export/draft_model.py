@@ -32,7 +32,9 @@ _LENGTH = 24
 def check_expressible(model: ExitModel, depth: int) -> None:
     """Raise ValueError, with the reason, unless plain transformers can express the exit."""
     full = model.num_layers
-    check(1 <= depth < full, "exit", depth, f"a depth from 1 to {full - 1}")
+    exit = next((one for one in model.exits.exits if one.depth == depth), None)
+    if exit is None or not exit.reads_before:
+        check(1 <= depth < full, "exit", depth, f"a depth from 1 to {full - 1}")
     depths = model.exits.depths
     check(
         not depths or depth in depths,
@@ -40,20 +42,21 @@ def check_expressible(model: ExitModel, depth: int) -> None:
         depth,
         f"one of the exits, {', '.join(map(str, depths))}",
     )
-    if not depths:
+    if exit is None:
         return
     check(
-        model.exits.head != "adapter",
+        exit.head != "adapter",
         "head",
-        model.exits.head,
+        exit.head,
         "no plain model has an adapter between its norm and its LM head; 'shared' and 'block' "
         "heads can be written",
     )
     check(
-        not model.exits.previous,
-        "previous",
-        model.exits.previous,
-        "a head that reads the full model's state of the token before cannot stand alone",
+        not exit.reads_before,
+        "exit",
+        depth,
+        "a head that reads the full model's states of the token before cannot stand alone; one of "
+        "kind 'eagle3' is written by `--as eagle3`",
     )
 
 

@@ -226,7 +226,8 @@ def _build_eagle3(
         # families store the gain of a norm differently; ones show what it is
         ones = torch.ones(1, hf.config.hidden_size).to(_place(hf.model.norm))
         assert head.lm_head is not None
-        head.norm.weight.copy_(hf.model.norm(ones)[0])
+        assert head.norm is not None
+        head.norm.load_state_dict({"weight": hf.model.norm(ones)[0]})
         head.lm_head.weight.copy_(hf.lm_head.weight[: head.lm_head.out_features])
     return head
 

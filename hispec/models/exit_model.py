@@ -8,7 +8,7 @@ either picked up or fails by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,13 +25,18 @@ from hispec.models.attention import (
     PassCache,
     Reach,
     attention_by,
-    causal,
     padded_rows,
     rounds_alike,
 )
 from hispec.models.engine import DRAFTING, WHOLE, Engine
 from hispec.models.exit_heads import ExitHead, Gather, build_head
-from hispec.models.layer_inputs import LayerInputs, additive_mask, all_positions, documents
+from hispec.models.layer_inputs import (
+    LayerInputs,
+    additive_mask,
+    all_positions,
+    documents,
+    text_mask,
+)
 from hispec.models.quantization import FULL
 from hispec.utils.settings import check
 
@@ -190,18 +195,6 @@ class ExitModel(nn.Module):
                 with torch.no_grad():
                     lm_head.weight.copy_(rows_WH)
 
-    def before(
-        self, depth: int, final: torch.Tensor | None, states: Mapping[int, torch.Tensor]
-    ) -> torch.Tensor | None:
-        """What the head at `depth` reads of a token before, [..., H]; None if it reads nothing.
-
-        Args:
-            final: the full model's normed states [..., H] of that token.
-            states: its states [..., H] at the depths that the head reads, before any norm.
-        """
-        head = self.head(depth)
-        return head.before(final, states) if head.reads_before else None
-
     def run_head(
         self,
         depth: int,
@@ -218,8 +211,8 @@ class ExitModel(nn.Module):
 
         Args:
             hidden_BTH: the trunk's states at `depth`.
-            previous_BTH: for a head that reads the token before, what `before` gave of it, or a
-                stand-in (`ExitHead.own`); 0 where neither is known. None is 0 everywhere.
+            previous_BTH: for a head that reads the token before, what `ExitHead.before` gave of it,
+                or a stand-in (`ExitHead.own`); 0 where neither is known. None is 0 everywhere.
             inputs: as in `run`.
             keys: without a cache, what the layers call `update` of, see `models.unrolled`.
         """
@@ -387,19 +380,7 @@ class ExitModel(nn.Module):
         rope = self.rope(kind, hidden_BTH, positions_BT)
         reach = self.reach(kind)
         if cache is None:
-            length = hidden_BTH.shape[1]
-            near = reach.window is None or length <= reach.window
-            if document_BT is None and near and not reach.first:
-                return LayerInputs(None, rope)  # plain causal attention needs no mask
-            places_T = torch.arange(length, device=hidden_BTH.device)
-            seen = reach.limit(
-                causal(places_T, places_T, Reach(reach.window))[None],
-                positions_BT,
-                positions_BT[:, None],
-            )
-            if document_BT is not None:
-                seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
-            return LayerInputs(additive_mask(seen, hidden_BTH.dtype), rope)
+            return LayerInputs(text_mask(hidden_BTH, positions_BT, document_BT, reach), rope)
         if (lengths := cache.whole_texts(reach)) is not None:
             return LayerInputs(None, rope, lengths=lengths)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hispec.models.attention import Branch
+from hispec.models.attention import Branch, Reach
 
 
 @dataclass
@@ -54,6 +54,30 @@ def of_token_before(
     moved_BTH = torch.zeros_like(normed_BTH)
     moved_BTH[:, 1:] = normed_BTH[:, :-1]
     return moved_BTH if positions_BT is None else moved_BTH * (positions_BT > 0)[..., None]
+
+
+def text_mask(
+    hidden_BTH: torch.Tensor,
+    positions_BT: torch.Tensor,
+    document_BT: torch.Tensor | None,
+    reach: Reach,
+) -> torch.Tensor | None:
+    """The mask [B, 1, T, T] of whole sequences or packed documents; None where plain causal
+    attention is enough.
+
+    Args:
+        document_BT: the number of each token's document in its row; None for whole sequences.
+    """
+    length = hidden_BTH.shape[1]
+    near = reach.window is None or length <= reach.window
+    if document_BT is None and near and not reach.first:
+        return None
+    places_T = torch.arange(length, device=hidden_BTH.device)
+    seen = (places_T <= places_T[:, None])[None]
+    seen = reach.limit(seen, positions_BT, positions_BT[:, None])
+    if document_BT is not None:
+        seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
+    return additive_mask(seen, hidden_BTH.dtype)
 
 
 def additive_mask(seen_BTS: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:

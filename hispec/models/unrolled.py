@@ -46,11 +46,10 @@ def unrolled(
         passes: how many.
     """
     head = model.head(depth)
-    before_BTH = model.before(depth, final_BTH, states)
-    if before_BTH is None:
+    if not head.reads_before:
         yield model.normed(depth, model.run_head(depth, hidden_BTH, positions_BT))
         return
-    keys = _Keys()
+    keys, before_BTH = _Keys(), head.before(final_BTH, states)
     for number in range(passes):
         previous_BTH = of_token_before(before_BTH, positions_BT)
         inputs = {

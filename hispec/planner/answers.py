@@ -131,8 +131,8 @@ class Answers:
                 self._run(segment, missing[start : start + _PASS])
         slots_1T = self._slots(nodes)
         normed_TH = self.model.normed(depth, self._forest.hidden(segments[-1], slots_1T)[0])
-        read = self.model.draft if drafting else self.model.project
-        logits_TV = read(normed_TH)
+        project = self.model.project
+        logits_TV = self.model.draft(depth, normed_TH) if drafting else project(normed_TH)
         self.computed += len(nodes)
         return np.concatenate(
             [

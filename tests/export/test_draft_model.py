@@ -97,7 +97,11 @@ def test_a_layerskip_model_is_read_through_its_final_norm(tiny_base, tmp_path):
     ("exits", "depth", "message"),
     [
         (ExitConfig.of([2], "adapter"), 2, "head='adapter' is not possible: no plain model"),
-        (ExitConfig.of([2], "block", blocks=1, previous=True), 2, "previous=True is not possible"),
+        (
+            ExitConfig.of([2], "block", blocks=1, previous=True),
+            2,
+            "exit=2 is not possible: a head that reads the full",
+        ),
         (
             ExitConfig.of([2, 4], "block", blocks=1),
             3,

@@ -88,7 +88,7 @@ def test_eagle3_reads_pairs_of_a_token_and_the_state_before():
     model = model_of([EAGLE3])
     text = torch.randint(3, VOCAB, (1, 11), generator=torch.Generator().manual_seed(2))
     states = model.states(text, [1, 3, 5])
-    before = model.before(0, None, states)
+    before = model.head(0).before(None, states)
     expected = reference(model, text, before)
     previous = torch.nn.functional.pad(before, (0, 0, 1, 0))[:, :-1]
     found = model.logits(0, model.embed(text), previous_BTH=previous)[0]
