@@ -3,6 +3,7 @@ trunk has drifted from its base."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,9 @@ from hispec.metrics.perplexity import ReferenceStates, final_states, perplexity
 from hispec.models.exit_model import ExitModel
 from train.distributed import gather
 from train.trunk import Trunk
+
+
+_CHAIN = 4  # drafts of the chain whose right runs are shown
 
 
 class Evaluator:
@@ -57,6 +61,7 @@ def shown(found: dict[str, Any]) -> str:
     """An evaluation as one line."""
     parts = [
         f"{m['shallow']}->{m['deep']} agreement {m['top1']:.3f} acceptance {m['acceptance']:.3f}"
+        + _chain(m["runs"])
         for m in found["agreement"]
     ]
     best = found["expected"]
@@ -68,6 +73,14 @@ def shown(found: dict[str, Any]) -> str:
     if "drift" in found:
         parts.append(f"full model: loss {found['loss']:.3f}, KL to the base {found['drift']:.4f}")
     return "  ".join(parts)
+
+
+def _chain(runs: Sequence[float]) -> str:
+    """What a chain of drafts would gain, in words: how often all of its first drafts are right, and
+    the tokens per verifying pass, its own included."""
+    first = runs[:_CHAIN]
+    shares = " / ".join(f"{share:.2f}" for share in first)
+    return f" (runs of 1 to {len(first)}: {shares}; acceptance length {1 + sum(first):.2f})"
 
 
 def logged(found: dict[str, Any]) -> dict[str, float]:
