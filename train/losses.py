@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -68,18 +67,119 @@ def top_probs(read: Read, final_NH: torch.Tensor, count: int, chunk: int) -> Sto
     return StoredProbs(torch.cat(tokens), torch.cat(logs))
 
 
+@dataclass(eq=False)
+class Teaching:
+    """What teaches students. Those that have the same object share its targets."""
+
+    teachers: Sequence[Teacher] | StoredProbs = ()
+    distill_weight: float = 0.0
+    ce_weight: float = 0.0
+    divergence: str = "forward_kl"
+    by_final: bool = False
+    """Whether the one teacher is the full model, so that its top token is known from it."""
+
+    def targets(self, read: Read, part: slice, labels_n: torch.Tensor) -> Targets:
+        """What it says of the tokens `part` of the N."""
+        if isinstance(self.teachers, StoredProbs):
+            stored = self.teachers.part(part)
+            return Targets(self, labels_n, stored=stored, top_n=stored.tokens_NK[:, 0])
+        probs_nV = self._mixture(read, part)
+        top_n = _top(probs_nV) if self.by_final and probs_nV is not None else None
+        if probs_nV is not None and self.divergence == "forward_kl":
+            self._fold_labels(probs_nV, labels_n)
+        return Targets(self, labels_n, probs_nV, top_n=top_n)
+
+    @torch.no_grad()
+    def _mixture(self, read: Read, part: slice) -> torch.Tensor | None:
+        """The mixture of the teachers' probabilities [n, V], float32."""
+        assert not isinstance(self.teachers, StoredProbs)
+        probs_nV = None
+        for teacher in self.teachers:
+            own_nV = (teacher.read or read)(teacher.normed_NH[part]).float().softmax(-1)
+            if teacher.share != 1.0:
+                own_nV *= teacher.share
+            probs_nV = own_nV if probs_nV is None else probs_nV.add_(own_nV)
+        return probs_nV
+
+    def _fold_labels(self, probs_nV: torch.Tensor, labels_n: torch.Tensor) -> None:
+        """Make `distill_weight * p + ce_weight * onehot(label)` of the probabilities, in place.
+
+        Cross-entropy to it has the gradient of both terms of a forward KL, and passes over the
+        vocabulary once instead of twice.
+        """
+        labelled_n = (labels_n >= 0).float()
+        probs_nV *= (self.distill_weight * labelled_n)[:, None]
+        columns = labels_n.clamp_min(0)[:, None]
+        probs_nV.scatter_add_(1, columns, (self.ce_weight * labelled_n)[:, None])
+
+
+@dataclass
+class Targets:
+    """What a teaching says of n tokens."""
+
+    teaching: Teaching
+    labels_n: torch.Tensor
+    probs_nV: torch.Tensor | None = None
+    """The teachers' probabilities; for a forward KL with the labels folded in. None without a
+    teacher."""
+    stored: StoredProbs | None = None
+    """In their place: stored probabilities."""
+    top_n: torch.Tensor | None = None
+    """The full model's most probable tokens, where they are known from this."""
+
+    def loss(
+        self, logits_nV: torch.Tensor, kernels: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a student with these logits.
+
+        Args:
+            kernels: use the kernels of `train.fused` where there is one.
+
+        Returns:
+            The sum of `distill_weight` * divergence + `ce_weight` * cross-entropy, and the ids [n]
+            of the largest logits.
+        """
+        teaching, labels_n = self.teaching, self.labels_n
+        labelled_n = labels_n >= 0
+        soft_weight, hard_weight = teaching.distill_weight, teaching.ce_weight
+        if self.stored is not None:
+            log_q_nO, log_q_n, top_n = topk_log_probs(logits_nV, self.stored.tokens_NK, labels_n)
+            soft = divergence(teaching.divergence, log_q_nO, self.stored.outcomes(), labelled_n)
+            return soft_weight * soft - hard_weight * (log_q_n * labelled_n).sum(), top_n
+        if kernels:
+            return self._fused(logits_nV), _top(logits_nV)
+        logits_nV = logits_nV.float()
+        top_n = _top(logits_nV)
+        if self.probs_nV is not None and teaching.divergence == "forward_kl":
+            return F.cross_entropy(logits_nV, self.probs_nV, reduction="sum"), top_n
+        loss = torch.zeros((), device=logits_nV.device)
+        if self.probs_nV is not None:
+            log_q_nV = logits_nV.log_softmax(-1)
+            soft = divergence(teaching.divergence, log_q_nV, self.probs_nV, labelled_n)
+            loss = loss + soft_weight * soft
+        if hard_weight:
+            loss = loss + hard_weight * F.cross_entropy(logits_nV, labels_n, reduction="sum")
+        return loss, top_n
+
+    def _fused(self, logits_nV: torch.Tensor) -> torch.Tensor:
+        teaching = self.teaching
+        if self.probs_nV is None:
+            return teaching.ce_weight * cross_entropy(logits_nV, self.labels_n)
+        if teaching.divergence == "forward_kl":
+            return soft_cross_entropy(logits_nV, self.probs_nV)
+        soft, hard = total_variation(logits_nV, self.probs_nV, self.labels_n)
+        return teaching.distill_weight * soft + teaching.ce_weight * hard
+
+
 @dataclass
 class Student:
-    """One exit (or the full model, if it is trained too) with the settings of its loss."""
+    """One exit (or the full model, if it is trained too)."""
 
     normed_NH: torch.Tensor
     """Input of the LM head."""
     weight: float
     """Weight of its loss in the total; the weights of all students sum to one."""
-    ce_weight: float
-    teachers: Sequence[Teacher] | StoredProbs = field(default_factory=list)
-    distill_weight: float = 0.0
-    divergence: str = "forward_kl"
+    teaching: Teaching
 
 
 @dataclass
@@ -117,112 +217,14 @@ def divergence(
     return (each_N * labelled_N).sum()
 
 
-def student_loss(
-    student: Student,
-    logits_NV: torch.Tensor,
-    targets: torch.Tensor | StoredProbs | None,
-    labels_N: torch.Tensor,
-    kernels: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and argmax of some tokens.
-
-    Args:
-        targets: what `with_labels` made of the teachers' probabilities [N, V], or stored
-            probabilities; None without a teacher.
-        kernels: use the kernels of `train.fused` where there is one.
-
-    Returns:
-        The sum of `distill_weight` * divergence + `ce_weight` * cross-entropy, and the ids [N] of
-        the largest logits.
-    """
-    labelled_N = labels_N >= 0
-    if isinstance(targets, StoredProbs):
-        log_q_NO, log_q_N, top_N = topk_log_probs(logits_NV, targets.tokens_NK, labels_N)
-        soft = divergence(student.divergence, log_q_NO, targets.outcomes(), labelled_N)
-        hard = -(log_q_N * labelled_N).sum()
-        return student.distill_weight * soft + student.ce_weight * hard, top_N
-    if kernels:
-        return _fused_loss(student, logits_NV, targets, labels_N), _top(logits_NV)
-    logits_NV = logits_NV.float()
-    top_N = _top(logits_NV)
-    if targets is not None and student.divergence == "forward_kl":
-        return F.cross_entropy(logits_NV, targets, reduction="sum"), top_N
-    loss = torch.zeros((), device=logits_NV.device)
-    if targets is not None:
-        soft = divergence(student.divergence, logits_NV.log_softmax(-1), targets, labelled_N)
-        loss = loss + student.distill_weight * soft
-    if student.ce_weight:
-        loss = loss + student.ce_weight * F.cross_entropy(logits_NV, labels_N, reduction="sum")
-    return loss, top_N
-
-
-def _fused_loss(
-    student: Student, logits_NV: torch.Tensor, targets: torch.Tensor | None, labels_N: torch.Tensor
-) -> torch.Tensor:
-    if targets is None:
-        return student.ce_weight * cross_entropy(logits_NV, labels_N)
-    if student.divergence == "forward_kl":
-        return soft_cross_entropy(logits_NV, targets)
-    soft, hard = total_variation(logits_NV, targets, labels_N)
-    return student.distill_weight * soft + student.ce_weight * hard
-
-
-def with_labels(
-    student: Student, probs_NV: torch.Tensor | StoredProbs | None, labels_N: torch.Tensor
-) -> torch.Tensor | StoredProbs | None:
-    """Fold the labels into the teachers' probabilities, in place.
-
-    For the forward KL the targets become `distill_weight * p + ce_weight * onehot(label)`:
-    cross-entropy to them has the gradient of both terms and passes over the vocabulary once
-    instead of twice. For any other divergence the probabilities are returned as they are.
-    """
-    if not isinstance(probs_NV, torch.Tensor) or student.divergence != "forward_kl":
-        return probs_NV
-    labelled_N = (labels_N >= 0).float()
-    probs_NV *= (student.distill_weight * labelled_N)[:, None]
-    columns = labels_N.clamp_min(0)[:, None]
-    return probs_NV.scatter_add_(1, columns, (student.ce_weight * labelled_N)[:, None])
-
-
-def _teacher_probs(
-    teachers: Sequence[Teacher] | StoredProbs, read: Read, part: slice
-) -> torch.Tensor | StoredProbs | None:
-    """The mixture of the teachers' probabilities [n, V], float32, or the stored ones."""
-    if isinstance(teachers, StoredProbs):
-        return teachers.part(part)
-    with torch.no_grad():
-        probs_NV = None
-        for teacher in teachers:
-            own_NV = (teacher.read or read)(teacher.normed_NH[part]).float().softmax(-1)
-            if teacher.share != 1.0:
-                own_NV *= teacher.share
-            probs_NV = own_NV if probs_NV is None else probs_NV.add_(own_NV)
-        return probs_NV
-
-
-def _targets_key(student: Student) -> tuple[Any, ...]:
-    """Equal for two students whose targets are the same."""
-    teachers: Any = id(student.teachers)
-    if not isinstance(student.teachers, StoredProbs):
-        teachers = tuple((id(t.normed_NH), t.share, id(t.read)) for t in student.teachers)
-    return teachers, student.distill_weight, student.ce_weight, student.divergence
-
-
 def _final_top(
-    student: Student,
-    probs: torch.Tensor | StoredProbs | None,
-    read: Read,
-    final: torch.Tensor | StoredProbs,
-    part: slice,
+    targets: Targets, read: Read, final: torch.Tensor | StoredProbs, part: slice
 ) -> torch.Tensor:
-    """Argmax [n] of the full model, taken from `probs` if it alone is the student's teacher."""
+    """Argmax [n] of the full model."""
+    if targets.top_n is not None:
+        return targets.top_n
     if isinstance(final, StoredProbs):
         return final.tokens_NK[part, 0]
-    if isinstance(probs, torch.Tensor) and not isinstance(student.teachers, StoredProbs):
-        for teacher in student.teachers:
-            same = teacher.normed_NH.data_ptr() == final.data_ptr()
-            if same and teacher.share == 1.0 and teacher.read is None:
-                return _top(probs)
     with torch.no_grad():
         return _top(read(final[part]))
 
@@ -248,17 +250,15 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             labels_n = labels_N[part]
-            top_n, key, targets = None, None, None
+            top_n, targets = None, None
             for p, (student, normed_NH) in enumerate(zip(students, normed_P_NH, strict=True)):
-                if key != _targets_key(student):  # most students share their targets
-                    key = _targets_key(student)
-                    targets = _teacher_probs(student.teachers, read, part)
+                if targets is None or targets.teaching is not student.teaching:
+                    targets = student.teaching.targets(read, part, labels_n)
                     if top_n is None:
-                        top_n = _final_top(student, targets, read, final, part)
-                    targets = with_labels(student, targets, labels_n)
+                        top_n = _final_top(targets, read, final, part)
                 leaf = normed_NH[part].detach().requires_grad_()
                 with torch.enable_grad():
-                    loss, own_n = student_loss(student, read(leaf), targets, labels_n, kernels)
+                    loss, own_n = targets.loss(read(leaf), kernels)
                     loss = loss / labels
                 (grads[p][part],) = torch.autograd.grad(loss, leaf)
                 loss_P[p] += loss.detach()
@@ -306,10 +306,9 @@ def exit_loss(
         )
 
     def chunk_loss(student: Student, normed_nH: torch.Tensor, part: slice) -> list[torch.Tensor]:
-        probs = _teacher_probs(student.teachers, read, part)
-        top_n = _final_top(student, probs, read, final, part)
-        targets = with_labels(student, probs, labels_N[part])
-        loss, own_n = student_loss(student, read(normed_nH), targets, labels_N[part], kernels)
+        targets = student.teaching.targets(read, part, labels_N[part])
+        top_n = _final_top(targets, read, final, part)
+        loss, own_n = targets.loss(read(normed_nH), kernels)
         return [loss, ((own_n == top_n) & (labels_N[part] >= 0)).sum()]
 
     labels = (labels_N >= 0).sum().clamp_min(1)

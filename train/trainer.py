@@ -43,8 +43,9 @@ from train.resume import load_state, save_state
 from train.schedule import active_exits, learning_rate
 from train.state_cache import StateStore, state_sizes
 from train.stream import Position, RowStream, streamed_sets
-from train.training_step import Batch, TrainingStep, Wrapped
+from train.training_step import Batch, TrainingStep
 from train.trunk import Trunk
+from train.wrapped import Wrapped
 
 
 class Trainer:

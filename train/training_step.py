@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hispec.data.packing import positions_if_packed
@@ -18,56 +16,11 @@ from hispec.models.layer_inputs import LayerInputs
 from hispec.models.unrolled import unrolled
 from train.draft_loss import DraftLoss, DraftTargets, columns
 from train.layer_dropout import rates, skipped, warmed_up
-from train.losses import ExitLoss, StoredProbs, Student, Teacher, exit_loss, top_probs
+from train.losses import ExitLoss, StoredProbs, Student, Teacher, Teaching, exit_loss, top_probs
 from train.recipe import Recipe
 from train.schedule import active_exits, exit_weights, pass_weights
 from train.state_cache import StoredStates
 from train.trunk import Trunk
-
-
-@dataclass
-class Outcome:
-    """What a job returned from `Wrapped.forward`.
-
-    Under mixed precision accelerate turns all tensors that a forward pass returns into float32. It
-    does not look into a dataclass, so that results keep their dtype.
-    """
-
-    value: Any
-
-
-class Wrapped(nn.Module):
-    """The module that accelerate wraps: what is trained, and what is frozen where it is sharded.
-
-    Everything that touches the model runs inside `forward`, as a job that receives the model, so
-    that the hooks of DDP, FSDP and ZeRO see it.
-
-    Args:
-        with_trunk: whether the trunk belongs to it: it is trained, or sharded.
-        base: an untouched base that is sharded too.
-    """
-
-    def __init__(
-        self, model: ExitModel, *, with_trunk: bool, base: ExitModel | None = None
-    ) -> None:
-        super().__init__()
-        self.heads = model.heads
-        if with_trunk:
-            self.trunk = model.hf
-        if base is not None:
-            self.base = base.hf
-        self._model = (model,)  # in a tuple: a frozen trunk must not become a submodule
-        self._no_split_modules = model.hf._no_split_modules  # the units that FSDP shards
-
-    def tie_weights(self) -> None:
-        """Tie the LM head to the embedding again where they were tied; accelerate's FSDP calls it
-        after it has moved the parameters."""
-        self._model[0].hf.tie_weights()
-        if hasattr(self, "base"):
-            self.base.tie_weights()
-
-    def forward(self, job: Callable[..., Any], *args: Any) -> Outcome:
-        return Outcome(job(self._model[0], *args))
 
 
 @dataclass
@@ -101,6 +54,41 @@ class Batch:
     def labels(self) -> torch.Tensor:
         """Number of labelled tokens, a float32 scalar."""
         return (self.labels_BT >= 0).sum().float()
+
+
+class _Teachings:
+    """What teaches the exits of one batch: the full model, and by a share the next deeper exit."""
+
+    def __init__(self, recipe: Recipe, final: torch.Tensor | StoredProbs) -> None:
+        self.recipe, self.final = recipe, final
+        self.by_final = self._of(final if isinstance(final, StoredProbs) else [Teacher(final)])
+
+    def of(self, deeper_NH: Sequence[torch.Tensor]) -> Teaching:
+        """What teaches an exit. Where that is the full model alone, exits share it.
+
+        Args:
+            deeper_NH: normed states of the next deeper exit, if there is one.
+        """
+        share, final = self.recipe.neighbour_share, self.final
+        if not share or not deeper_NH or isinstance(final, StoredProbs):
+            return self.by_final
+        return self._of(
+            [
+                Teacher(final, 1 - share),
+                *(Teacher(normed_NH.detach(), share) for normed_NH in deeper_NH),
+            ],
+            by_final=False,
+        )
+
+    def _of(self, teachers: Sequence[Teacher] | StoredProbs, by_final: bool = True) -> Teaching:
+        recipe = self.recipe
+        return Teaching(
+            teachers if recipe.distill_weight else (),
+            recipe.distill_weight,
+            recipe.ce_weight,
+            recipe.divergence,
+            by_final,
+        )
 
 
 @dataclass
@@ -206,30 +194,24 @@ class TrainingStep:
             e_scale=recipe.e_scale,
             final=model.num_layers if self.trunk.trained else None,
         )
+        teachings = _Teachings(recipe, final)
         parts: list[_Part] = []
         students: list[Student] = []
         for i, depth in enumerate(depths):
             if self._drafts(model, depth):
                 parts += self._draft_losses(model, batch, depth, passes[depth], final, weights[i])
                 continue
-            deeper = [passes[d][0] for d in depths[i + 1 : i + 2]]
+            teaching = teachings.of([passes[d][0] for d in depths[i + 1 : i + 2]])
             for k, normed_NH in enumerate(passes[depth]):
                 share = pass_weights(len(passes[depth]), recipe.unroll_decay)[k]
                 parts.append(_Part(depth, share, k == 0, student=len(students)))
-                students.append(
-                    Student(
-                        normed_NH,
-                        weights[i] * share,
-                        recipe.ce_weight,
-                        self._teachers(final, deeper),
-                        recipe.distill_weight,
-                        recipe.divergence,
-                    )
-                )
+                students.append(Student(normed_NH, weights[i] * share, teaching))
         if self.trunk.trained:
             teachers = [self._base_teacher(model, batch)] if recipe.base_kl else []
             parts.append(_Part(model.num_layers, 1.0, True, student=len(students)))
-            students.append(Student(final_NH, weights[-1], 1.0, teachers, recipe.base_kl))
+            students.append(
+                Student(final_NH, weights[-1], Teaching(teachers, recipe.base_kl, ce_weight=1.0))
+            )
         whole = None
         if students:
             whole = exit_loss(
@@ -293,22 +275,6 @@ class TrainingStep:
             loss, agreement = loss_of(read, rows_WH, normed_NH, targets)
             found.append(_Part(depth, share, k == 0, loss, agreement, weight * share))
         return found
-
-    def _teachers(
-        self, final: torch.Tensor | StoredProbs, deeper_NH: Sequence[torch.Tensor]
-    ) -> list[Teacher] | StoredProbs:
-        """The teachers of an exit: the full model, and by a share the next deeper exit if any."""
-        share = self.recipe.neighbour_share if deeper_NH else 0.0
-        if not self.recipe.distill_weight:
-            return []
-        if isinstance(final, StoredProbs):
-            return final
-        if not share:
-            return [Teacher(final)]
-        return [
-            Teacher(final, 1 - share),
-            *(Teacher(normed_NH.detach(), share) for normed_NH in deeper_NH),
-        ]
 
     def _states(
         self, model: ExitModel, batch: Batch, depths: Collection[int]

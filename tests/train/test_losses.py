@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from train.layer_dropout import SCHEDULES, rates, skipped, warmed_up
-from train.losses import StoredProbs, Student, Teacher, exit_loss
+from train.losses import StoredProbs, Student, Teacher, Teaching, exit_loss
 from train.schedule import CURRICULA, EXIT_WEIGHTS, active_exits, exit_weights, learning_rate
 
 N, H, V, E = 11, 6, 13, 3
@@ -29,17 +29,17 @@ def problem(dtype=torch.float64):
 
 
 def students_of(exits, final, kind, distill, ce, neighbour=0.0):
+    shared = Teaching([Teacher(final)] if distill else [], distill, ce, kind, by_final=True)
     students = []
     for e, hidden in enumerate(exits):
-        teachers = [Teacher(final)]
-        if neighbour and e + 1 < len(exits):
+        teaching = shared
+        if distill and neighbour and e + 1 < len(exits):
             teachers = [
                 Teacher(final, 1 - neighbour),
                 Teacher(exits[e + 1].detach(), neighbour),
             ]
-        students.append(
-            Student(hidden, WEIGHTS[e], ce, teachers if distill else [], distill, divergence=kind)
-        )
+            teaching = Teaching(teachers, distill, ce, kind)
+        students.append(Student(hidden, WEIGHTS[e], teaching))
     return students
 
 
@@ -107,12 +107,15 @@ def test_stored_probs_of_every_token_teach_what_the_full_model_teaches(kind, ce)
     taught = [
         exit_loss(
             head,
-            [Student(h, WEIGHTS[e], ce, teachers, 0.7, kind) for e, h in enumerate(exits)],
+            [Student(h, w, teaching) for h, w in zip(exits, WEIGHTS, strict=True)],
             measured_by,
             labels,
             chunk=4,
         )
-        for teachers, measured_by in (([Teacher(final)], final), (probs, probs))
+        for teaching, measured_by in (
+            (Teaching([Teacher(final)], 0.7, ce, kind), final),
+            (Teaching(probs, 0.7, ce, kind), probs),
+        )
     ]
     (dense, stored) = taught
     torch.testing.assert_close(stored.loss, dense.loss, rtol=1e-6, atol=1e-6)
@@ -139,7 +142,9 @@ def test_tokens_outside_the_stored_top_k_are_one_outcome(kind):
         "tv": 1 - torch.minimum(p, q).sum(-1),
     }[kind]
     expected = distance[labelled].mean()
-    result = exit_loss(head, [Student(hidden, 1.0, 0.0, probs, 1.0, kind)], probs, labels, chunk=4)
+    result = exit_loss(
+        head, [Student(hidden, 1.0, Teaching(probs, 1.0, 0.0, kind))], probs, labels, chunk=4
+    )
     torch.testing.assert_close(result.loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     got, exact = (torch.autograd.grad(loss, hidden)[0] for loss in (result.loss, expected))
     torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-6)
@@ -162,7 +167,7 @@ def test_a_teacher_with_a_head_of_its_own():
     head, _, final, labels = problem()
     other = torch.nn.Linear(H, V, bias=False, dtype=torch.float64)
     own = final.clone().requires_grad_()
-    student = Student(own, 1.0, 1.0, [Teacher(final, read=other)], 0.5)
+    student = Student(own, 1.0, Teaching([Teacher(final, read=other)], 0.5, 1.0))
     result = exit_loss(head, [student], final, labels, chunk=4)
     log_q, p = head(own).log_softmax(-1), other(final).softmax(-1)
     labelled = labels >= 0
