@@ -89,13 +89,13 @@ def _table(trained: Sequence[Any], untrained: dict[int, Any]) -> Table:
     ):
         table.add_column(title, justify="right")
     for m in trained:
-        contrast = untrained[m.shallow]
+        contrast = untrained.get(m.shallow)  # none at depth 0, which only a head can read
         table.add_row(
             f"depth {m.shallow}",
             f"depth {m.deep}",
             f"{m.top1:.3f}",
             f"{m.acceptance:.3f}",
-            f"{contrast.top1:.3f}" if m.deep == contrast.deep else "",
+            f"{contrast.top1:.3f}" if contrast is not None and m.deep == contrast.deep else "",
         )
     return table
 

@@ -101,7 +101,8 @@ def _lookup(lm: EarlyExitLM, limits: Limits, name: str, full: int) -> Method:
 
 def _early_exit(lm: EarlyExitLM, limits: Limits, name: str, depth: int) -> Method:
     """These packages read an exit through the final norm, which only a `shared` head does too."""
-    own = "" if lm.model.exits.head == "shared" else ", final norm"
+    shared = all(exit.head == "shared" for exit in lm.model.exits.exits)
+    own = "" if shared else ", final norm"
     label = f"early exit{own} {ladder_text([depth, lm.model.num_layers])}"
     if name in HF:
         return _by_hf(lm, limits, f"HF {label}", {"assistant_early_exit": depth})

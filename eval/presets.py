@@ -42,8 +42,8 @@ def preset(lm: EarlyExitLM, name: str, setting: Mapping[str, Any]) -> Method:
 
 
 def presets(lm: EarlyExitLM, common: Mapping[str, Any]) -> list[Method]:
-    """Plain decoding, and LayerSkip, HiSpec, prompt lookup, token recycling and ECHO as far as the
-    checkpoint has the exits for them.
+    """Plain decoding, and LayerSkip, EAGLE (an exit at depth 0), HiSpec, prompt lookup, token
+    recycling and ECHO as far as the checkpoint has the exits for them.
 
     Args:
         common: fields of `DecodeConfig` that all of them share.
@@ -55,14 +55,16 @@ def presets(lm: EarlyExitLM, common: Mapping[str, Any]) -> list[Method]:
         found.append(preset(lm, name, {**common, "ladder": ladder, "drafter": drafter, **keys}))
 
     for depth in exits:
-        add("LayerSkip", [depth, full])
+        add("LayerSkip" if depth else "EAGLE", [depth, full])
     if lm.model.draft_tokens is not None:
         for depth in exits:
-            add("LayerSkip, whole vocabulary", [depth, full], draft_vocab=False)
+            if lm.model.head(depth).lm_head is None:
+                name = "LayerSkip" if depth else "EAGLE"
+                add(f"{name}, whole vocabulary", [depth, full], draft_vocab=False)
     if len(exits) > 1:
         add("HiSpec", [*exits, full])
     add("prompt lookup", [full], "lookup")
     add("token recycling", [full], "recycle")
-    for depth in exits[-1:]:
+    for depth in [depth for depth in exits if depth][-1:]:
         add("ECHO", [depth, full], "recycle")
     return found

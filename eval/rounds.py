@@ -108,11 +108,14 @@ def _functions() -> Iterator[tuple[str, type, tuple[str, ...]]]:
     from hispec.decoding.ladder import Ladder
     from hispec.decoding.verification import MatchSampler
     from hispec.engine.build import openvino_installed
+    from hispec.models.exit_heads import Eagle3Head, ExitHead
     from hispec.models.exit_model import ExitModel
 
     yield LOOP, Decode, ("step",)
     yield PROMPT, Ladder, ("prefill",)
     yield MODULES, ExitModel, ("embed", "run", "run_head", "normed", "project", "draft")
+    for head in (ExitHead, Eagle3Head):
+        yield MODULES, head, ("before",)
     for drafter in (FreeThenExit, ExitChain, Lookup, Recycle):
         yield DRAFTING, drafter, ("propose",)
     yield DRAFTING, Recycle, ("observe",)

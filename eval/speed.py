@@ -113,7 +113,7 @@ def main(words: Sequence[str]) -> None:
         lm,
         limits,
         installed() if settings.baselines is None else settings.baselines,
-        lm.model.exits.depths[:1] if exits is None else exits,
+        [depth for depth in lm.model.exits.depths if depth][:1] if exits is None else exits,
     )
     for line in left_out:
         out.say(line)

@@ -31,6 +31,8 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
     add((full,), "lookup", lookup_length=(4, 8, 12), lookup_shortest=(1, 2))
     add((full,), "recycle", tree_tokens=(7, 15, 25))
     for verify in exits:
+        if not verify:  # a head at depth 0 drafts well for its cost, and verifies badly
+            continue
         add((verify, full), "lookup", lookup_length=(4, 8))
         add((verify, full), "recycle", tree_tokens=(7, 15))
     ladder: tuple[int, ...]
