@@ -16,7 +16,6 @@ from hispec.models.exit_model import ExitModel
 from train.distributed import gather
 from train.trunk import Trunk
 
-
 _CHAIN = 4  # drafts of the chain whose right runs are shown
 
 
