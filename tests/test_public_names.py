@@ -97,12 +97,12 @@ recipe=smoke
 """.strip().splitlines()
 
 RECIPE_KEYS = shlex.split("""
-base output exits head head_blocks head_rank draft_vocab head_previous trunk lora_rank lora_alpha
-layer_dropout dropout_schedule dropout_warmup base_kl max_drift data data_split text_column
-held_out streaming seq_len max_rows states states_top_k steps max_minutes batch_size accumulate lr
-lr_schedule gradient_checkpointing warmup min_lr weight_decay clip distill_weight divergence
-neighbour_share ce_weight exit_weights e_scale curriculum loss_chunk fused_loss precision threads
-seed eval_every eval_sequences log_with save_every export_full
+base output exits head head_blocks head_rank draft_vocab head_previous unroll unroll_decay trunk
+lora_rank lora_alpha layer_dropout dropout_schedule dropout_warmup base_kl max_drift data data_split
+text_column held_out streaming seq_len max_rows states states_top_k steps max_minutes batch_size
+accumulate lr lr_schedule gradient_checkpointing warmup min_lr weight_decay clip distill_weight
+divergence neighbour_share ce_weight exit_weights e_scale curriculum loss_chunk fused_loss precision
+threads seed eval_every eval_sequences log_with save_every export_full
 """)
 
 DECODE_SETTINGS = shlex.split("""
@@ -152,9 +152,10 @@ def test_names_of_the_package():
     assert import_module("hispec.generation").generate  # full checkpoints call it
     names = {field.name for field in fields(hispec.DecodeConfig)}
     assert set(DECODE_SETTINGS) <= names
-    assert [field.name for field in fields(hispec.ExitConfig)][:5] == [
-        *("depths", "head", "blocks", "rank", "draft_vocab"),
-    ]
+    # exits that are alike were `ExitConfig(depths, head, ...)`, they are `ExitConfig.of` now
+    alike = hispec.ExitConfig.of([2, 4], "block", blocks=1, rank=3, draft_vocab=9)
+    assert alike.depths == [2, 4]
+    assert [(exit.head, exit.blocks, exit.rank) for exit in alike.exits] == [("block", 1, 3)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The format of EE checkpoints: the schema of `exit_config.json`, and which files are verified.
 
 `checkpoints/README.md` is its specification. Keys that a later writer adds are ignored, but not in
-section `exits`, where one would change the logits.
+an exit, where one would change the logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from hispec.base_models.model_folder import (
 )
 from hispec.config import ExitConfig
 from hispec.utils.files import sha256
-from hispec.utils.schema import STRICT, Schema, read_json, validate
+from hispec.utils.limits import one_of
+from hispec.utils.schema import STRICT, Schema, in_full, read_json, validate
+from hispec.utils.settings import check
 
 FORMAT_VERSION = 2
 OLD_VERSIONS = (1,)
@@ -57,18 +59,24 @@ class _Open(Schema):
 class ExitsOf1(Schema):
     """Section `exits` of format 1, where all exits are alike."""
 
-    depths: Annotated[list[int], Field(min_length=1)]
-    head: str
-    blocks: int
+    depths: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    head: Annotated[str, one_of("shared", "adapter", "block")]
+    blocks: Count
     rank: Annotated[int, Field(ge=1, le=2**16)] = 64
-    draft_vocab: int = 0
+    draft_vocab: Count = 0
     previous: bool = False
 
 
-class _Format1(Schema):
+class _Format1(_Open):
     """What format 2 describes otherwise."""
 
     exits: ExitsOf1
+
+
+class _Exit(_Open):
+    """An entry of `exits`; its keys and their values are checked by `ExitConfig`."""
+
+    eagle3: dict[str, Any] | None = None
 
 
 class Model(_Open):
@@ -145,8 +153,8 @@ class Figures(_Open):
 class ExitConfigFile(_Open):
     """The content of `exit_config.json`."""
 
-    format_version: Literal[2]
-    exits: list[dict[str, Any]]
+    format_version: Literal[1, 2]
+    exits: list[_Exit]
     draft_vocab: int = 0
     model: Model
     base: Base
@@ -164,6 +172,9 @@ def is_checkpoint(folder: Path) -> bool:
 def read_config(folder: Path) -> dict[str, Any]:
     """The `exit_config.json` of a checkpoint, checked.
 
+    Whatever the version of the file, which `format_version` tells, `exits` and `draft_vocab` are
+    those of format 2, and no field of an exit is left out.
+
     Raises:
         ValueError: not a checkpoint, not valid, or of another format version.
     """
@@ -175,25 +186,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     if type(found) is not int or found not in (*OLD_VERSIONS, FORMAT_VERSION):  # True is 1
         newer = type(found) is int and found > FORMAT_VERSION
         raise ValueError(
-            f"{path}: format_version={found!r} cannot be read, this hispec reads "
+            f"{path}: format_version={in_full(found)} cannot be read, this hispec reads "
             f"{', '.join(map(str, (*OLD_VERSIONS, FORMAT_VERSION)))}"
             + ("; upgrade hispec" if newer else "")
         )
     if found == 1:
         config = _from_1(config, path)
     validate(ExitConfigFile, config, path)
+    layers, tokens = config["model"]["num_hidden_layers"], config["model"]["vocab_size"]
     try:
-        exit_config(config).validate(config["model"]["num_hidden_layers"])
+        exits = exit_config(config)
+        exits.validate(layers)
+        size = exits.draft_vocab
+        check(size <= tokens, "draft_vocab", size, f"the model has {tokens} tokens")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return config
+    return {**config, **asdict(exits.resolved(layers))}
 
 
 def _from_1(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a file of format 1 in format 2."""
-    section = validate(_Format1, {"exits": config.get("exits")}, path).exits
-    exits = asdict(ExitConfig.of(**section.model_dump()))
-    return {**config, "format_version": FORMAT_VERSION, **exits}
+    """The content of a file of format 1, with its exits one by one."""
+    section = validate(_Format1, config, path).exits
+    return {**config, **asdict(ExitConfig.of(**section.model_dump()))}
 
 
 def exit_config(config: dict[str, Any]) -> ExitConfig:

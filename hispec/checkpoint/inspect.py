@@ -63,7 +63,7 @@ def _checkpoint(folder: Path, base: str | None) -> Report:
         "folder": str(folder),
         "format_version": config["format_version"],
         "exits": config["exits"],
-        "draft_vocab": config.get("draft_vocab", 0),
+        "draft_vocab": config["draft_vocab"],
         "model": config["model"],
         "bytes": {"exits": _size([folder / EXITS]), "all": _size(files)},
         "base": {
@@ -229,10 +229,16 @@ def _checkpoint_lines(report: Report, shape: str) -> list[str]:
 
 
 def heads_in_words(config: dict[str, Any]) -> str:
-    """The heads that an `exit_config.json` describes in words, without the depths."""
-    heads = dict.fromkeys(map(_head, config["exits"]))
-    words = "; ".join(heads)
-    if config.get("draft_vocab"):
+    """The heads that an `exit_config.json` describes in words; the depths only where heads
+    differ."""
+    depths: dict[str, list[int]] = {}
+    for exit in config["exits"]:
+        depths.setdefault(_head(exit), []).append(exit["depth"])
+    words = "; ".join(
+        f"depth {', '.join(map(str, at))}: {head}" if len(depths) > 1 else head
+        for head, at in depths.items()
+    )
+    if config["draft_vocab"]:
         words += f", drafting from {config['draft_vocab']:,} tokens"
     return words
 
@@ -241,8 +247,8 @@ def _head(exit: dict[str, Any]) -> str:
     """The head of one exit in words."""
     kind: str = exit["head"]
     if kind == "block":
-        kind += f", {exit.get('blocks', 2)} block(s) each"
-    if exit.get("previous"):
+        kind += f", {exit['blocks']} block(s) each"
+    if exit["previous"]:
         kind += ", reading the token before"
     return kind
 

@@ -23,7 +23,8 @@ _KINDS = {
 }
 # The settings of a recipe that the card shows; `exit_config.json` holds all of them.
 _SETTINGS = (
-    *("trunk", "head", "head_blocks", "head_rank", "head_previous", "draft_vocab", "data"),
+    *("trunk", "exits", "head", "head_blocks", "head_rank", "head_previous", "draft_vocab"),
+    *("unroll", "unroll_decay", "data"),
     *("seq_len", "steps", "batch_size", "lr", "divergence", "neighbour_share", "distill_weight"),
     *("ce_weight", "e_scale", "curriculum", "layer_dropout", "base_kl", "precision", "seed"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint import io as checkpoint
 from hispec.checkpoint.inspect import inspect, lines
 from hispec.checkpoint.model_card import model_card
+from hispec.config import Eagle3, Exit, ExitConfig
 from hispec.utils.files import DiskFullError, sha256
 
 CHECK = {
@@ -143,13 +145,23 @@ def places(value, path=()):
             yield from places(inner, (*path, key))
 
 
+EAGLE3 = Exit(0, "eagle3", aux_depths=[1, 3, 5], eagle3=Eagle3(fc_norm=True))
+UNLIKE = ExitConfig([EAGLE3, Exit(2, "adapter"), Exit(4, previous=True)], draft_vocab=40)
+CONTENTS = {
+    "alike": "{}",
+    "unlike": json.dumps(asdict(UNLIKE)),
+    "format 1": '{"format_version": 1, "exits": {"depths": [2, 4], "head": "block", "blocks": 1}}',
+}
+
+
 @fuzz("exit_config.json", 300)
 @given(data=st.data())
 def test_no_mutated_config_gets_a_traceback(saved, data):
     """Any value of `exit_config.json` replaced by another: it is read, or refused by name."""
     path = saved / "exit_config.json"
     original = path.read_text()
-    config = json.loads(original)
+    exits = data.draw(st.sampled_from([*CONTENTS]))
+    config = {**json.loads(original), **json.loads(CONTENTS[exits])}
     *way, last = data.draw(st.sampled_from(list(places(config))))
     section = config
     for key in way:
@@ -168,6 +180,20 @@ def test_no_mutated_config_gets_a_traceback(saved, data):
             lines(inspect(str(saved)))
     finally:
         path.write_text(original)
+
+
+def test_what_is_missing_in_an_exit_has_a_fixed_meaning(saved):
+    """Files of the format outlive the defaults of the library."""
+    edit(saved, exits=[{"depth": 0, "head": "eagle3", "eagle3": {}}, {"depth": 2}], later=1)
+    found = checkpoint.read_config(saved)
+    assert found["draft_vocab"] == 0
+    missing = {"rank": 64, "previous": False, "blocks": 2}
+    variant = {"intermediate_size": 0, "norm_before_residual": False, "norm_output": False}
+    variant |= {"fc_norm": False, "rope_theta": None}
+    assert found["exits"] == [
+        {"depth": 0, "head": "eagle3", "aux_depths": [2, 3, 3], "eagle3": variant, **missing},
+        {"depth": 2, "head": "block", "aux_depths": [], "eagle3": None, **missing},
+    ]
 
 
 def refused(action) -> str | None:

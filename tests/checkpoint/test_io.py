@@ -77,7 +77,7 @@ def test_adapters_come_back_too(tiny_base, tmp_path):
             parameter.add_(torch.randn_like(parameter) * 0.1)
     checkpoint.save_checkpoint(tmp_path / "ee", model, base)
     loaded, _ = checkpoint.load_checkpoint(tmp_path / "ee")
-    assert loaded.exits.rank == 3
+    assert [exit.rank for exit in loaded.exits.exits] == [3, 3]
     for before, after in zip(all_logits(model), all_logits(loaded), strict=True):
         assert torch.equal(before, after)
     assert not torch.equal(fresh[0], all_logits(loaded)[0])
@@ -113,21 +113,22 @@ def test_the_card_names_base_figures_and_command(saved):
 
 
 def edit(folder, **changes):
+    """Change values of `exit_config.json`; a key such as `exits__0__depth` is a way to one."""
     path = folder / "exit_config.json"
     config = json.loads(path.read_text())
     for key, value in changes.items():
-        section, _, inner = key.partition("__")
-        if inner:
-            config[section][inner] = value
-        else:
-            config[section] = value
+        *way, last = (int(step) if step.isdigit() else step for step in key.split("__"))
+        section = config
+        for step in way:
+            section = section[step]
+        section[last] = value
     path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version=2 cannot be read, this hispec reads 1; upgrade"),
+        ({"format_version": 3}, "format_version=3 cannot be read, this hispec reads 1, 2; upgrade"),
         ({"format_version": None}, "format_version=None cannot be read"),
         ({"base__id": "no-such-base"}, "unknown base model 'no-such-base'"),
         (
@@ -135,16 +136,36 @@ def edit(folder, **changes):
             "no base model of that name .*to get it: hispec fetch smollm2-360m/x",
         ),
         ({"model__hidden_size": 64}, "hidden_size=32, but the exits belong to 64"),
-        ({"exits__depths": [2, 6]}, "depth 6 is the full model"),
-        ({"exits__depths": [2, 3]}, r"lacks exits.3.* and has the unknown exits.4"),
-        ({"exits__blocks": 1}, "has the unknown exits.2.blocks.1"),
+        ({"exits__1__depth": 6}, "depth 6 is the full model"),
+        ({"exits__1__depth": 3}, r"lacks exits.3.* and has the unknown exits.4"),
+        ({"exits__1__depth": 2}, r"exits=\(2, 2\) is not possible: increasing depths, none twice"),
+        ({"exits__0__blocks": 1}, "has the unknown exits.2.blocks.1"),
+        ({"exits__0__blocks": 7}, "blocks=7 is not possible: from 1 to 6, the layers of the model"),
+        ({"exits__0__previous": True}, "lacks exits.2.mix.weight"),
+        ({"exits__0__head": "shared"}, "has the unknown exits.2.blocks"),
         ({"base": {}}, r"exit_config.json: base.id is missing"),
-        ({"exits": None}, "exits=None is not possible: an object of keys and values"),
-        ({"exits__width": 3}, "unknown key 'exits.width'"),
+        ({"exits": None}, "exit_config.json: exits=None is not possible: a list"),
+        ({"exits": {}}, "exits={} is not possible: a list"),
+        ({"exits": []}, r"exits=\(\) is not possible: name 1 or more depths"),
+        ({"exits": [2, 4]}, r"exits\[0\]=2 is not possible: an object of keys and values"),
+        ({"exits__1": {"head": "block"}}, r"exits\[1\]={'head': 'block'} .*: depth is missing"),
+        ({"exits__0__width": 3}, r"exits\[0\]={.* is not possible: unknown key 'width'; known"),
         ({"recipe": [1]}, r"recipe=\[1\] is not possible: an object of keys and values"),
-        ({"exits__depths": [[2], [4]]}, r"exits.depths\[0\]=\[2\] is not possible: a whole number"),
-        ({"exits__blocks": True}, "exits.blocks=True is not possible: a whole number"),
-        ({"exits__rank": 10**30}, "exits.rank=1000000.* is not possible: at most 65536"),
+        ({"exits__0__depth": [2]}, r"exits\[0\].depth=\[2\] is not possible: a whole number"),
+        ({"exits__0__depth": 0}, "depth=0 is not possible: depth 0 holds one token alone"),
+        ({"exits__1__head": "wide"}, r"exits\[1\].head='wide' is not possible: one of shared, "),
+        ({"exits__1__head": "eagle3"}, "depth=4 is not possible: 0 for a head of kind 'eagle3'"),
+        ({"exits__0__blocks": True}, r"exits\[0\].blocks=True is not possible: a whole number"),
+        ({"exits__0__rank": 10**30}, r"exits\[0\].rank=1000000.* is not possible: at most 65,536"),
+        (
+            {"exits__0__aux_depths": [1]},
+            r"aux_depths=\[1\] is not possible: three depths for a head",
+        ),
+        ({"exits__0__eagle3": 5}, r"exits\[0\].eagle3=5 is not possible: an object of keys and"),
+        ({"exits__0__eagle3": {"wide": 1}}, r"exits\[0\].eagle3={'wide': 1} .* unknown key 'wide'"),
+        ({"draft_vocab": None}, "draft_vocab=None is not possible: a whole number"),
+        ({"draft_vocab": 321}, "draft_vocab=321 is not possible: the model has 320 tokens"),
+        ({"draft_vocab": 9}, "exits.safetensors lacks draft_tokens"),
         ({"model__num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not possible"),
         ({"format_version": True}, "format_version=True cannot be read"),
         ({"files__../x": "0" * 64}, "the name of a file inside its folder"),
@@ -264,7 +285,7 @@ def test_a_base_read_through_its_final_norm_becomes_a_checkpoint(tiny_base, tmp_
     """LayerSkip's own models: no tensors of their own, but exits, a base and its hash."""
     export.export_untrained(str(tiny_base), [3, 5], tmp_path / "shared", full=True)
     model, _ = checkpoint.load_checkpoint(tmp_path / "shared")
-    assert (model.exits.depths, model.exits.head) == ([3, 5], "shared")
+    assert model.exits == ExitConfig.of([3, 5], "shared")
     with torch.inference_mode():
         states = model.hf(TOKENS, output_hidden_states=True).hidden_states
         expected = model.hf.lm_head(model.hf.model.norm(states[3]))
