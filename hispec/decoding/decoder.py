@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,17 +21,20 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.build import build_drafter
+from hispec.decoding.inputs import check_admission, check_inputs, check_seed
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import processors
 from hispec.decoding.state import Committed, DecodeState
 from hispec.decoding.stats import DecodeStats
 from hispec.decoding.verification import Sampler, Verified, build_sampler
 from hispec.models.exit_model import ExitModel
-from hispec.utils.settings import check
 
 
 class Decode:
     """One decode of one or more prompts; iterate `run()` for committed tokens.
+
+    Rows do not touch each other. When the text of a row has ended, `admit` puts a new prompt there,
+    so the rows of a long queue are never idle.
 
     Args:
         model: the model; its exits draft and verify.
@@ -40,10 +45,12 @@ class Decode:
         logits_processor: more transformers processors, after the config's own. They see the full
             prefix of each position and must depend on nothing else.
         stopping_criteria: transformers criteria that see every committed prefix, ids alone.
+        max_prompt: tokens of the longest prompt that will be admitted; default: of the longest of
+            `prompts`. The cache has room for it from the start.
 
     Raises:
-        ValueError: an empty prompt, a config that this model cannot decode with, or seeds that are
-            not one per row.
+        ValueError: an empty prompt or one longer than `max_prompt`, a config that this model cannot
+            decode with, or seeds that are not one per row.
     """
 
     def __init__(
@@ -55,20 +62,24 @@ class Decode:
         seeds: Sequence[int] | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        max_prompt: int | None = None,
     ) -> None:
-        check_inputs(model, prompts, config, seeds)
+        check_inputs(model, prompts, config, seeds, max_prompt)
         self.model = model
         self.config = config
         rows = len(prompts)
         self.drafter = build_drafter(config, rows, model.vocab_size, self._draft_token)
-        self.state = DecodeState(prompts, config, first=self.drafter.rungs)
+        self.max_prompt = max(map(len, prompts)) if max_prompt is None else max_prompt
+        first = self.drafter.rungs
+        self.state = DecodeState(prompts, config, first=first, max_prompt=self.max_prompt)
         self.ladder = self._build_ladder(self.state.tokens_BN.shape[1])
         self.sampler = self._build_sampler(seeds)
         self.processors = processors(config)
         self.processors.extend(logits_processor or [])
         self.stopping = stopping_criteria or StoppingCriteriaList()
         self.stats = DecodeStats.of(self.ladder, rows, int(self.state.prompt_B.sum()))
-        self._started = False
+        self._unread = list(range(rows))
+        """Rows whose prompts no rung has read."""
 
     def _build_ladder(self, capacity: int) -> Ladder:
         """The rungs, with room for `capacity` tokens per row."""
@@ -109,27 +120,77 @@ class Decode:
             found[part.row] = part.tokens, part.depths
         return found
 
+    def admit(self, row: int, prompt: Sequence[int], *, seed: int | None = None) -> None:
+        """Replace a text that has ended by a new prompt; take its output before.
+
+        The next `step` reads it, together with all others that were admitted. Its text is the one
+        that it would have alone.
+
+        Args:
+            prompt: token ids.
+            seed: instead of the config's, as in `seeds`.
+
+        Raises:
+            ValueError: there is no such row or its text has not ended, the prompt is empty or
+                longer than `max_prompt`, or a seed with verification `rejection`.
+        """
+        state = self.state
+        check_admission(row, state.ends(state.committed_B), prompt, self.max_prompt)
+        check_seed(seed, self.config)
+        state.begin(row, prompt)
+        self.sampler.reseed(row, seed)
+        self.stats.add_text(len(prompt))
+        self._unread.append(row)
+
     @torch.inference_mode()
     def step(self) -> list[Committed]:
-        """Run one round, the first time over the prompts; returns what was committed in it."""
+        """Run one round, the first time over the prompts; returns what was committed in it.
+
+        Prompts that were admitted since the last round are read before it.
+        """
         began = time.perf_counter()
         state = self.state
         before_B = state.committed_B
-        if not self._started:
-            self._started = True
-            self.ladder.prefill(state.tokens_BN, state.prompt_B)
-            self._verify(state.last, state.pending(state.last))  # the first token needs no draft
-        else:
+        all_new = len(self._unread) == state.rows
+        if self._unread:
+            self._read_prompts()
+        if not (all_new or self.done):
             self._verify(state.first, self._draft())
             for rung in range(state.first + 1, state.last + 1):
                 if not state.due(rung):
                     break
                 self._verify(rung, state.pending(rung))
-        new_tokens = int((state.committed_B - state.prompt_B).sum())
+        committed = state.committed_since(before_B)
+        new_tokens = sum(len(part.tokens) for part in committed)
         self.stats.add_round(self.ladder, time.perf_counter() - began, new_tokens)
         if self.config.max_time is not None and self.stats.seconds >= self.config.max_time:
             state.stopped_B = np.ones_like(state.stopped_B)
-        return state.committed_since(before_B)
+        return committed
+
+    def _read_prompts(self) -> None:
+        """Let all rungs read the new prompts. The full model adds the first token, which needs no
+        draft; so new rows stand as the others do after a pass of the full model."""
+        rows, self._unread = self._unread, []
+        everyone = len(rows) == self.state.rows
+        if everyone:
+            self.ladder.truncate(np.zeros_like(self.state.prompt_B))
+        new = self if everyone else self._newcomers(rows)
+        new.ladder.prefill(new.state.tokens_BN, new.state.prompt_B)
+        new._verify(new.state.last, new.state.pending(new.state.last))
+        if not everyone:
+            self.state.take(rows, new.state)
+            self.ladder.take(rows, new.ladder)
+        self.drafter.begin(self.state.view(), rows)
+
+    def _newcomers(self, rows: Sequence[int]) -> Decode:
+        """The decode of some rows alone up to their first token: it shares all but texts, cache and
+        noise with this one."""
+        new, state = copy(self), self.state
+        prompts = [state.tokens_BN[row, : state.prompt_B[row]].tolist() for row in rows]
+        new.state = DecodeState(prompts, replace(self.config, max_new_tokens=1), first=state.first)
+        new.ladder = new._build_ladder(new.state.tokens_BN.shape[1])
+        new.sampler = self.sampler.of(rows)
+        return new
 
     def _draft(self) -> DraftTree:
         """Let the drafter propose, and write its draft tokens behind the verified ones."""
@@ -191,7 +252,7 @@ class Decode:
             self._stop(base_B)
         elif self.config.buffer_threshold:
             state.unsure[rung] = state.unsure[rung] | self._unsure(scores_BCV, verified)
-        if rung == state.first:
+        if rung == state.first and draft.count_B.any():
             by_exit_B = np.where(draft.free_B, 0, draft.count_B)
             self.drafter.verified(verified.accepted_B, by_exit_B)
 
@@ -290,37 +351,6 @@ class Decode:
                 self.stats.rungs[rung - 1].add(draft.count_B[~free_B], accepted_B[~free_B])
         else:
             self.stats.rungs[rung - 1].add(draft.count_B, accepted_B)
-
-
-def check_inputs(
-    model: ExitModel,
-    prompts: Sequence[Sequence[int]],
-    config: DecodeConfig,
-    seeds: Sequence[int] | None,
-) -> None:
-    """Raise ValueError unless the model can decode these prompts with this config."""
-    config.validate(model.num_layers)
-    check(
-        config.ladder[0] > 0 or 0 in model.exits.depths,
-        "ladder",
-        tuple(config.ladder),
-        "depth 0 needs a trained exit there, and this model has none",
-    )
-    check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
-    for row, prompt in enumerate(prompts):
-        check(len(prompt) > 0, f"prompts[{row}]", prompt, "a prompt needs at least one token")
-    if seeds is not None:
-        check(len(seeds) == len(prompts), "seeds", seeds, f"one per prompt, {len(prompts)}")
-        match = config.verification == "match"
-        check(match, "seeds", seeds, "one per row needs verification 'match'")
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    check(
-        model.longest_text is None or longest <= model.longest_text,
-        "max_new_tokens",
-        config.max_new_tokens,
-        f"prompt and output are up to {longest} tokens, and from {model.longest_text} on this "
-        "model rotates all positions otherwise",
-    )
 
 
 def _real_columns(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

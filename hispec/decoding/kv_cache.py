@@ -115,15 +115,16 @@ class KVCache:
 
     def _show(self, slots: int) -> None:
         """Let the announced pass see so many slots, and a few more, which are all masked."""
-        if self._block is None:
-            self.visible = round_up(slots)
-            return
+        self._make_room(slots)
+        self.visible = round_up(slots) if self._block is None else self._allocated
+
+    def _make_room(self, slots: int) -> None:
+        """Let the KV buffers hold so many slots of every row."""
         if slots > self._allocated:
-            more = round_up(slots, self._block) - self._allocated
+            more = round_up(slots, self._block or _VECTOR) - self._allocated
             for layers, stack in self._stacks.items():
                 self._stacks[layers] = F.pad(stack, (0, 0, 0, more))
             self._allocated += more
-        self.visible = self._allocated
 
     def whole_texts(self, reach: Reach) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
@@ -292,6 +293,27 @@ class KVCache:
         )
         for states in self._hidden.values():
             states.index_copy_(0, target, states.index_select(0, source))
+
+    def take(self, rows: Sequence[int], other: KVCache) -> None:
+        """Copy all rows of another cache of the same layers into `rows`: KV, hidden states and
+        lengths."""
+        longest = max(int(length_B.max()) for length_B in other.lengths.values())
+        self._make_room(longest)
+        for layer in other._stack_of:
+            theirs = other._kv(layer)
+            if layer not in self._stack_of:
+                self.buffers([layer], theirs.shape[2], theirs.shape[4], theirs)
+            self._kv(layer)[:, rows, :, :longest] = theirs[:, :, :, :longest]
+        for segment, states in other._hidden.items():
+            width = states.shape[-1]
+            if segment not in self._hidden:
+                self._hidden[segment] = states.new_zeros(self.rows * self.capacity, width)
+            mine = self._hidden[segment].view(self.rows, self.capacity, width)
+            mine[rows, :longest] = states.view(other.rows, other.capacity, width)[:, :longest]
+        for segment in {**self.lengths, **other.lengths}:
+            length_B = self.length(segment).copy()
+            length_B[rows] = other.length(segment)
+            self.lengths[segment] = length_B
 
 
 class _PlacedTree:

@@ -132,6 +132,17 @@ class Ladder:
         """Roll every rung back to at most `length` tokens per row, KV and hidden states."""
         self.cache.truncate(length_B)
 
+    def take(self, rows: Sequence[int], other: Ladder) -> None:
+        """Put what another ladder of the same depths holds into `rows`, in place of what they
+        hold."""
+        self.cache.take(rows, other.cache)
+        for mine, theirs in (
+            (self.segment_tokens, other.segment_tokens),
+            (self.head_tokens, other.head_tokens),
+        ):
+            for rung, tokens in enumerate(theirs):
+                mine[rung] += tokens
+
     def bring_all(
         self,
         rung: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,15 +50,23 @@ class DecodeState:
         prompts: token ids of each prompt, none of them empty.
         config: limits, thresholds and end-of-text tokens.
         first: the first verifying rung; 1 where rung 0 drafts, else 0.
+        max_prompt: tokens of the longest prompt that may `begin` later; default: of the longest of
+            `prompts`.
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], config: DecodeConfig, *, first: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: DecodeConfig,
+        *,
+        first: int,
+        max_prompt: int = 0,
     ) -> None:
         rows, rungs = len(prompts), len(config.ladder)
         self.first = first
         self.last = rungs - 1
         self.prompt_B = np.array([len(prompt) for prompt in prompts])
+        self._max_new_tokens = config.max_new_tokens
         self.end_B = self.prompt_B + config.max_new_tokens
         """Length at which each text is cut."""
         # A pass reads at most what the rungs may hold back, and one token of its own on top.
@@ -68,7 +77,8 @@ class DecodeState:
         verifying = rungs - first
         self.reach = drafted + config.buffer * verifying + verifying + 1
         """Tokens that may await verification at one time."""
-        self.tokens_BN = np.zeros((rows, int(self.end_B.max()) + self.reach), dtype=np.int64)
+        longest = max(int(self.prompt_B.max()), max_prompt) + config.max_new_tokens
+        self.tokens_BN = np.zeros((rows, longest + self.reach), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             self.tokens_BN[row, : len(prompt)] = prompt
         self.depth_BN = np.zeros_like(self.tokens_BN)
@@ -101,6 +111,26 @@ class DecodeState:
         tail_B = self.tokens_BN[np.arange(self.rows), length_B - 1]
         ended_B = np.isin(tail_B, self.eos) & (length_B > self.prompt_B)
         return ended_B | (length_B >= self.end_B) | self.stopped_B
+
+    def begin(self, row: int, prompt: Sequence[int]) -> None:
+        """Begin a new text in a row; nothing of it is verified but the prompt."""
+        size = len(prompt)
+        self.tokens_BN[row] = 0
+        self.tokens_BN[row, :size] = prompt
+        self.depth_BN[row] = 0
+        self.prompt_B = _with(self.prompt_B, row, size)
+        self.end_B = _with(self.end_B, row, size + self._max_new_tokens)
+        self.verified = [_with(length_B, row, size) for length_B in self.verified]
+        self.unsure = [_with(unsure_B, row, False) for unsure_B in self.unsure]
+        self.stopped_B = _with(self.stopped_B, row, False)
+
+    def take(self, rows: Sequence[int], other: DecodeState) -> None:
+        """Put texts of another decode, which the full model has verified, into `rows`."""
+        width = int(other.committed_B.max())
+        self.tokens_BN[rows, :width] = other.tokens_BN[:, :width]
+        self.depth_BN[rows, :width] = other.depth_BN[:, :width]
+        self.verified = [_with(length_B, rows, other.committed_B) for length_B in self.verified]
+        self.stopped_B = _with(self.stopped_B, rows, other.stopped_B)
 
     def view(self) -> TextView:
         """The texts as a drafter sees them."""
@@ -160,3 +190,10 @@ class DecodeState:
             for row, (start, stop) in enumerate(zip(before_B, self.committed_B, strict=True))
             if stop > start
         ]
+
+
+def _with(values_B: np.ndarray, rows: int | Sequence[int], new: Any) -> np.ndarray:
+    """A copy with other values in some rows: arrays are shared between rungs and rounds."""
+    values_B = values_B.copy()
+    values_B[rows] = new
+    return values_B

@@ -67,6 +67,7 @@ class DecodeStats:
     free: DraftStats = field(default_factory=DraftStats)
     """Draft tokens that no rung made: those of lookups and recycled trees."""
     rows: int = 1
+    """Texts: rows of the decode, and one more for each prompt that was admitted later."""
     prompt_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
@@ -95,15 +96,20 @@ class DecodeStats:
             weights=ladder.model.weights,
         )
 
+    def add_text(self, prompt_tokens: int) -> None:
+        """Count a text that was admitted."""
+        self.rows += 1
+        self.prompt_tokens += prompt_tokens
+
     def add_round(self, ladder: Ladder, seconds: float, new_tokens: int) -> None:
         """Count one round.
 
         Args:
             seconds: that the round took.
-            new_tokens: committed since the decode began.
+            new_tokens: committed in it.
         """
         self.seconds += seconds
-        self.new_tokens = new_tokens
+        self.new_tokens += new_tokens
         for rung, stats in enumerate(self.rungs):
             stats.tokens_run = ladder.segment_tokens[rung]
             stats.head_tokens_run = ladder.head_tokens[rung]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +47,12 @@ class Verified:
 class Sampler(Protocol):
     """One rule of verification, for one decode. It alone reads tokens off a rung's scores."""
 
+    def reseed(self, row: int, seed: int | None) -> None:
+        """A new text begins in a row; None is the seed of the config."""
+
+    def of(self, rows: Sequence[int]) -> Sampler:
+        """The sampler of some of the rows alone."""
+
     def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
         """Draws token ids [B] for `positions` from the distribution of the scores."""
 
@@ -85,8 +92,15 @@ class MatchSampler(Sampler):
 
     def __init__(self, config: DecodeConfig, seeds: Sequence[int] | None = None) -> None:
         self.config = config
-        self.seeds = seeds
+        self.seeds = dict(enumerate(seeds or ()))
+        """By row; the config's where there is none."""
         self._noise: dict[tuple[int, int], torch.Tensor] = {}
+
+    def reseed(self, row: int, seed: int | None) -> None:
+        self.seeds[row] = self.config.seed if seed is None else seed
+
+    def of(self, rows: Sequence[int]) -> Sampler:
+        return MatchSampler(self.config, [self.seeds.get(row, self.config.seed) for row in rows])
 
     def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
         return self._choose(scores_BV, positions_B, range(len(positions_B)))
@@ -110,7 +124,7 @@ class MatchSampler(Sampler):
         if self.config.temperature == 0:
             return scores_NV.argmax(-1).cpu().numpy()
         log_probs_NV = to_log_probs(scores_NV, self.config)
-        seeds_N = [self.config.seed if self.seeds is None else self.seeds[row] for row in rows_N]
+        seeds_N = [self.seeds.get(row, self.config.seed) for row in rows_N]
         keys_N = list(zip(seeds_N, positions_N.tolist(), strict=True))
         number = {key: n for n, key in enumerate(dict.fromkeys(keys_N))}
         each_NV = torch.stack([self._noise_at(key, scores_NV.shape[-1]) for key in number])
@@ -172,6 +186,15 @@ class RejectionSampler(Sampler):
         self._probs_BNV = torch.zeros(shape, device=device)
         """Distribution that the pending token of each position (modulo P) was drawn from."""
         self._rows_B1 = torch.arange(shape[0], device=device)[:, None]
+
+    def reseed(self, row: int, seed: int | None) -> None:
+        pass  # one stream of random numbers serves all rows
+
+    def of(self, rows: Sequence[int]) -> Sampler:
+        some = copy(self)
+        some._probs_BNV = self._probs_BNV[rows]
+        some._rows_B1 = self._rows_B1[: len(rows)]
+        return some
 
     def draw(self, scores_BV: torch.Tensor, positions_B: np.ndarray) -> np.ndarray:
         probs_BV = self._probs(scores_BV)

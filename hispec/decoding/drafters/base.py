@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,9 @@ class Drafter(Protocol):
     observes: int
     """Top candidates per token that `observe` wants to see; 0 for none."""
 
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        """New texts begin in these rows; the full model has added their first token."""
+
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         """Returns draft tokens for some of the rows; a row without any is decoded plainly."""
 
@@ -33,6 +37,9 @@ class NoDrafter:
 
     rungs = 0
     observes = 0
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        pass
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         return DraftTree.empty(len(rows_B))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hispec.config import DecodeConfig
@@ -22,6 +24,10 @@ class FreeThenExit(NoDrafter):
         self.free = free
         self.chain = chain
         self.observes = free.observes
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        self.free.begin(text, rows)
+        self.chain.begin(text, rows)
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         free = self.free.propose(text, rows_B)

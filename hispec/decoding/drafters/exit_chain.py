@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,8 +38,13 @@ class ExitChain(NoDrafter):
     def __init__(self, config: DecodeConfig, rows: int, step: DraftStep) -> None:
         self.threshold = config.draft_threshold
         self.longest = config.max_draft_length
+        self.first_length = config.draft_length
         self.length_B = np.full(rows, config.draft_length)
         self.step = step
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        self.length_B = self.length_B.copy()
+        self.length_B[rows] = self.first_length
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         tokens_BN = text.tokens_BN.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,11 +28,16 @@ class Recycle(NoDrafter):
         self.width = self.observes = min(CANDIDATES, vocab_size)
         self.template = tree_template(config.tree_tokens, self.width)
         self.table_VK = np.full((vocab_size, self.width), -1, dtype=np.int64)
-        self._read = False
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        tokens_BN, prompt_B = text.tokens_BN[rows], text.prompt_B[rows]
+        inside_BN = np.arange(tokens_BN.shape[1] - 1) < prompt_B[:, None] - 1
+        known_V = self.table_VK[:, 0] >= 0
+        before, after = tokens_BN[:, :-1][inside_BN], tokens_BN[:, 1:][inside_BN]
+        new = ~known_V[before]  # what a rung computed is better than what the prompt says
+        self.table_VK[before[new], 0] = after[new]
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
-        if not self._read:
-            self._read_prompts(text)
         every = np.arange(len(rows_B))
         width = len(self.template)
         # Column 0 is the last verified token. A column without a token has no children.
@@ -52,14 +58,6 @@ class Recycle(NoDrafter):
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         self.table_VK[tokens_N] = candidates_NK
-
-    def _read_prompts(self, text: TextView) -> None:
-        self._read = True
-        inside_BN = np.arange(text.tokens_BN.shape[1] - 1) < text.prompt_B[:, None] - 1
-        known_V = self.table_VK[:, 0] >= 0
-        before, after = text.tokens_BN[:, :-1][inside_BN], text.tokens_BN[:, 1:][inside_BN]
-        new = ~known_V[before]  # what a rung computed is better than what the prompt says
-        self.table_VK[before[new], 0] = after[new]
 
 
 def tree_template(tokens: int, width: int) -> list[tuple[int, int]]:
