@@ -6,7 +6,13 @@ import sys
 
 import typer
 
-from hispec.cli.checkpoints import compile_checkpoint, export, inspect, report
+from hispec.cli.checkpoints import (
+    compile_checkpoint,
+    export,
+    import_drafter,
+    inspect,
+    report,
+)
 from hispec.cli.decode import generate, plan
 from hispec.cli.hub import fetch, pull, push
 from hispec.utils.command_line import run_cleanly
@@ -20,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("compile")(compile_checkpoint)
-for command in (fetch, generate, plan, report, export, inspect, push, pull):
+for command in (fetch, generate, plan, report, export, import_drafter, inspect, push, pull):
     app.command()(command)
 
 

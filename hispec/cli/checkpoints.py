@@ -1,4 +1,4 @@
-"""Commands that read checkpoints or write new ones: export, inspect, report."""
+"""Commands that read checkpoints or write new ones: export, import-drafter, inspect, report."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def export(
         str | None,
         typer.Option(
             "--as",
-            help="for other tools: draft-model (the exit as a causal LM of its own) or gguf "
-            "(for llama.cpp: the full model, or with --exit the draft model)",
+            help="for other tools: draft-model (the exit as a causal LM of its own), eagle3 or "
+            "speculators (the EAGLE-3 head at depth 0), or gguf (for llama.cpp: the full model, "
+            "or with --exit the draft model)",
         ),
     ] = None,
     exit_depth: Annotated[
@@ -61,6 +62,35 @@ def export(
     out.say(
         f"EE checkpoint: {target}; verified: {found['prompts']} prompts, {found['new_tokens']} new "
         f"tokens, accepted of the drafts {accepted(found)}"
+    )
+
+
+def import_drafter(
+    source: Annotated[str, typer.Argument(help="folder or Hub id of an EAGLE-3 head")],
+    base: Annotated[str, typer.Argument(help="the model that it drafts for: a name or a folder")],
+    target: Annotated[Path, typer.Argument(help="folder of the EE checkpoint to write")],
+    aux_depths: Annotated[
+        str | None,
+        typer.Option(help="depths whose states the head reads, if not those of its config"),
+    ] = None,
+) -> None:
+    """Turn a published EAGLE-3 head into an EE checkpoint, whose exit at depth 0 drafts with it."""
+    from hispec.checkpoint.model_card import accepted
+    from hispec.export import import_drafter as importer
+    from hispec.utils.files import clear_leftovers
+
+    quiet_transformers()
+    depths = parse_depths("aux_depths", aux_depths)
+    if clear_leftovers(target):
+        out.say(f"an earlier import to {target} was interrupted: cleaned up")
+    found = importer.import_drafter(source, base, target, aux_depths=depths, say=out.say)
+    out.say(f"the head reads the depths {', '.join(map(str, found.depths))}")
+    if found.rounded:
+        out.say("its weights were rounded to the dtype of the base")
+    out.say(
+        f"EE checkpoint: {target}; verified: {found.figures['prompts']} prompts, "
+        f"{found.figures['new_tokens']} new tokens, accepted of the drafts "
+        f"{accepted(found.figures)}"
     )
 
 

@@ -20,7 +20,7 @@ from hispec.models.exit_model import ExitModel
 from hispec.utils.settings import check
 
 Figures = dict[str, Any]
-FORMS = ("draft-model", "gguf")
+FORMS = ("draft-model", "gguf", "eagle3", "speculators")
 
 
 def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bool) -> Figures:
@@ -116,8 +116,10 @@ def export_as(
     """Write a form that other tools can load; returns a note for the user, or "".
 
     Args:
-        form: `draft-model`: the exit at `depth` as a plain transformers folder. `gguf`: the full
-            model, or that draft model, as a file for llama.cpp.
+        form: `draft-model`: the exit at `depth` as a plain transformers folder. `eagle3` and
+            `speculators`: the EAGLE-3 head at depth 0, in the form of SafeAILab/EAGLE and
+            SpecForge or in that of speculators. `gguf`: the full model, or that draft model, as a
+            file for llama.cpp.
 
     Raises:
         ValueError: an unknown form, an exit that cannot be expressed in it, or a target that may
@@ -130,11 +132,20 @@ def export_as(
         depth,
         "a draft model is made of one exit, name its depth: --exit DEPTH",
     )
-    from hispec.export import draft_model, gguf
+    drafter = form in ("eagle3", "speculators")
+    check(
+        not drafter or depth in (None, 0),
+        "exit",
+        depth,
+        f"--as {form} writes the head at depth 0",
+    )
+    from hispec.export import draft_model, eagle3, gguf
 
     (gguf if form == "gguf" else draft_model).check_target(target)
     model, origin = open_model(source, base)
     name = Path(source).name
+    if drafter:
+        return eagle3.export_head(model, origin, name, form, target)
     said = ""
     if depth is not None and model.exits.draft_vocab:
         said = (
