@@ -66,10 +66,11 @@ class Settings:
     drafter: Annotated[str, one_of(NO_DRAFTER, *DRAFTERS)] = NO_DRAFTER
     """`none`, or a drafter of `DecodeConfig`; those with `exit` need an EE checkpoint. It changes
     the speed only: with `match` verification the text is the target's."""
-    batch_size: Annotated[int, Field(ge=1), at_most(4096, _CACHE)] = 8
-    """Samples decoded together. In float32 it does not change the samples. In half precision passes
-    of another shape round differently and texts differ at near-ties, so a run only continues with
-    the batch size and the drafter that it began with."""
+    batch_size: Annotated[int, Field(ge=1), at_most(4096, _CACHE)] = 64
+    """Samples decoded together; as one ends, the next begins. In float32 it does not change the
+    samples. In half precision passes of another shape round differently, and texts differ at
+    near-ties with who decodes beside; so a run only continues with the batch size and the drafter
+    that it began with, and samples made after the stop may still be others than without it."""
     dtype: str = "auto"
     device: str | None = None
     threads: Threads | None = None

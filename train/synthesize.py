@@ -63,13 +63,11 @@ def main(words: Sequence[str]) -> int:
     )
     with Progress(*columns, console=Output(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(indices), completed=len(indices) - len(left), speed="")
-        for start in range(0, len(left), settings.batch_size):
-            group = left[start : start + settings.batch_size]
-            synthesizer.make(group)
+        for made in synthesizer.make(left):
             done = file.progress
             speed = (done.tokens - tokens_before) / (time.perf_counter() - began)
             shown = f"{done.rows} kept, {speed:.1f} tokens/s"
-            bar.update(task, advance=len(group), speed=shown)
+            bar.update(task, advance=made, speed=shown)
     done = file.progress
     speed = done.tokens / done.seconds if done.seconds else 0.0
     dropped = ", ".join(f"{n} {why}" for why, n in sorted(done.dropped.items())) or "nothing"

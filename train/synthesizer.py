@@ -6,8 +6,8 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.config import DecodeConfig
 from hispec.data.chat import Message, user_turn
 from hispec.data.prompts import Prompt, read_prompts
-from hispec.decoding.decoder import Decode
 from hispec.lm import EarlyExitLM
 from hispec.utils.files import sha256
 from hispec.utils.settings import check
 from train.dedup import SeenTexts, seq_rep
+from train.row_queue import Job, decode_queue
+from train.sample import Sample, Turn
 from train.sample_file import SampleFile
 from train.synthesis_settings import NO_DRAFTER, Settings
 
 _INVENTED = 1000  # samples, if no number and no prompts are given
+_TEMPLATE = 64  # tokens that a chat template is expected to add to the user's words, at most
 _NOT_OF_THE_TEXT = {  # settings that do not change the text of a sample
     *("base", "output", "samples", "prompts", "drafter", "batch_size", "dtype", "device"),
     "threads",
@@ -76,7 +78,7 @@ def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict
     keys = {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_THE_TEXT}
     template = str(lm.tokenizer.chat_template or "")
     dtype = str(lm.model.hf.dtype).removeprefix("torch.")
-    if dtype != "float32":  # the shape of a pass may decide a near-tie: decode the same groups
+    if dtype != "float32":  # the shape of a pass may decide a near-tie
         keys.update(batch_size=settings.batch_size, drafter=settings.drafter)
     return {
         **keys,
@@ -85,32 +87,6 @@ def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict
         "dtype": dtype,
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
     }
-
-
-@dataclass
-class Turn:
-    """One turn that the target generated, or a user's turn of the file."""
-
-    text: str
-    tokens: list[int]
-    ended: bool = True
-    """Whether it ended by itself and not at the length limit."""
-    fault: str | None = None
-    """Why it is dropped; None if it is not."""
-
-
-@dataclass
-class Sample:
-    """A sample while it is being made."""
-
-    index: int
-    prompt: Prompt | None
-    """From the file; None if it is invented."""
-    question: Turn | None = None
-    """The user's turn; None where text is continued."""
-    context: list[int] | None = None
-    """Token ids that the answer continues; None if the user's turn is dropped."""
-    answer: Turn | None = None
 
 
 class Synthesizer:
@@ -154,42 +130,54 @@ class Synthesizer:
         self.seen_questions = SeenTexts(settings.near_duplicate)
         self.seen_answers = SeenTexts(settings.near_duplicate)
         self.made_by = hashlib.sha256(json.dumps(file.made_by).encode()).hexdigest()[:16]
-        self.tokens = 0
         if self.invents:
             self.opening, self.stop, self.closers = self._turn()
         for row in file.rows():
             self._remember(*self._texts(row))
 
-    def make(self, indices: Sequence[int]) -> None:
-        """Generate some samples together and write those that are kept."""
-        began = time.perf_counter()
-        self.tokens = 0
-        samples = [Sample(index, self._prompt(index)) for index in indices]
-        self._ask(samples)
-        # A question that repeats one of an earlier group is dropped below: it needs no answer.
-        answered = [s for s in samples if s.context is not None and not self._is_old(s)]
-        if answered:
-            answers = self._generate(
-                self.config,
-                [s.context or [] for s in answered],
-                [s.index for s in answered],
-                "answer",
-            )
-            for sample, answer in zip(answered, answers, strict=True):
-                sample.answer = answer
+    def make(self, indices: Sequence[int]) -> Iterator[int]:
+        """Generate some samples and write those that are kept, in the order of their numbers.
+
+        Yields:
+            How many samples were written or dropped since the last time.
+        """
+        self.began = time.perf_counter()
+        waiting = iter(indices)
+        following = next(waiting, None)
+        finished: dict[int, Sample] = {}
+        ready: list[Sample] = []
+        enough = max(1, self.settings.batch_size // 8)  # less is lost by a kill than is in the rows
+        for sample in self._answered(self._asked(indices)):
+            finished[sample.index] = sample
+            while following in finished:
+                ready.append(finished.pop(following))
+                following = next(waiting, None)
+            if len(ready) >= enough:
+                self._write(ready)
+                yield len(ready)
+                ready = []
+        assert not finished, "all samples end"
+        if ready:
+            self._write(ready)
+            yield len(ready)
+
+    def _write(self, samples: Sequence[Sample]) -> None:
+        """Write the next samples, which are in order, so the file does not depend on which of them
+        ended first."""
         rows, dropped = [], Counter(self.file.progress.dropped)
-        for sample in samples:  # in order, so that the result does not depend on the batch
+        for sample in samples:
             if (fault := self._fault(sample)) is not None:
                 dropped[fault] += 1
                 continue
             rows.append(self._row(sample))
             self._remember(*self._texts(rows[-1]))
-        before = self.file.progress
+        before, began = self.file.progress, self.began
+        self.began = time.perf_counter()
         progress = replace(
             before,
-            next=indices[-1] + 1,
-            tokens=before.tokens + self.tokens,
-            seconds=before.seconds + time.perf_counter() - began,
+            next=samples[-1].index + 1,
+            tokens=before.tokens + sum(sample.decoded for sample in samples),
+            seconds=before.seconds + self.began - began,
             dropped=dict(dropped),
         )
         self.file.append(rows, progress)
@@ -209,65 +197,93 @@ class Synthesizer:
         closers = tuple(t for t in first if t in tokenizer.added_tokens_decoder)
         return tokenizer(opening, add_special_tokens=False)["input_ids"], stop, closers
 
-    def _ask(self, samples: Sequence[Sample]) -> None:
-        """Give every sample its user's turn and the context of its answer."""
-        if self.invents:
-            config = replace(
-                self.config,
-                max_new_tokens=self.settings.max_prompt_tokens,
-                temperature=self.settings.prompt_temperature,
-                eos=(*self.config.eos, *self.closers),
-            )
-            stop = "" if self.closers else self.stop
-            indices = [sample.index for sample in samples]
-            contexts = [self.opening] * len(samples)
-            questions = self._generate(config, contexts, indices, "question", stop)
-            for sample, question in zip(samples, questions, strict=True):
-                if not question.ended:
-                    question.fault = question.fault or "truncated"
-                sample.question = question
-                if question.fault is None:
-                    message = {"role": "user", "content": question.text}
-                    sample.context = Prompt(0, "", (message,)).encode(self.lm.tokenizer)
+    def _asked(self, indices: Sequence[int]) -> Iterator[Sample]:
+        """Samples with their user's turn and the context of their answer, in any order."""
+        samples = (Sample(index, self._prompt(index)) for index in indices)
+        if not self.invents:
+            for sample in samples:
+                self._read(sample)
+                yield sample
             return
-        tokenizer = self.lm.tokenizer
-        for sample in samples:
-            if sample.prompt is None:
-                first = tokenizer.bos_token_id
-                sample.context = [tokenizer.eos_token_id if first is None else first]
-                continue
-            prompt = sample.prompt
-            text = "".join(m["content"] for m in prompt.messages) or prompt.text
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            sample.question = Turn(text, ids)
-            if len(ids) > self.settings.max_prompt_tokens:
-                sample.question.fault = "too long"
-            else:
-                sample.context = prompt.encode(tokenizer)
+        config = replace(
+            self.config,
+            max_new_tokens=self.settings.max_prompt_tokens,
+            temperature=self.settings.prompt_temperature,
+            eos=(*self.config.eos, *self.closers),
+        )
+        stop = "" if self.closers else self.stop
+        jobs = (self._job(sample, self.opening, "question") for sample in samples)
+        for sample, tokens in self._decode(jobs, config, stop):
+            sample.question = question = self._decoded(tokens, self.opening, config.eos, stop)
+            sample.decoded += len(tokens)
+            if not question.ended:
+                question.fault = question.fault or "truncated"
+            if question.fault is None:
+                message = {"role": "user", "content": question.text}
+                sample.context = Prompt(0, "", (message,)).encode(self.lm.tokenizer)
+            yield sample
 
-    def _generate(
+    def _read(self, sample: Sample) -> None:
+        """Give a sample the user's turn and the context that its prompt holds."""
+        tokenizer, prompt = self.lm.tokenizer, sample.prompt
+        if prompt is None:
+            first = tokenizer.bos_token_id
+            sample.context = [tokenizer.eos_token_id if first is None else first]
+            return
+        text = "".join(m["content"] for m in prompt.messages) or prompt.text
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        sample.question = Turn(text, ids)
+        if len(ids) > self.settings.max_prompt_tokens:
+            sample.question.fault = "too long"
+        else:
+            sample.context = prompt.encode(tokenizer)
+
+    def _answered(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        """The samples with their answers, in any order; those without a question have none."""
+        unanswered: list[Sample] = []
+
+        def jobs() -> Iterator[Job[Sample]]:
+            for sample in samples:
+                # A question that repeats an earlier one is dropped in the end: it needs no answer.
+                if sample.context is None or self._is_old(sample):
+                    unanswered.append(sample)
+                else:
+                    yield self._job(sample, sample.context, "answer")
+
+        longest = self.settings.max_prompt_tokens + _TEMPLATE
+        for sample, tokens in self._decode(jobs(), self.config, max_prompt=longest):
+            assert sample.context is not None
+            sample.answer = self._decoded(tokens, sample.context, self.config.eos)
+            sample.decoded += len(tokens)
+            yield sample
+            while unanswered:
+                yield unanswered.pop()
+        yield from unanswered
+
+    def _job(self, sample: Sample, context: list[int], part: str) -> Job[Sample]:
+        """A part of a sample to be decoded, with the noise of that sample and part."""
+        return Job(sample, context, _seed(self.settings.seed, sample.index, part))
+
+    def _decode(
         self,
+        jobs: Iterator[Job[Sample]],
         config: DecodeConfig,
-        contexts: Sequence[list[int]],
-        indices: Sequence[int],
-        part: str,
         stop: str = "",
-    ) -> list[Turn]:
-        """The target's continuation of each context, with the noise of that sample and part."""
-        tokenizer = self.lm.tokenizer
-        seeds = [_seed(self.settings.seed, index, part) for index in indices]
-        criteria = [StopStringCriteria(tokenizer, [stop])] if stop else []
-        stopping = StoppingCriteriaList(criteria)
-        run = Decode(self.lm.model, contexts, config, seeds=seeds, stopping_criteria=stopping)
-        turns = [
-            self._decoded(tokens, context, config.eos, stop)
-            for tokens, context in zip(run.finish(), contexts, strict=True)
-        ]
-        self.tokens += run.stats.new_tokens
-        return turns
+        max_prompt: int = 0,
+    ) -> Iterator[tuple[Sample, list[int]]]:
+        """The target's continuation of each context."""
+        criteria = [StopStringCriteria(self.lm.tokenizer, [stop])] if stop else []
+        return decode_queue(
+            self.lm.model,
+            jobs,
+            config,
+            self.settings.batch_size,
+            max_prompt=max_prompt,
+            stopping=StoppingCriteriaList(criteria),
+        )
 
     def _decoded(
-        self, tokens: list[int], context: list[int], eos: Sequence[int], stop: str
+        self, tokens: list[int], context: list[int], eos: Sequence[int], stop: str = ""
     ) -> Turn:
         """The text of generated tokens, and the reason to drop it if there is one."""
         decode = self.lm.tokenizer.decode

@@ -115,10 +115,17 @@ class Decode:
 
     def outputs(self) -> list[tuple[list[int], list[int]]]:
         """(new tokens, depths of the rungs that made them) of every row, as far as committed."""
-        found: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self.state.rows)]
-        for part in self.state.committed_since(self.state.prompt_B):
-            found[part.row] = part.tokens, part.depths
-        return found
+        return [self.output(row) for row in range(self.state.rows)]
+
+    def output(self, row: int) -> tuple[list[int], list[int]]:
+        """What `outputs` has of one row."""
+        state = self.state
+        new = slice(state.prompt_B[row], state.committed_B[row])
+        return state.tokens_BN[row, new].tolist(), state.depth_BN[row, new].tolist()
+
+    def ended_rows(self) -> list[int]:
+        """The rows whose committed text has ended: `admit` may replace them."""
+        return np.flatnonzero(self.state.ends(self.state.committed_B)).tolist()
 
     def admit(self, row: int, prompt: Sequence[int], *, seed: int | None = None) -> None:
         """Replace a text that has ended by a new prompt; take its output before.

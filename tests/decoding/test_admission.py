@@ -45,10 +45,8 @@ def serve(model, prompts, config, rows, *, seeds=None, idle=lambda job: 0, **opt
     while not run.done or following is not None:
         if not run.done:
             run.step()
-        for row in range(len(job_of)):
-            if not run.state.ends(run.state.committed_B)[row]:
-                continue
-            texts[job_of[row]] = run.outputs()[row][0]
+        for row in run.ended_rows():
+            texts[job_of[row]] = run.output(row)[0]
             waited[row] += 1
             if following is not None and waited[row] > idle(following):
                 run.admit(row, prompts[following], seed=seeds[following])
@@ -197,8 +195,9 @@ def test_a_row_is_admitted_between_the_rungs_of_others():
     model = ScriptedModel(*[follows(*texts)] * 3)
     config = DecodeConfig([1, 2, 3], buffer=9, draft_length=2, max_new_tokens=24, eos=(46,))
     run = Decode(model, [[97, 98], [48]], config, max_prompt=3)
-    while not run.state.ends(run.state.committed_B)[1]:
+    while not run.ended_rows():
         run.step()
+    assert run.ended_rows() == [1]
     run.step()
     assert (run.state.verified[1] - run.state.committed_B)[0] > 0
     run.admit(1, [65, 66, 67])
