@@ -72,6 +72,6 @@ def test_tokens_that_no_chain_reaches_are_not_taught():
     ],
 )
 def test_an_exit_that_cannot_be_is_refused(tiny_base, texts, tmp_path, exits, message):
+    words = settings(tiny_base, texts, tmp_path / "ee", exits=exits)
     with pytest.raises(ValueError, match=re.escape(message)):
-        recipe = load_recipe(settings(tiny_base, texts, tmp_path / "ee", exits=exits))
-        recipe.exit_config().validate(6)
+        load_recipe(words).exit_config().validate(6)
