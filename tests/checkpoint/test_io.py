@@ -163,6 +163,10 @@ def edit(folder, **changes):
         ),
         ({"exits__0__eagle3": 5}, r"exits\[0\].eagle3=5 is not possible: an object of keys and"),
         ({"exits__0__eagle3": {"wide": 1}}, r"exits\[0\].eagle3={'wide': 1} .* unknown key 'wide'"),
+        (
+            {"exits__0__eagle3": {"intermediate_size": 10**13}},
+            r"exits\[0\].eagle3.intermediate_size=10000000000000 is not possible: at most 131,072",
+        ),
         ({"draft_vocab": None}, "draft_vocab=None is not possible: a whole number"),
         ({"draft_vocab": 321}, "draft_vocab=321 is not possible: the model has 320 tokens"),
         ({"draft_vocab": 9}, "exits.safetensors lacks draft_tokens"),
