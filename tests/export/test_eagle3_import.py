@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
 from conftest import VOCAB, tiny_hf
+from fuzzing import fuzz
 from hub_server import Repo
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_disk import names
 from test_eagle3 import LLAMA3, a_text, head_model, written
@@ -16,9 +20,10 @@ from test_eagle3 import LLAMA3, a_text, head_model, written
 import hispec
 from hispec.base_models.local import load_base
 from hispec.checkpoint.format import read_config
-from hispec.config import Eagle3
+from hispec.config import Eagle3, Exit
 from hispec.export import import_drafter as importer
 from hispec.export.eagle3 import draft_logits
+from hispec.export.eagle3_config import _Keys, config_of, described
 from hispec.export.eagle3_files import read_model
 from hispec.models.exit_model import ExitModel
 
@@ -85,6 +90,11 @@ def test_ids_in_any_order_become_increasing(head):
     found = read(home, model)
     assert torch.equal(found.draft_tokens, model.draft_tokens)
     same_drafts(found, model)
+
+
+def test_a_base_from_a_gguf_has_a_rounded_epsilon(head):
+    home, model = head(rms_norm_eps=torch.tensor(1e-6).item())
+    same_drafts(read(home, model), model)
 
 
 def test_a_whole_vocabulary_needs_no_ids(head):
@@ -277,6 +287,35 @@ def test_what_is_no_head_is_refused(head, tmp_path):
     (home / "config.json").unlink()
     with pytest.raises(ValueError, match=r"is no draft head: it has no config.json"):
         read(home, model)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=4,
+)
+BASE = ExitModel(tiny_hf()).eval()
+RIGHT = {
+    form: config_of(head_model(), Exit(0, "eagle3", aux_depths=[2, 3, 5]), form, "base")
+    for form in ("eagle3", "speculators")
+}
+
+
+@fuzz("heads", 200)
+@given(
+    form=st.sampled_from(["eagle3", "speculators"]),
+    section=st.sampled_from(["eagle_config", "transformer_layer_config", "rope_parameters", None]),
+    key=st.sampled_from([*RIGHT["eagle3"], *RIGHT["speculators"], *_Keys.model_fields]),
+    value=ANY,
+)
+def test_any_config_is_read_or_refused(form, section, key, value):
+    config = dict(RIGHT[form])
+    if isinstance(config.get(section), dict):
+        config[section] = {**config[section], key: value}
+    else:
+        config[key] = value
+    with suppress(ValueError):
+        described(config, BASE)
 
 
 @pytest.fixture(scope="module")
