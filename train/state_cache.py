@@ -33,7 +33,7 @@ from train.losses import StoredProbs, top_probs
 from train.recipe import Recipe
 
 ABOUT = "states.json"
-_SHARD = 2**28  # bytes of one file, about
+_SHARD = 2**26  # bytes of one file, about: what a killed run computes again
 
 
 @dataclass
