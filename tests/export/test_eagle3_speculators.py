@@ -1,13 +1,13 @@
-"""The heads of vLLM's speculators and ours compute the same; runs where that package is.
+"""The heads of vLLM's speculators and ours compute the same.
 
 Its metadata asks for older versions of transformers and datasets than ours, and it runs with ours:
-
-    pip install --no-deps speculators==0.9.0 loguru openai sniffio hs-connectors
+`make test` installs it without them.
 """
 
 from __future__ import annotations
 
 import pytest
+import speculators
 import torch
 from conftest import VOCAB
 from test_eagle3 import VARIANTS, a_text, head_model
@@ -16,8 +16,6 @@ from hispec.base_models.local import LocalBase
 from hispec.export.eagle3 import draft_logits, export_head
 from hispec.export.eagle3_files import read_model
 from hispec.models.exit_model import ExitModel
-
-speculators = pytest.importorskip("speculators")
 
 
 @torch.inference_mode()
