@@ -36,7 +36,9 @@ class Eagle3:
 
     __pydantic_config__ = STRICT
 
-    intermediate_size: Annotated[int, Field(ge=0)] = 0
+    intermediate_size: Annotated[
+        int, Field(ge=0), at_most(2**17, "its MLP has 3 x this x hidden size weights")
+    ] = 0
     """Width of its MLP; 0 for that of the base."""
     norm_before_residual: bool = False
     """Whether the residual of its layer is taken after `hidden_norm`."""

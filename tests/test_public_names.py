@@ -47,6 +47,10 @@ hispec export checkpoints/demo checkpoints/demo-full --full --base b
 hispec export checkpoints/demo draft --as draft-model --exit 6
 hispec export checkpoints/demo full.gguf --as gguf
 hispec export smollm2-135m checkpoints/ls --exits 6,12
+hispec export checkpoints/demo head --as eagle3
+hispec export checkpoints/demo head --as speculators --exit 0
+hispec import-drafter ORG/NAME smollm2-135m checkpoints/eagle
+hispec import-drafter folder b checkpoints/eagle --aux-depths 2,15,27
 hispec inspect checkpoints/demo --base b
 hispec inspect smollm2-135m --json
 hispec push checkpoints/demo ORG/NAME --dry-run

@@ -23,7 +23,7 @@ from hispec.base_models.model_folder import (
 )
 from hispec.config import ExitConfig
 from hispec.utils.files import sha256
-from hispec.utils.limits import at_most, one_of
+from hispec.utils.limits import one_of
 from hispec.utils.schema import STRICT, Schema, in_full, read_json, validate
 from hispec.utils.settings import check
 
@@ -73,18 +73,8 @@ class _Format1(_Open):
     exits: ExitsOf1
 
 
-class _Eagle3(_Open):
-    """How an `eagle3` head differs, as far as a file may not say all that a caller may."""
-
-    intermediate_size: Annotated[
-        int, at_most(2**17, "an MLP has 3 x that x hidden size weights")
-    ] = 0
-
-
 class _Exit(_Open):
     """An entry of `exits`; its keys and their values are checked by `ExitConfig`."""
-
-    eagle3: _Eagle3 | None = None
 
 
 class Model(_Open):
