@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
+from datasketch import LeanMinHash, MinHash, MinHashLSH
 
 _WORDS = 3  # of a shingle
+_FUNCTIONS = 128
 _BANDS, _ROWS = 32, 4  # of a signature: texts of Jaccard 0.5 meet with probability 0.87, 0.7: 1.00
-_SEED = 0x5EED
 
 
 def seq_rep(tokens: Sequence[int], n: int = 4) -> float:
@@ -37,57 +35,32 @@ class SeenTexts:
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._exact: set[bytes] = set()
-        self._signatures: list[np.ndarray] = []
-        self._bands: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(_BANDS)]
-        generator = np.random.Generator(np.random.PCG64(_SEED))
-        shape = (2, _BANDS * _ROWS)
-        factors, self._shifts = generator.integers(0, 2**64, shape, dtype=np.uint64)
-        self._factors = factors | np.uint64(1)
+        self._signatures: list[LeanMinHash] = []
+        self._index = MinHashLSH(num_perm=_FUNCTIONS, params=(_BANDS, _ROWS))
 
     def __contains__(self, text: str) -> bool:
-        words = _words(text)
-        if _digest(words) in self._exact:
-            return True
-        signature = self._signature(words)
-        candidates = {
-            number
-            for band, key in zip(self._bands, _keys(signature), strict=True)
-            for number in band.get(key, ())
-        }
+        signature = _signature(text)
         return any(
-            np.mean(self._signatures[number] == signature) >= self.threshold
-            for number in candidates
+            signature.jaccard(self._signatures[number]) >= self.threshold
+            for number in self._index.query(signature)
         )
 
     def add(self, text: str) -> None:
-        words = _words(text)
-        signature = self._signature(words)
-        self._exact.add(_digest(words))
-        for band, key in zip(self._bands, _keys(signature), strict=True):
-            band[key].append(len(self._signatures))
+        signature = _signature(text)
+        self._index.insert(len(self._signatures), signature)
         self._signatures.append(signature)
 
-    def _signature(self, words: list[str]) -> np.ndarray:
-        """For each hash function its minimum over the shingles, uint32 [128].
 
-        The functions are multiply-shift hashes (Dietzfelbinger et al. 1997) of a 64-bit digest.
-        """
-        count = max(1, len(words) - _WORDS + 1)
-        shingles = {_digest(words[i : i + _WORDS])[:8] for i in range(count)}
-        hashes_N = np.frombuffer(b"".join(sorted(shingles)), dtype=np.uint64)
-        mixed = hashes_N[:, None] * self._factors + self._shifts
-        return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
+def _signature(text: str) -> LeanMinHash:
+    """The MinHash of a text's shingles; one of fewer words is a single shingle."""
+    words = _words(text)
+    count = max(1, len(words) - _WORDS + 1)
+    shingles = {" ".join(words[i : i + _WORDS]).encode() for i in range(count)}
+    signature = MinHash(_FUNCTIONS)
+    signature.update_batch(shingles)
+    return LeanMinHash(signature)
 
 
 def _words(text: str) -> list[str]:
     """Words and single signs: 3 + 4 and 3 - 4 are not the same."""
     return re.findall(r"\w+|[^\w\s]", text.casefold())
-
-
-def _digest(words: Sequence[str]) -> bytes:
-    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
-
-
-def _keys(signature: np.ndarray) -> list[bytes]:
-    return [band.tobytes() for band in signature.reshape(_BANDS, _ROWS)]

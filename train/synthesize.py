@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,6 +33,8 @@ def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     settings.validate()
     output_path(Path(settings.output))
+    if find_spec("datasketch") is None:
+        raise ValueError("datasketch finds duplicates: pip install -e '.[synthesis]'")
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     import torch  # after the settings are known to be good: slow to import
 

@@ -22,19 +22,43 @@ def test_duplicates_are_found():
     assert "What is 3 - 4?" not in seen
 
 
-def test_minhash_estimates_the_jaccard_similarity():
-    """Over random pairs of known similarity; the deviation is sqrt(j (1 - j) / 128), to 0.044."""
+def shingles_of(words):
+    return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+
+
+def test_the_threshold_is_a_jaccard_similarity():
+    """Over random pairs of known similarity; the estimate deviates by sqrt(j (1 - j) / 128), which
+    is 0.044 at most, and candidates of more than 0.5 are seldom overlooked."""
     chance = random.Random(3)
     vocabulary = [f"w{i}" for i in range(5000)]
-    for _ in range(30):
+    near = far = 0
+    for _ in range(80):
         first = chance.sample(vocabulary, 120)
-        cut = chance.randrange(10, 110)
+        cut = chance.randrange(10, 119)
         second = first[:cut] + chance.sample(vocabulary, 120 - cut)
-        shingles = [{tuple(t[i : i + 3]) for i in range(118)} for t in (first, second)]
-        true = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
-        seen = SeenTexts(0.5)
-        estimate = (seen._signature(first) == seen._signature(second)).mean()
-        assert abs(estimate - true) < 0.2
+        mine, other = shingles_of(first), shingles_of(second)
+        true = len(mine & other) / len(mine | other)
+        seen = SeenTexts(0.65)
+        seen.add(" ".join(first))
+        if true > 0.8:
+            near += 1
+            assert " ".join(second) in seen
+        elif true < 0.5:
+            far += 1
+            assert " ".join(second) not in seen
+    assert near > 5
+    assert far > 20
+
+
+def test_at_threshold_1_only_the_same_shingles_count():
+    words = [f"w{i}" for i in range(200)]
+    seen = SeenTexts(1)
+    seen.add(" ".join(words))
+    assert " ".join(words).upper() in seen
+    assert " ".join([*words[:100], "other", *words[101:]]) not in seen
+    assert "" not in seen
+    seen.add("")
+    assert " " in seen
 
 
 def test_repetition_is_the_share_of_repeated_ngrams():
