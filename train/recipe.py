@@ -277,8 +277,8 @@ class Recipe:
 
     @property
     def passes(self) -> int:
-        """Passes over a text of heads that read the token before; 1 without such heads."""
-        return self.unroll if any(e.reads_before for e in self.exit_config().exits) else 1
+        """Passes over a text of heads that read the token before; 0 without such heads."""
+        return self.unroll if any(e.reads_before for e in self.exit_config().exits) else 0
 
     def read_depths(self, num_layers: int) -> list[int]:
         """Depths above 0 whose states heads read, besides the full model's final one."""

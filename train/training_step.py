@@ -39,16 +39,16 @@ class Batch:
     """The trunk's states, if they were computed before."""
 
     @classmethod
-    def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0, passes: int = 1) -> Batch:
+    def of(cls, row: dict[str, torch.Tensor], step: int, micro: int = 0, passes: int = 0) -> Batch:
         """The batch of a collated dict of `TrainingRows` or `StateStore`.
 
         Args:
             passes: of heads that read the token before. The last one says nothing of tokens so near
-                to the beginning of a text that no chain of as many drafts reaches them: these are
-                not taught.
+                to the beginning of a text that no chain of as many drafts reaches them, as the
+                first draft needs a token before: these are not taught. 0 without such heads.
         """
         positions_BT = positions_if_packed(row["positions"])
-        labels_BT = row["labels"].masked_fill(row["positions"] < passes - 1, -100)
+        labels_BT = row["labels"].masked_fill(row["positions"] < passes, -100)
         return cls(row["tokens"], labels_BT, step, micro, positions_BT, StoredStates.of(row))
 
     def labels(self) -> torch.Tensor:
@@ -183,7 +183,7 @@ class TrainingStep:
                     None if final_BTH is None else final_BTH.detach(),
                     states,
                     batch.positions_BT,
-                    passes=recipe.passes,
+                    passes=max(recipe.passes, 1),
                 )
             ]
             for depth in depths

@@ -163,9 +163,9 @@ def build_head(
     """A fresh head for a base model `hf`.
 
     `block` heads start as copies of the last layers and of the final norm, which in the base model
-    turn hidden states into input of the LM head. At depth 0 the last layer reads the state of the
-    token before, and the embedding adds nothing at first. An `adapter` head
-    starts as a copy of the final norm.
+    turn hidden states into input of the LM head. At depth 0 the last layers read the sum of the
+    embedding and the state of the token before. An `adapter` head starts as a copy of the final
+    norm.
 
     Args:
         layer_types: attention type of every layer of the base model.
@@ -205,10 +205,12 @@ def build_head(
 
 @torch.no_grad()
 def _read_previous(mix: nn.Linear) -> None:
-    """Let a head's input be the state of the token before: `h + W [h, p] = p`."""
+    """Let the input be the sum of embedding and state of the token before: `h + W [h, p] = h + p`.
+
+    The state alone would be 0 for the first token of a text, where a norm's gradient has no bound.
+    """
     width = mix.out_features
-    one = torch.eye(width).to(mix.weight)
-    mix.weight[:, :width], mix.weight[:, width:] = -one, one
+    mix.weight[:, width:] = torch.eye(width).to(mix.weight)
 
 
 def _build_eagle3(
