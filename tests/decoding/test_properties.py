@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 
 import torch
-from conftest import tiny_model
+from conftest import disturbed, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from hispec.config import DRAFTERS, DecodeConfig
+from hispec.config import DRAFTERS, DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.metrics.equivalence import hf_generate
+from hispec.models.exit_model import ExitModel
 
 EXAMPLES = int(os.environ.get("HISPEC_EXAMPLES", 500))
 VOCAB = 13  # small, so that n-grams come back
@@ -40,6 +41,20 @@ MODELS = {
 }
 
 
+def reading_before(family: str, exit: Exit):
+    """The same with an exit at depth 0 and one at 2, whose heads read the token before."""
+    model = agreeing(family, "block")
+    exits = ExitConfig([exit, Exit(2, "block", blocks=1, previous=True)], draft_vocab=9)
+    return disturbed(ExitModel(model.hf, exits).eval())
+
+
+AT_DEPTH_0 = {
+    ("llama", "eagle3"): reading_before("llama", Exit(0, "eagle3", aux_depths=[1, 3, 5])),
+    ("gemma3_text", "eagle3"): reading_before("gemma3_text", Exit(0, "eagle3")),
+    ("qwen3", "block"): reading_before("qwen3", Exit(0, "block", blocks=1, previous=True)),
+}
+
+
 class LastTokensSum(StoppingCriteria):
     """Ends a text where its last two tokens sum to a number: a rule over token borders."""
 
@@ -53,6 +68,8 @@ class LastTokensSum(StoppingCriteria):
 @st.composite
 def configs(draw) -> DecodeConfig:
     inner = sorted(draw(st.sets(st.integers(1, 5), max_size=3)))
+    if draw(st.integers(0, 3)) == 0:
+        inner = [0, *inner]
     drafter = draw(st.sampled_from(DRAFTERS if inner else ("exit", "lookup", "recycle")))
     length = draw(st.integers(1, 5))
     shortest = draw(st.integers(1, 3))
@@ -123,6 +140,8 @@ def plain(model, prompt, config: DecodeConfig, stopping) -> list[int]:
 )  # fmt: skip
 def test_any_setting_equals_plain_decoding(kind, config, total, prompts):
     model = MODELS[kind]
+    if config.ladder[0] == 0:
+        model = list(AT_DEPTH_0.values())[config.seed % len(AT_DEPTH_0)]
     stopping = StoppingCriteriaList([] if total is None else [LastTokensSum(total)])
     expected = [plain(model, prompt, config, stopping) for prompt in prompts]
     run = Decode(model, prompts, config, stopping_criteria=stopping)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, disturbed, tiny_hf, tiny_model
 
-from hispec.config import DecodeConfig, ExitConfig
+from hispec.config import DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
@@ -19,6 +19,7 @@ from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.engine.openvino_graph import compile_module
 from hispec.engine.tracing import exact_copy
+from hispec.models.engine import DRAFTING
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import int8_values
 
@@ -65,6 +66,36 @@ def test_logits_equal_those_of_the_modules(family):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["eagle3", "block"])
+def test_exits_at_depth_0_run_as_graphs(family, kind, prompts):
+    """The layer of an EAGLE-3 head reads twice the width, hides the first token, and its LM head is
+    its own; the trunk is cut where the head reads states."""
+    exit = Exit(0, kind, blocks=1, previous=kind == "block")
+    model = disturbed(ExitModel(tiny_hf(family), ExitConfig([exit], draft_vocab=20)).eval())
+    tokens_BN = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1)).numpy()
+    first, found = np.array([19, 12]), []
+    for engine in (None, OpenVinoEngine(model)):
+        model.engine = engine
+        ladder = Ladder(model, (0, 6), rows=2, capacity=48)
+        with torch.inference_mode():
+            ladder.prefill(tokens_BN, first)
+            chain = [
+                ladder.logits(0, tokens_BN, first + step, first + step + 1, drafting=True).clone()
+                for step in range(3)
+            ]
+            ladder.logits(1, tokens_BN, first, first + 3)
+            again = ladder.logits(0, tokens_BN, first + 3, first + 4, drafting=True).clone()
+        found.append([*chain, again])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    expected = texts(model, prompts, {"ladder": [6]})
+    assert texts(model, prompts, {"ladder": [0, 6], "draft_length": 3}) == expected
+    cuts = len(model.cuts()) + 1 - (0 in model.cuts())
+    lm_heads = 3 if kind == "eagle3" else 2
+    assert len(model.engine.compile()) == 2 * (cuts + 1) + lm_heads
+
+
 @pytest.mark.parametrize("family", ["llama", "granite"])  # one scales its logits
 def test_the_draft_vocabulary_has_a_graph_of_its_own(family):
     config = ExitConfig.of([2], "block", blocks=2, draft_vocab=20)
@@ -72,10 +103,10 @@ def test_the_draft_vocabulary_has_a_graph_of_its_own(family):
     model.draft_tokens.copy_(torch.randperm(61, generator=torch.Generator().manual_seed(2))[:20])
     normed = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        eager = model.draft(normed, model.draft_head())
+        eager = model.draft(2, normed, model.draft_head())
         engine = model.engine = OpenVinoEngine(model)
-        compiled = model.draft(normed, model.draft_head())
-    assert set(engine._lm_heads) == {True}
+        compiled = model.draft(2, normed, model.draft_head())
+    assert set(engine._lm_heads) == {DRAFTING}
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     assert (compiled > -torch.inf).sum(-1).eq(20).all()
     assert len(engine.compile()) == 2 * 3 + 2  # two sizes of three pieces, two heads
