@@ -22,7 +22,7 @@ from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.build import build_drafter
 from hispec.decoding.inputs import check_admission, check_inputs, check_seed
-from hispec.decoding.ladder import Ladder
+from hispec.decoding.ladder import Ladder, similar
 from hispec.decoding.sampling import processors
 from hispec.decoding.state import Committed, DecodeState
 from hispec.decoding.stats import DecodeStats
@@ -175,19 +175,28 @@ class Decode:
         return committed
 
     def _read_prompts(self) -> None:
-        """Let all rungs read the new prompts. The full model adds the first token, which needs no
-        draft; so new rows stand as the others do after a pass of the full model."""
+        """Let all rungs read the new prompts, and the full model add the first token of each, which
+        needs no draft: new rows then stand as the others do after a pass of the full model."""
         rows, self._unread = self._unread, []
-        everyone = len(rows) == self.state.rows
-        if everyone:
-            self.ladder.truncate(np.zeros_like(self.state.prompt_B))
-        new = self if everyone else self._newcomers(rows)
-        new.ladder.prefill(new.state.tokens_BN, new.state.prompt_B)
-        new._verify(new.state.last, new.state.pending(new.state.last))
-        if not everyone:
-            self.state.take(rows, new.state)
-            self.ladder.take(rows, new.ladder)
-        self.drafter.begin(self.state.view(), rows)
+        state = self.state
+        groups = similar(state.prompt_B[rows].tolist())
+        if len(groups) == 1 and len(rows) == state.rows:
+            self.ladder.truncate(np.zeros_like(state.prompt_B))
+            self._read_first()
+        else:
+            for group in groups:
+                some = [rows[number] for number in group]
+                new = self._newcomers(some)
+                new._read_first()
+                state.take(some, new.state)
+                self.ladder.take(some, new.ladder)
+        self.drafter.begin(state.view(), rows)
+
+    def _read_first(self) -> None:
+        """Read the prompts of all rows; the full model adds the first token."""
+        state = self.state
+        self.ladder.prefill(state.tokens_BN, state.prompt_B)
+        self._verify(state.last, state.pending(state.last))
 
     def _newcomers(self, rows: Sequence[int]) -> Decode:
         """The decode of some rows alone up to their first token: it shares all but texts, cache and

@@ -20,6 +20,7 @@ from hispec.models.exit_model import ExitModel
 
 _FIRST_PREFILL = 4096  # tokens of the first pass over prompts, without a mask: bounds activations
 _PREFILL = 512  # tokens of each further pass: bounds the mask, [tokens, slots]
+_FULL_SPEED = 256  # tokens from which on a pass takes as long as it has tokens, roughly
 
 
 class Ladder:
@@ -299,3 +300,19 @@ def slots_from(start_B: np.ndarray, upto_B: np.ndarray) -> np.ndarray | None:
     """Slots [B, T] from `start` on, as many as the row that needs most; None for none."""
     most = int((upto_B - start_B).max())
     return start_B[:, None] + np.arange(most) if most > 0 else None
+
+
+def similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of prompts that are read together: little of a pass should be padding.
+
+    A group is of one length up to a fifth; few tokens stay together, whatever their lengths.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for number in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        full = groups and len(groups[-1]) * longest >= _FULL_SPEED
+        if not groups or (full and lengths[number] < 0.8 * longest):
+            groups.append([])
+            longest = lengths[number]
+        groups[-1].append(number)
+    return groups

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from transformers import StoppingCriteriaList
 
 from hispec.config import DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
+from hispec.decoding.ladder import Ladder, similar
 from hispec.decoding.sampling import to_log_probs
+from hispec.engine.build import build_engine
 from hispec.models.exit_model import ExitModel
 
 EXAMPLES = int(os.environ.get("HISPEC_EXAMPLES", 40))
@@ -36,7 +39,8 @@ def serve(model, prompts, config, rows, *, seeds=None, idle=lambda job: 0, **opt
     """
     seeds = seeds or [None] * len(prompts)
     given = seeds[:rows] if seeds[0] is not None else None
-    run = Decode(model, prompts[:rows], config, seeds=given, max_prompt=16, **options)
+    options = {"max_prompt": 16, **options}
+    run = Decode(model, prompts[:rows], config, seeds=given, **options)
     texts = {}
     job_of = list(range(min(rows, len(prompts))))
     waited = [0] * len(job_of)
@@ -80,7 +84,8 @@ def model_of(family="llama", exits=(), head="block"):
     return flattened(disturbed(tiny_model(family, exits=exits, head=head, vocab_size=VOCAB)))
 
 
-def eagle3(family="llama"):
+@cache
+def eagle3(family):
     exits = ExitConfig([Exit(0, "eagle3", aux_depths=[1, 3, 5]), Exit(4, "block", previous=True)])
     return flattened(disturbed(ExitModel(tiny_hf(family, vocab_size=VOCAB), exits).eval()))
 
@@ -139,6 +144,46 @@ def test_families_with_windows(family, jobs):
     assert serve(model, jobs, config, 3)[0] == alone(model, jobs, config)
 
 
+def test_prompts_of_similar_lengths_are_read_together(jobs, monkeypatch):
+    assert similar([3, 100, 1]) == [[1, 0, 2]]  # a pass of 200 tokens is not at its full speed
+    lengths = [40, 100, 90, 20, 100, 41, 79]
+    assert similar(lengths) == [[1, 4, 2], [6, 5, 0, 3]]
+    assert similar([300] * 4 + [240] + [239]) == [[0, 1, 2, 3, 4], [5]]
+    monkeypatch.setattr("hispec.decoding.ladder._FULL_SPEED", 8)
+    model = model_of(exits=(2, 4))
+    config = DecodeConfig([2, 4, 6], drafter="recycle+exit", max_new_tokens=8, eos=(3,))
+    read: list[list[int]] = []
+    prefill = Ladder.prefill
+
+    def watched(ladder, tokens_BN, upto_B):
+        read.append(upto_B.tolist())
+        prefill(ladder, tokens_BN, upto_B)
+
+    monkeypatch.setattr(Ladder, "prefill", watched)
+    texts, run = serve(model, jobs, config, len(jobs))
+    assert read == [[16, 16], [12], [9], [7, 5], [3, 2, 1], [1]]
+    assert texts == alone(model, jobs, config)
+    assert run.stats.prompt_tokens == sum(map(len, jobs))
+
+
+@pytest.mark.parametrize("backend", ["blocks", "openvino"])
+def test_buffers_that_grow_in_blocks(backend, jobs, monkeypatch):
+    """A new prompt needs more slots than the running texts have taken so far."""
+    model = model_of(exits=(2, 4))
+    config = DecodeConfig([2, 4, 6], max_new_tokens=12, eos=(3,))
+    long = [(jobs[1] * 9)[:n] for n in (140, 3, 131)]
+    prompts = [*jobs[:2], long[0], *jobs[2:5], long[2], long[1]]
+    expected = alone(model, prompts, config)
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+        model.engine = build_engine(model, backend)
+    else:
+        monkeypatch.setattr(model, "cache_block", lambda: 16)
+    texts, run = serve(model, prompts, config, 2, max_prompt=140)
+    assert texts == expected
+    assert run.ladder.cache.visible > 128
+
+
 @st.composite
 def queues(draw):
     """(config, prompts, rows, rounds that a row stays empty before each job)."""
@@ -154,16 +199,11 @@ def queues(draw):
 def test_any_queue_equals_plain_decoding(kind, queue, total):
     """With any drafter, threshold, logits processor and stopping criterion."""
     config, prompts, rows, waits = queue
+    model = MODELS[kind] if config.ladder[0] else eagle3("llama" if total else "gemma3_text")
     stopping = StoppingCriteriaList([] if total is None else [LastTokensSum(total)])
-    expected = [plain(MODELS[kind], prompt, config, stopping) for prompt in prompts]
-    texts, run = serve(
-        MODELS[kind],
-        prompts,
-        config,
-        rows,
-        idle=lambda job: waits[job],
-        stopping_criteria=stopping,
-    )
+    expected = [plain(model, prompt, config, stopping) for prompt in prompts]
+    idle = {"idle": waits.__getitem__, "stopping_criteria": stopping}
+    texts, run = serve(model, prompts, config, rows, **idle)
     assert texts == expected
     assert run.stats.new_tokens == sum(map(len, expected))
 
