@@ -90,11 +90,11 @@ def test_the_mask_of_packed_rows_is_built_once_per_pass(
 ):
     """Not in every layer, though layers run one by one: some rows skip some, and with gradient
     checkpointing they run twice."""
-    from hispec.models import exit_model
+    from hispec.models import layer_inputs
 
-    built, build = [], exit_model.additive_mask
+    built, build = [], layer_inputs.additive_mask
     monkeypatch.setattr(
-        exit_model, "additive_mask", lambda *a, **k: (built.append(1), build(*a, **k))[1]
+        layer_inputs, "additive_mask", lambda *a, **k: (built.append(1), build(*a, **k))[1]
     )
     trainer = trainer_of(
         *(tiny_base, texts, tmp_path / "ee"),
