@@ -179,9 +179,53 @@ def test_buffers_that_grow_in_blocks(backend, jobs, monkeypatch):
         model.engine = build_engine(model, backend)
     else:
         monkeypatch.setattr(model, "cache_block", lambda: 16)
+    assert len(expected[0]) != len(expected[1])  # so the long one comes while another is running
     texts, run = serve(model, prompts, config, 2, max_prompt=140)
     assert texts == expected
     assert run.ladder.cache.visible > 128
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(ladder=[0, 6], draft_length=4),
+        dict(ladder=[0, 4, 6], drafter="lookup+exit"),
+        dict(ladder=[2, 4, 6], max_draft_length=6),
+    ],
+    ids=str,
+)
+def test_a_new_row_is_drafted_for_as_it_is_alone(setting, jobs):
+    """Heads find their keys and the states of the token before: wrong ones change drafts alone."""
+    model = eagle3("llama") if setting["ladder"][0] == 0 else model_of(exits=(2, 4))
+    config = DecodeConfig(**setting, max_new_tokens=20)
+    for prompt in (jobs[1], jobs[3], jobs[2]):
+        lonely = Decode(model, [prompt], config)
+        expected = drafts_of(lonely, 0)
+        lonely.finish()
+        run = Decode(model, jobs[:3], config, max_prompt=16)
+        run.finish()
+        before = [(rung.passes, rung.tokens_run) for rung in run.stats.rungs]
+        run.admit(1, prompt)
+        found = drafts_of(run, 1)
+        run.finish()
+        assert found == expected
+        assert len(expected) > 3
+        after = [(rung.passes, rung.tokens_run) for rung in run.stats.rungs]
+        for then, now, rung in zip(before, after, lonely.stats.rungs, strict=True):
+            assert (now[0] - then[0], now[1] - then[1]) == (rung.passes, rung.tokens_run)
+
+
+def drafts_of(run, row):
+    """What is proposed for a row from now on, round by round."""
+    found, propose = [], run.drafter.propose
+
+    def watched(text, rows_B):
+        draft = propose(text, rows_B)
+        found.append(draft.tokens_BN[row, : draft.count_B[row]].tolist())
+        return draft
+
+    run.drafter.propose = watched
+    return found
 
 
 @st.composite
