@@ -168,9 +168,9 @@ def test_prompts_of_similar_lengths_are_read_together(jobs, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["blocks", "openvino"])
 def test_buffers_that_grow_in_blocks(backend, jobs, monkeypatch):
-    """A new prompt needs more slots than the running texts have taken so far."""
+    """A new prompt needs more slots than the text beside it has taken so far."""
     model = model_of(exits=(2, 4))
-    config = DecodeConfig([2, 4, 6], max_new_tokens=12, eos=(3,))
+    config = DecodeConfig([2, 6], draft_length=1, max_new_tokens=12, eos=(3,))
     long = [(jobs[1] * 9)[:n] for n in (140, 3, 131)]
     prompts = [*jobs[:2], long[0], *jobs[2:5], long[2], long[1]]
     expected = alone(model, prompts, config)
@@ -179,7 +179,6 @@ def test_buffers_that_grow_in_blocks(backend, jobs, monkeypatch):
         model.engine = build_engine(model, backend)
     else:
         monkeypatch.setattr(model, "cache_block", lambda: 16)
-    assert len(expected[0]) != len(expected[1])  # so the long one comes while another is running
     texts, run = serve(model, prompts, config, 2, max_prompt=140)
     assert texts == expected
     assert run.ladder.cache.visible > 128
@@ -323,6 +322,22 @@ def test_the_draft_length_of_a_new_row_is_the_first():
     with torch.inference_mode():
         run._read_prompts()
     assert run.drafter.length_B.tolist() == [7, 2]
+
+
+def test_what_follows_in_a_new_prompt_is_recycled():
+    run = Decode(
+        tiny_model(),
+        [[3], [4]],
+        DecodeConfig([6], drafter="recycle", max_new_tokens=4),
+        max_prompt=3,
+    )
+    run.finish()
+    table_VK = run.drafter.table_VK
+    unknown, following = (table_VK[:, 0] < 0).nonzero()[0][:2].tolist()
+    run.admit(1, [unknown, following, 5])
+    run.step()
+    assert table_VK[unknown, 0] == following
+    assert table_VK[following, 0] == 5
 
 
 def test_rejection_draws_new_rows_from_the_targets_distribution():
