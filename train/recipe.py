@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +112,9 @@ class Recipe:
     size."""
     states_top_k: Annotated[int, Field(ge=1)] = 64
     """Tokens whose probability under the full model is stored; all others count as one outcome."""
+    states_depths: list[Annotated[int, Field(ge=1)]] = field(default_factory=list)
+    """Depths that are stored beside those that the exits read (a depth of all layers: the state
+    behind the final norm), so that runs with other exits read the same folder."""
 
     # optimisation
     steps: Annotated[int, Field(ge=1), at_most(10**7, _COSTS["steps"])] = 1000

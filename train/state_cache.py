@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,18 @@ def state_sizes(recipe: Recipe, config: Any) -> StateSizes:
         recipe.states_top_k,
         f"at most {vocab_size}, the vocabulary of the base",
     )
+    more = set(recipe.states_depths)
+    check(
+        all(depth <= layers for depth in more),
+        "states_depths",
+        recipe.states_depths,
+        f"at most {layers}, the layers of the base",
+    )
     return StateSizes(
-        depths=recipe.read_depths(layers),
+        depths=sorted({*recipe.read_depths(layers), *more} - {layers}),
         top_k=recipe.states_top_k,
         hidden=hidden,
-        final=any(exit.previous for exit in recipe.exit_config().exits),
+        final=layers in more or any(exit.previous for exit in recipe.exit_config().exits),
         dtype=recipe.dtype,
     )
 
@@ -133,12 +140,24 @@ def compute_states(
     return kept
 
 
+def _with_stored(folder: Path, sizes: StateSizes) -> StateSizes:
+    """`sizes`, with what a folder stores beside them."""
+    about = folder / ABOUT
+    there = read_json(about) if about.is_file() else {}
+    depths = there.get("depths", sizes.depths)
+    final = there.get("final", sizes.final)
+    if set(sizes.depths) <= set(depths) and sizes.final <= final:
+        return replace(sizes, depths=depths, final=final)
+    return sizes
+
+
 class StateStore(Dataset[dict[str, Any]]):
     """Training rows with the trunk's states for them; `fill` comes before the first row is read.
 
     Args:
         folder: where the files are. Runs with the same base, text, depths and precision share it.
         rows: the training rows.
+        sizes: what the run reads. A folder that holds more than that is left as it is.
         base: SHA-256 of the base's weight files.
     """
 
@@ -151,7 +170,8 @@ class StateStore(Dataset[dict[str, Any]]):
     ) -> None:
         self.folder = folder
         self.rows = rows
-        self.sizes = sizes
+        self.names = sizes.names
+        sizes = self.sizes = _with_stored(folder, sizes)
         per_row = rows.rows.tokens_RT.shape[1] * sizes.bytes_per_token
         self.bytes = len(rows) * per_row
         self.rows_per_file = max(1, _SHARD // per_row)
@@ -173,7 +193,7 @@ class StateStore(Dataset[dict[str, Any]]):
     def __getitem__(self, row: int) -> dict[str, Any]:
         opened = self._open(row // self.rows_per_file)
         at = row % self.rows_per_file
-        stored = {name: opened.get_slice(name)[at] for name in self.sizes.names}
+        stored = {name: opened.get_slice(name)[at] for name in self.names}
         return {**self.rows[row], **stored}
 
     def _file(self, number: int) -> Path:

@@ -66,6 +66,26 @@ def test_states_are_computed_once(tiny_base, texts, tmp_path, monkeypatch, capsy
     assert second.step == first.step
 
 
+def test_other_exits_read_a_folder_that_holds_more(tiny_base, texts, tmp_path, capsys, small_files):
+    """Exits at other depths, and one that reads the state before: nothing is computed or written
+    again, and they learn what they learn on a folder of their own."""
+    wide, exits = tmp_path / "wide", "[{depth: 0, previous: true, blocks: 1}, 3]"
+    train(tiny_base, texts, tmp_path / "1", states=wide, states_depths="[1,3,6]", max_rows=8)
+    before = files(wide)
+    capsys.readouterr()
+    for name, folder in {"shared": wide, "own": tmp_path / "own" / "s"}.items():
+        train(tiny_base, texts, tmp_path / name, states=folder, exits=exits, max_rows=8)
+    assert "100% are there" in capsys.readouterr().out.split("EE")[0]
+    assert files(wide) == before
+    for name, tensor in exits_of(tmp_path / "own" / "ee").items():
+        assert torch.equal(exits_of(tmp_path / "shared" / "ee")[name], tensor), name
+
+
+def test_a_depth_that_the_model_does_not_have_is_not_stored(tiny_base, texts, tmp_path):
+    with pytest.raises(ValueError, match=r"states_depths=\[7\] is not possible: at most 6, the lay"):
+        train(tiny_base, texts, tmp_path / "1", states=tmp_path / "s", states_depths="[7]")
+
+
 def test_states_in_bf16_take_the_announced_disk(tiny_base, texts, tmp_path):
     """Two bytes for each number: accelerate turns results into float32, which must not reach the
     files. In a process of its own: the precision of this one is fixed."""
