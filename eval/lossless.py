@@ -46,6 +46,9 @@ class Settings(PromptSource):
     temperature: Temperature = 0.0
     seed: Seed = 0
     draft_length: int = 2
+    draft_width: int = 1
+    """Tokens that an exit drafts per step; above 1 its draft is a tree of `tree_tokens`."""
+    tree_tokens: int = 15
     buffer: int = 4
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -98,6 +101,8 @@ def main(words: Sequence[str]) -> int:
             ladder,
             drafter=drafter,
             draft_length=settings.draft_length,
+            draft_width=settings.draft_width,
+            tree_tokens=settings.tree_tokens,
             buffer=settings.buffer,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,

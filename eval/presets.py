@@ -18,6 +18,13 @@ def ladder_text(ladder: Sequence[int]) -> str:
     return f"({', '.join(map(str, ladder))})"
 
 
+def label(setting: Mapping[str, Any]) -> str:
+    """What a setting says, its ladder left out: `exit draft_length=4 draft_width=3`."""
+    rest = {key: value for key, value in setting.items() if key not in ("ladder", "drafter")}
+    words = [setting.get("drafter", "exit"), *(f"{key}={value}" for key, value in rest.items())]
+    return " ".join(words)
+
+
 def preset(lm: EarlyExitLM, name: str, setting: Mapping[str, Any]) -> Method:
     """A method of our own decode loop; its ladder is shown behind `name`.
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 from pydantic import Field
@@ -44,6 +44,9 @@ class Settings(PromptSource):
     """Ladders besides the presets, such as ["4,30","4,10,30"]."""
     drafters: list[Annotated[str, one_of(*DRAFTERS)]] = field(default_factory=lambda: ["exit"])
     """Their drafters, each with each ladder: "exit", "lookup", "recycle", "lookup+exit", ..."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """More settings, each with fields of `DecodeConfig`, such as
+    [{ladder: [0,30], draft_length: 4, draft_width: 3, tree_tokens: 12}]."""
     draft_length: int = 2
     lookup_length: int = 8
     buffer: int = 4
@@ -73,7 +76,7 @@ def current_names(words: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> None:
     from eval.baselines import Limits, baselines, by_generate, installed
-    from eval.presets import preset, presets
+    from eval.presets import label, preset, presets
     from eval.speed_plot import draw
     from eval.speed_results import report, summary
     from eval.timing import machine_of, measure
@@ -108,6 +111,7 @@ def main(words: Sequence[str]) -> None:
         for text in settings.ladders
         for drafter in settings.drafters
     ]
+    given += [preset(lm, label(more), {**common, **more}) for more in settings.settings]
     exits = settings.baseline_exits
     others, left_out = baselines(
         lm,

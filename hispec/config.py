@@ -179,13 +179,20 @@ class DecodeConfig:
     drafter: Annotated[str, one_of(*DRAFTERS)] = "exit"
     """`exit`: the shallowest rung continues its own draft. `lookup`: what followed the same n-gram
     earlier in the text. `recycle`: a tree of recent top candidates. `lookup+exit`,
-    `recycle+exit`: the exit where the free drafter has nothing."""
+    `recycle+exit`: the exit where the free drafter has nothing; or both in one tree, see
+    `draft_width`."""
     draft_length: _Draft = 2
     """Tokens that an exit drafts before the first verifying rung runs (N_d of HiSpec)."""
     max_draft_length: _Draft | None = None
     """If given, an exit's draft length follows recent acceptance between 1 and this."""
     draft_threshold: Share = 0.0
-    """An exit's draft ends after a token whose top probability is below this."""
+    """An exit's draft ends after a token whose top probability is below this. A tree has no token
+    whose path has a probability below it."""
+    draft_width: Annotated[
+        int, Field(ge=1), at_most(32, "a step runs all of them, and considers their number squared")
+    ] = 1
+    """Tokens that an exit drafts per step. Above 1 its draft is a tree of the `tree_tokens` most
+    probable tokens, `draft_length` steps deep; one of a free drafter and it becomes one tree."""
     draft_vocab: bool = True
     """Whether exits draft from the reduced vocabulary that is stored with them, if one is."""
     lookup_length: Annotated[
@@ -201,7 +208,7 @@ class DecodeConfig:
     tree_tokens: Annotated[
         int, Field(ge=1), at_most(512, "one pass verifies all of them, and keeps a single path")
     ] = 15
-    """Tokens of a recycled tree."""
+    """Tokens of a recycled tree, and of one that an exit drafts."""
     buffer: Annotated[
         int, Field(ge=1), at_most(1024, "a rejection by the next rung discards what is behind it")
     ] = 4
@@ -230,6 +237,21 @@ class DecodeConfig:
     eos: TupleOf[Annotated[int, Field(ge=0, lt=2**31)]] = ()
     """Token ids that end a text; the one that ended it is part of the output."""
 
+    @property
+    def exit_trees(self) -> bool:
+        """Whether an exit drafts trees."""
+        return self.draft_width > 1 and "exit" in self.drafter and len(self.ladder) > 1
+
+    @property
+    def most_drafted(self) -> int:
+        """Most draft tokens that one round writes behind the verified ones."""
+        steps = max(self.draft_length, self.max_draft_length or 0)
+        if not self.exit_trees:
+            return max(steps, self.lookup_length, self.tree_tokens)
+        free = {"lookup": self.lookup_length, "recycle": self.tree_tokens}
+        joined = self.tree_tokens + free.get(self.drafter.split("+")[0], 0)
+        return max(joined, (steps - 1) * self.draft_width)
+
     def validate(self, num_layers: int) -> None:
         """Raises ValueError naming the key, the value and what is allowed."""
         validate(DecodeConfig, self)
@@ -252,6 +274,12 @@ class DecodeConfig:
             "verification",
             self.verification,
             f"drafter {self.drafter!r} proposes trees, and these need 'match'",
+        )
+        check(
+            self.verification == "match" or not self.exit_trees,
+            "draft_width",
+            self.draft_width,
+            "1, a chain, as verification='rejection' takes no trees",
         )
         check(
             self.lookup_shortest <= self.lookup_ngram,

@@ -148,7 +148,7 @@ class EarlyExitLM:
             return lookup, ""
         setting, words = self.planned()
         if setting is not None:
-            trees = "recycle" in setting.get("drafter", "")
+            trees = "recycle" in setting.get("drafter", "") or setting.get("draft_width", 1) > 1
             if not trees or settings.get("verification", "match") == "match":
                 return {**setting, **settings}, words
             words = "the plan drafts trees, which verification 'rejection' cannot verify"

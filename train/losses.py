@@ -40,7 +40,7 @@ class StoredProbs:
     """The most probable tokens, most probable first."""
     log_probs_NK: torch.Tensor
 
-    def part(self, part: slice) -> StoredProbs:
+    def part(self, part: slice | torch.Tensor) -> StoredProbs:
         """The rows `part` of the N."""
         return StoredProbs(self.tokens_NK[part], self.log_probs_NK[part])
 

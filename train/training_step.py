@@ -173,9 +173,13 @@ class TrainingStep:
             final_BTH = model.normed(model.num_layers, states[model.num_layers])
             final_NH = final_BTH.flatten(0, 1)
             final = final_NH.detach()
+        labels_N = batch.labels_BT.flatten()
+        taught = self._taught(labels_N)
+        labels_N = labels_N[taught]
+        final = final[taught] if isinstance(final, torch.Tensor) else final.part(taught)
         passes = {
             depth: [
-                normed_BTH.flatten(0, 1)
+                normed_BTH.flatten(0, 1)[taught]
                 for normed_BTH in unrolled(
                     model,
                     depth,
@@ -199,7 +203,8 @@ class TrainingStep:
         students: list[Student] = []
         for i, depth in enumerate(depths):
             if self._drafts(model, depth):
-                parts += self._draft_losses(model, batch, depth, passes[depth], final, weights[i])
+                own = passes[depth], final, labels_N, weights[i]
+                parts += self._draft_losses(model, depth, *own)
                 continue
             teaching = teachings.of([passes[d][0] for d in depths[i + 1 : i + 2]])
             for k, normed_NH in enumerate(passes[depth]):
@@ -218,12 +223,19 @@ class TrainingStep:
                 model.project,
                 students,
                 final,
-                batch.labels_BT.flatten(),
+                labels_N,
                 chunk=recipe.loss_chunk,
                 train_head=self.trunk.kind == "full",
                 kernels=recipe.fused_loss,
             )
         return _joined(parts, whole)
+
+    def _taught(self, labels_N: torch.Tensor) -> torch.Tensor | slice:
+        """Which of the N tokens the loss is computed of: those with a label, in chats about half of
+        them. All of them where every process has to call the LM head equally often."""
+        if self.trunk.trained or not self.whole:
+            return slice(None)
+        return (labels_N >= 0).nonzero()[:, 0]
 
     def _drafts(self, model: ExitModel, depth: int) -> bool:
         """Whether an exit is taught over its draft words alone: one that has an LM head of its own
@@ -240,20 +252,20 @@ class TrainingStep:
     def _draft_losses(
         self,
         model: ExitModel,
-        batch: Batch,
         depth: int,
         passes: Sequence[torch.Tensor],
         final: torch.Tensor | StoredProbs,
+        labels_N: torch.Tensor,
         weight: float,
     ) -> list[_Part]:
         """The losses of an exit over its draft words, pass by pass."""
         recipe, lm_head = self.recipe, model.head(depth).lm_head
-        column_of_V = columns(model.draft_tokens, model.vocab_size).to(batch.labels_BT.device)
+        column_of_V = columns(model.draft_tokens, model.vocab_size).to(labels_N.device)
         if isinstance(final, torch.Tensor):
             with torch.no_grad():
                 count = min(recipe.states_top_k, model.vocab_size)
                 final = top_probs(model.project, final, count, recipe.loss_chunk)
-        targets = DraftTargets.of(final, batch.labels_BT.flatten(), column_of_V)
+        targets = DraftTargets.of(final, labels_N, column_of_V)
         loss_of = DraftLoss(
             recipe.divergence, recipe.distill_weight, recipe.ce_weight, recipe.loss_chunk
         )

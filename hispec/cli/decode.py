@@ -34,8 +34,11 @@ def generate(
     draft_threshold: Annotated[
         float | None, typer.Option(help="an exit's draft ends below this top probability")
     ] = None,
+    draft_width: Annotated[
+        int | None, typer.Option(help="tokens an exit drafts per step; above 1 a tree (1)")
+    ] = None,
     lookup_length: Annotated[int | None, typer.Option(help="tokens a lookup proposes (8)")] = None,
-    tree_tokens: Annotated[int | None, typer.Option(help="tokens of a recycled tree (15)")] = None,
+    tree_tokens: Annotated[int | None, typer.Option(help="tokens of a draft tree (15)")] = None,
     buffer: Annotated[
         int | None, typer.Option(help="pending tokens that start the next deeper rung (4)")
     ] = None,
@@ -84,6 +87,7 @@ def generate(
         "draft_length": draft_length,
         "max_draft_length": max_draft_length,
         "draft_threshold": draft_threshold,
+        "draft_width": draft_width,
         "lookup_length": lookup_length,
         "tree_tokens": tree_tokens,
         "buffer": buffer,

@@ -68,7 +68,8 @@ class Decode:
         self.model = model
         self.config = config
         rows = len(prompts)
-        self.drafter = build_drafter(config, rows, model.vocab_size, self._draft_token)
+        steps = self._draft_token, self._draft_candidates
+        self.drafter = build_drafter(config, rows, model.vocab_size, *steps)
         self.max_prompt = max(map(len, prompts)) if max_prompt is None else max_prompt
         first = self.drafter.rungs
         self.state = DecodeState(prompts, config, first=first, max_prompt=self.max_prompt)
@@ -212,12 +213,14 @@ class Decode:
         """Let the drafter propose, and write its draft tokens behind the verified ones."""
         text = self.state.view()
         draft = self.drafter.propose(text, text.room_B > 0)
+        if self.config.exit_trees:  # its tokens lie in other slots than those of the draft
+            self.ladder.truncate(text.length_B)
         rows_N, columns_N = np.nonzero(draft.parent_BN >= 0)
         slots_N = text.length_B[rows_N] + columns_N
         tokens_N = draft.tokens_BN[rows_N, columns_N]
-        depth_N = np.where(draft.free_B[rows_N], 0, self.config.ladder[0])
+        free_N = draft.free_BN[rows_N, columns_N]
+        depth_N = np.where(free_N, 0, self.config.ladder[0])
         self.state.write(rows_N, slots_N, tokens_N, depth_N)
-        free_N = draft.free_B[rows_N]
         self.sampler.record_free(rows_N[free_N], slots_N[free_N], tokens_N[free_N])
         return draft
 
@@ -237,6 +240,22 @@ class Decode:
             sure_B = self.sampler.confidence(scores_BV) >= threshold
         self.stats.rungs[0].add_pass(time.perf_counter() - began)
         return token_B, sure_B
+
+    def _draft_candidates(
+        self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run the drafting rung over the last tokens of a tree of drafts, see `TreeStep`."""
+        began = time.perf_counter()
+        base_B = self.state.verified[self.state.first]
+        width = tree.parent_BN.shape[1]
+        skip = width + 1 - last
+        upto_B = base_B + np.where(rows_B, width, -1)
+        scores_BCV = self._scores(0, tokens_BN, base_B, upto_B, tree, skip=skip, drafting=True)
+        self._observe(tokens_BN, base_B, upto_B, scores_BCV, skip=skip)
+        positions_BC = base_B[:, None] + tree.depth_BC[:, skip:]
+        found = self.sampler.best(scores_BCV, positions_BC, count)
+        self.stats.rungs[0].add_pass(time.perf_counter() - began)
+        return found
 
     def _verify(self, rung: int, draft: DraftTree) -> None:
         """Let `rung` verify draft tokens, and add one token of its own to every row."""
@@ -262,14 +281,14 @@ class Decode:
         state.advance(rung, length_B)
         self.ladder.truncate(length_B - 1)  # no rung has run the token that was just added
         self.stats.rungs[rung].add_pass(time.perf_counter() - began)
-        self._count(rung, draft, verified.accepted_B)
+        self._count(rung, draft, verified)
 
         if rung == state.last:
             self._stop(base_B)
         elif self.config.buffer_threshold:
             state.unsure[rung] = state.unsure[rung] | self._unsure(scores_BCV, verified)
         if rung == state.first and draft.count_B.any():
-            by_exit_B = np.where(draft.free_B, 0, draft.count_B)
+            by_exit_B = draft.count_B - draft.free_BN.sum(1)
             self.drafter.verified(verified.accepted_B, by_exit_B)
 
     def _scores(
@@ -280,27 +299,29 @@ class Decode:
         upto_B: np.ndarray,
         draft: DraftTree,
         *,
+        skip: int = 0,
         drafting: bool = False,
     ) -> torch.Tensor:
         """Logits [B, C, V] of a rung, processed, after the last verified token and each draft
-        token.
+        token; the first `skip` columns are left out.
 
         Processors get the prefix of each column, not the tokens of the pass.
         """
         tree = None if draft.chain else draft
         logits_BCV = self.ladder.logits(
-            rung, tokens_BN, base_B - 1, upto_B, tree, drafting=drafting
+            rung, tokens_BN, base_B - 1, upto_B, tree, skip=skip, drafting=drafting
         )
         if not self.processors:
             return logits_BCV
-        rows_N, columns_N = _real_columns(logits_BCV, upto_B - base_B)
+        rows_N, columns_N = _real_columns(logits_BCV, upto_B - base_B - skip)
         scores_BCV = logits_BCV.float()
-        length_N = base_B[rows_N] + draft.depth_BC[rows_N, columns_N]
+        length_N = base_B[rows_N] + draft.depth_BC[rows_N, columns_N + skip]
         for length in np.unique(length_N):  # processors take prefixes of one length at a time
-            at = rows_N[length_N == length], columns_N[length_N == length]
-            slots_NT = draft.prefix_slots(*at, int(length), base_B)
-            prefix_NT = torch.from_numpy(tokens_BN[at[0][:, None], slots_NT])
-            scores_BCV[at] = self.processors(prefix_NT.to(scores_BCV.device), scores_BCV[at])
+            rows, columns = rows_N[length_N == length], columns_N[length_N == length]
+            slots_NT = draft.prefix_slots(rows, columns + skip, int(length), base_B)
+            prefix_NT = torch.from_numpy(tokens_BN[rows[:, None], slots_NT])
+            scores_NV = scores_BCV[rows, columns]
+            scores_BCV[rows, columns] = self.processors(prefix_NT.to(scores_BCV.device), scores_NV)
         return scores_BCV
 
     def _observe(
@@ -310,20 +331,21 @@ class Decode:
         upto_B: np.ndarray,
         scores_BCV: torch.Tensor,
         verified: Verified | None = None,
+        skip: int = 0,
     ) -> None:
-        """Show the drafter the top candidates of a pass.
+        """Show the drafter the top candidates of a pass, as from `_scores`.
 
         Where the same token occurs more than once, the one on the accepted path comes last, and
         stays in the drafter's table.
         """
         if not self.drafter.observes:
             return
-        rows_N, columns_N = _real_columns(scores_BCV, upto_B - base_B)
+        rows_N, columns_N = _real_columns(scores_BCV, upto_B - base_B - skip)
         if verified is not None:
             on_path_N = verified.on_path(scores_BCV.shape[1])[rows_N, columns_N]
             order_N = np.argsort(on_path_N, kind="stable")
             rows_N, columns_N = rows_N[order_N], columns_N[order_N]
-        tokens_N = tokens_BN[rows_N, base_B[rows_N] - 1 + columns_N]
+        tokens_N = tokens_BN[rows_N, base_B[rows_N] - 1 + skip + columns_N]
         candidates_NK = self.sampler.candidates(scores_BCV.flatten(0, 1), self.drafter.observes)
         self.drafter.observe(tokens_N, candidates_NK[rows_N * scores_BCV.shape[1] + columns_N])
 
@@ -358,15 +380,15 @@ class Decode:
                 state.stopped_B[cut] = True
         state.cut(after_B)
 
-    def _count(self, rung: int, draft: DraftTree, accepted_B: np.ndarray) -> None:
+    def _count(self, rung: int, draft: DraftTree, verified: Verified) -> None:
         """Count draft tokens for the rung, or the free drafter, that proposed them."""
-        if rung == self.state.first:
-            free_B = draft.free_B
-            self.stats.free.add(draft.count_B[free_B], accepted_B[free_B])
-            if rung > 0:
-                self.stats.rungs[rung - 1].add(draft.count_B[~free_B], accepted_B[~free_B])
-        else:
-            self.stats.rungs[rung - 1].add(draft.count_B, accepted_B)
+        free_B = draft.free_BN.sum(1)
+        on_path_BN = verified.on_path(draft.free_BN.shape[1] + 1)[:, 1:]
+        accepted_free_B = (draft.free_BN & on_path_BN).sum(1)
+        self.stats.free.add(free_B, accepted_free_B)
+        if rung > 0:
+            rest_B = verified.accepted_B - accepted_free_B
+            self.stats.rungs[rung - 1].add(draft.count_B - free_B, rest_B)
 
 
 def _real_columns(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -18,10 +18,11 @@ class DraftTree:
     Args:
         tokens_BN: draft token ids.
         parent_BN: column of the token before each one, smaller than its own; -1 where there is no
-            draft token. The draft tokens of a row come first, then its padding. They are ordered
-            depth first: each one follows the one to its left or an ancestor of that one.
+            draft token. The draft tokens of a row come first, then its padding.
         chain: whether every draft token follows the one to its left.
-        free_B: rows whose draft no layer of the model made; default: none.
+        free_BN: draft tokens that no layer of the model made; default: none.
+        depth_first: whether each token follows the one to its left or an ancestor of that one.
+            What is verified is ordered so.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class DraftTree:
         parent_BN: np.ndarray,
         *,
         chain: bool,
-        free_B: np.ndarray | None = None,
+        free_BN: np.ndarray | None = None,
+        depth_first: bool = True,
     ) -> None:
         self.tokens_BN = tokens_BN
         self.parent_BN = parent_BN
         self.chain = chain
-        self.free_B = np.zeros(len(tokens_BN), dtype=bool) if free_B is None else free_B
+        self.free_BN = np.zeros_like(tokens_BN, dtype=bool) if free_BN is None else free_BN
+        self.depth_first = depth_first
         self.count_B: np.ndarray = (parent_BN >= 0).sum(1)
         """Draft tokens of each row."""
 
@@ -43,33 +46,74 @@ class DraftTree:
     def chain_of(
         cls, tokens_BN: np.ndarray, count_B: np.ndarray, free_B: np.ndarray | None = None
     ) -> DraftTree:
-        """The first `count` tokens of each row as a chain."""
+        """The first `count` tokens of each row as a chain.
+
+        Args:
+            free_B: rows whose draft no layer of the model made.
+        """
         width = int(count_B.max(initial=0))
         parent_BN = chain_parents(count_B, width)
-        return cls(tokens_BN[:, :width], parent_BN, chain=True, free_B=free_B)
+        free_BN = None if free_B is None else np.broadcast_to(free_B[:, None], parent_BN.shape)
+        return cls(tokens_BN[:, :width], parent_BN, chain=True, free_BN=free_BN)
 
     @classmethod
     def empty(cls, rows: int) -> DraftTree:
         """No draft tokens at all."""
         return cls.chain_of(np.zeros((rows, 0), dtype=np.int64), np.zeros(rows, dtype=np.int64))
 
+    @classmethod
+    def of_nodes(
+        cls, tokens_BN: np.ndarray, parent_BN: np.ndarray, free_BN: np.ndarray | None = None
+    ) -> DraftTree:
+        """A tree of draft tokens in any order in which each comes behind its parent.
+
+        Equal tokens behind the same token become one, which is free if all of them were. Siblings
+        keep their order.
+        """
+        if free_BN is None:
+            free_BN = np.zeros_like(tokens_BN, dtype=bool)
+        rows = [
+            _depth_first(*row)
+            for row in zip(tokens_BN.tolist(), parent_BN.tolist(), free_BN.tolist(), strict=True)
+        ]
+        width = max(len(row) for row in rows)
+        nodes_BN3 = np.array(
+            [row + [(0, -1, False)] * (width - len(row)) for row in rows], dtype=np.int64
+        ).reshape(len(rows), width, 3)
+        parent_BN = nodes_BN3[..., 1]
+        real_BN = parent_BN >= 0
+        return cls(
+            nodes_BN3[..., 0],
+            parent_BN,
+            chain=bool(((parent_BN == np.arange(width)) | ~real_BN).all()),
+            free_BN=nodes_BN3[..., 2].astype(bool),
+        )
+
     def merge(self, other: DraftTree) -> DraftTree:
         """This draft in the rows where it has tokens, and `other` in the rest."""
         width = max(self.parent_BN.shape[1], other.parent_BN.shape[1])
-        served_B = self.count_B > 0
+        served_B1 = self.count_B[:, None] > 0
 
         def rows_of(mine_BN: np.ndarray, theirs_BN: np.ndarray, fill: int) -> np.ndarray:
-            padded = [
-                np.pad(x_BN, ((0, 0), (0, width - x_BN.shape[1])), constant_values=fill)
-                for x_BN in (mine_BN, theirs_BN)
-            ]
-            return np.where(served_B[:, None], *padded)
+            return np.where(
+                served_B1, _widened(mine_BN, width, fill), _widened(theirs_BN, width, fill)
+            )
 
         return DraftTree(
             rows_of(self.tokens_BN, other.tokens_BN, 0),
             rows_of(self.parent_BN, other.parent_BN, -1),
             chain=self.chain and other.chain,
-            free_B=np.where(served_B, self.free_B, other.free_B),
+            free_BN=rows_of(self.free_BN, other.free_BN, 0).astype(bool),
+        )
+
+    def join(self, other: DraftTree) -> DraftTree:
+        """One tree of the draft tokens of both; those of this one come first."""
+        mine = self.parent_BN.shape[1]
+        parent_BN = np.where(other.parent_BN > 0, other.parent_BN + mine, other.parent_BN)
+        return DraftTree.of_nodes(
+            np.concatenate([self.tokens_BN, other.tokens_BN], axis=1),
+            np.concatenate([self.parent_BN, parent_BN], axis=1),
+            np.concatenate([self.free_BN, other.free_BN], axis=1),
         )
 
     @cached_property
@@ -144,6 +188,40 @@ class DraftTree:
             starts = columns[(parent_N[:count] != columns - 1) | (columns == 1)].tolist()
             found.append(list(zip(starts, [*starts[1:], int(count) + 1], strict=False)))
         return found
+
+
+def _depth_first(
+    tokens: list[int], parents: list[int], free: list[bool]
+) -> list[tuple[int, int, bool]]:
+    """(token, column of its parent, free) of the nodes of one row, depth first; see `of_nodes`."""
+    children: list[dict[int, int]] = [{}]  # of each node by token; node 0 is the verified token
+    node_of = [0]  # of each column
+    all_free = [True]
+    for token, parent, is_free in zip(tokens, parents, free, strict=True):
+        if parent < 0:
+            node_of.append(-1)
+            continue
+        siblings = children[node_of[parent]]
+        if token not in siblings:
+            siblings[token] = len(children)
+            children.append({})
+            all_free.append(True)
+        node = siblings[token]
+        all_free[node] = all_free[node] and is_free
+        node_of.append(node)
+    found: list[tuple[int, int, bool]] = []
+    waiting = [(token, node, 0) for token, node in reversed(children[0].items())]
+    while waiting:
+        token, node, parent = waiting.pop()
+        found.append((token, parent, all_free[node]))
+        column = len(found)
+        waiting += [(t, n, column) for t, n in reversed(children[node].items())]
+    return found
+
+
+def _widened(x_BN: np.ndarray, width: int, fill: int) -> np.ndarray:
+    """`x` with columns of `fill` on the right."""
+    return np.pad(x_BN, ((0, 0), (0, width - x_BN.shape[1])), constant_values=fill)
 
 
 def chain_parents(count_B: np.ndarray, width: int) -> np.ndarray:

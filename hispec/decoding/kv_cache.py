@@ -168,14 +168,14 @@ class KVCache:
         return seen_BTS.scatter(2, own_BTT, False), seen_BTS.gather(2, own_BTT)
 
     def branches(self, reach: Reach, mask: Callable[[torch.Tensor], torch.Tensor]) -> list[Branch]:
-        """The branches of the announced tree, depth first; none if no tree was announced.
+        """The branches of the announced tree, depth first; none without a tree in that order.
 
         The first branch of a row includes the tokens of the pass before the tree.
 
         Args:
             mask: makes the attention mask of which slots are seen, bool [1, T, S].
         """
-        if self._tree is None:
+        if self._tree is None or not self._tree.depth_first:
             return []
         assert self._slots_BT is not None
         found: list[Branch] = []
@@ -323,6 +323,7 @@ class _PlacedTree:
         self.base_B1 = torch.from_numpy(base_B[:, None]).to(device)
         self.depth_BN = torch.from_numpy(tree.depth_BC[:, 1:].copy()).to(device)
         self.width = tree.parent_BN.shape[1]
+        self.depth_first = tree.depth_first
         self._base_B = base_B
         self._draft = tree
 

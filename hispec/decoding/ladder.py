@@ -8,7 +8,7 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -58,7 +58,7 @@ class Ladder:
         return self.model.draft_head() if self.draft_vocab else None
 
     @cached_property
-    def _read_depths(self) -> list[int]:
+    def read_depths(self) -> list[int]:
         """Depths whose states of committed tokens are kept because a head reads them."""
         heads = [self.model.head(depth) for depth in self.depths[:-1]]
         return sorted({depth for head in heads for depth in head.reads})
@@ -106,9 +106,10 @@ class Ladder:
         upto_B: np.ndarray,
         tree: DraftTree | None = None,
         *,
+        skip: int = 0,
         drafting: bool = False,
     ) -> torch.Tensor:
-        """Logits [B, C, V] of `rung` after the tokens in slots `first` to `upto - 1`.
+        """Logits [B, C, V] of `rung` after the tokens in slots `first + skip` to `upto - 1`.
 
         Rows with fewer such slots are padded on the right with garbage.
 
@@ -118,7 +119,7 @@ class Ladder:
             drafting: read the reduced draft vocabulary, if there is one.
         """
         segment = self.bring_all(rung, tokens_BN, upto_B, tree, first_B + 1)
-        slots_BC = slots_from(first_B, upto_B)
+        slots_BC = slots_from(first_B + skip, upto_B)
         assert slots_BC is not None, "a pass that reads nothing"
         slots = torch.from_numpy(slots_BC).to(self.model.device)
         return self.read(self.depths[rung], self.cache.hidden(segment, slots), drafting)
@@ -188,13 +189,36 @@ class Ladder:
         base_B: np.ndarray | None = None,
     ) -> None:
         """Bring the blocks of a rung's exit head to at least `upto` tokens."""
-        start_B = self.cache.length(("head", rung))
-        slots_BT = slots_from(start_B, upto_B)
-        if slots_BT is None:
+        for stop_B in self._head_passes(rung, upto_B, tree, base_B):
+            start_B = self.cache.length(("head", rung))
+            slots_BT = slots_from(start_B, stop_B)
+            if slots_BT is None:
+                continue
+            positions_BT = self._place(slots_BT, start_B, stop_B, tree, base_B)
+            self._run_head(rung, positions_BT)
+            self.head_tokens[rung] += self._extend(("head", rung), start_B, stop_B)
+
+    def _head_passes(
+        self, rung: int, upto_B: np.ndarray, tree: DraftTree | None, base_B: np.ndarray | None
+    ) -> Iterator[np.ndarray]:
+        """Where the passes of a head end [B], the last one at `upto`.
+
+        The shallowest rung's head, if it reads the token before, is fed its own state of a token
+        that the full model has not run on. That state must be there, so such a token and the next
+        one are not run together.
+        """
+        if rung or not self.model.head(self.depths[0]).reads_before:
+            yield upto_B
             return
-        positions_BT = self._place(slots_BT, start_B, upto_B, tree, base_B)
-        self._run_head(rung, positions_BT)
-        self.head_tokens[rung] += self._extend(("head", rung), start_B, upto_B)
+        known_B = self.cache.length(("segment", len(self.depths) - 1))
+        stops = [
+            _apart(int(start), int(upto), int(known), _parents(tree, base_B, row))
+            for row, (start, upto, known) in enumerate(
+                zip(self.cache.length(("head", rung)), upto_B, known_B, strict=True)
+            )
+        ]
+        for number in range(max(map(len, stops))):
+            yield np.array([row[min(number, len(row) - 1)] for row in stops])
 
     def _place(
         self,
@@ -223,10 +247,10 @@ class Ladder:
         else:
             hidden_BTH = self.cache.placed_hidden(("segment", rung - 1))
             from_depth = self.depths[rung - 1]
-        stops = [depth for depth in self._read_depths if from_depth < depth < self.depths[rung]]
+        stops = [depth for depth in self.read_depths if from_depth < depth < self.depths[rung]]
         for to_depth in (*stops, self.depths[rung]):
             hidden_BTH = self.model.run(hidden_BTH, from_depth, to_depth, positions_BT, self.cache)
-            if to_depth in self._read_depths:
+            if to_depth in self.read_depths:
                 self.cache.store_hidden(("depth", to_depth), hidden_BTH)
             from_depth = to_depth
         self.cache.store_hidden(("segment", rung), hidden_BTH)
@@ -294,6 +318,25 @@ class Ladder:
         end_B = np.maximum(start_B, upto_B)
         self.cache.lengths[segment] = end_B
         return int((end_B - start_B).sum())
+
+
+def _parents(tree: DraftTree | None, base_B: np.ndarray | None, row: int) -> Callable[[int], int]:
+    """For the slot of a token in a row, the slot of the token that it follows."""
+    if tree is None or base_B is None:
+        return lambda slot: slot - 1
+    base, parent_N = int(base_B[row]), tree.parent_BN[row].tolist()
+    return lambda slot: slot - 1 if slot < base else base - 1 + max(parent_N[slot - base], 0)
+
+
+def _apart(start: int, upto: int, known: int, parent: Callable[[int], int]) -> list[int]:
+    """Where to end passes over the slots from `start` to `upto` so that none has a token and the
+    one that it follows, unless that one is among the `known` first."""
+    stops = []
+    for slot in range(max(start, known) + 1, upto):
+        if parent(slot) >= max(start, known):
+            stops.append(slot)
+            start = slot
+    return [*stops, upto]
 
 
 def slots_from(start_B: np.ndarray, upto_B: np.ndarray) -> np.ndarray | None:

@@ -70,10 +70,7 @@ class DecodeState:
         self.end_B = self.prompt_B + config.max_new_tokens
         """Length at which each text is cut."""
         # A pass reads at most what the rungs may hold back, and one token of its own on top.
-        drafted = max(
-            *(config.draft_length, config.max_draft_length or 0),
-            *(config.lookup_length, config.tree_tokens),
-        )
+        drafted = config.most_drafted
         verifying = rungs - first
         self.reach = drafted + config.buffer * verifying + verifying + 1
         """Tokens that may await verification at one time."""

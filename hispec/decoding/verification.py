@@ -70,6 +70,21 @@ class Sampler(Protocol):
             positions_BC: position in the text of the token that follows each column.
         """
 
+    def best(
+        self, scores_BCV: torch.Tensor, positions_BC: np.ndarray, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [B, C, K] of the tokens that a deeper rung chooses most probably, best first, and
+        the logarithms of these probabilities, as far as the scores tell."""
+        scores_NV = self.with_noise(scores_BCV, positions_BC)
+        tokens_NK = top_candidates(scores_NV, count)
+        log_p_NK = scores_NV.gather(1, tokens_NK) - scores_NV.logsumexp(-1, keepdim=True)
+        shape = (*positions_BC.shape, -1)
+        return tokens_NK.cpu().numpy().reshape(shape), log_p_NK.cpu().numpy().reshape(shape)
+
+    def with_noise(self, scores_BCV: torch.Tensor, positions_BC: np.ndarray) -> torch.Tensor:
+        """Scores [B * C, V] in float32 with the noise that all rungs choose by, if there is any."""
+        return scores_BCV.flatten(0, 1).float()
+
     def confidence(self, scores: torch.Tensor) -> np.ndarray:
         """See the function of that name."""
         return confidence(scores)
@@ -118,11 +133,23 @@ class MatchSampler(Sampler):
         choice_BC = self._choose(scores_BCV.reshape(-1, vocab), positions_BC.reshape(-1), rows_N)
         return verify_match(choice_BC.reshape(rows, columns), draft)
 
+    def with_noise(self, scores_BCV: torch.Tensor, positions_BC: np.ndarray) -> torch.Tensor:
+        scores_NV = scores_BCV.flatten(0, 1).float()
+        rows, columns = positions_BC.shape
+        rows_N = np.repeat(np.arange(rows), columns).tolist()
+        return self._with_noise(scores_NV, positions_BC.reshape(-1), rows_N)
+
     def _choose(
         self, scores_NV: torch.Tensor, positions_N: np.ndarray, rows_N: Iterable[int]
     ) -> np.ndarray:
+        return self._with_noise(scores_NV, positions_N, rows_N).argmax(-1).cpu().numpy()
+
+    def _with_noise(
+        self, scores_NV: torch.Tensor, positions_N: np.ndarray, rows_N: Iterable[int]
+    ) -> torch.Tensor:
+        """The scores, whose argmax is chosen."""
         if self.config.temperature == 0:
-            return scores_NV.argmax(-1).cpu().numpy()
+            return scores_NV
         log_probs_NV = to_log_probs(scores_NV, self.config)
         seeds_N = [self.seeds.get(row, self.config.seed) for row in rows_N]
         keys_N = list(zip(seeds_N, positions_N.tolist(), strict=True))
@@ -132,7 +159,7 @@ class MatchSampler(Sampler):
             del self._noise[oldest]
         which_N = torch.tensor([number[key] for key in keys_N])
         noise_NV = each_NV[which_N].to(log_probs_NV.device)
-        return (log_probs_NV + noise_NV).argmax(-1).cpu().numpy()
+        return log_probs_NV + noise_NV
 
     def _noise_at(self, key: tuple[int, int], vocab_size: int) -> torch.Tensor:
         if key not in self._noise:

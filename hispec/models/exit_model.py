@@ -221,6 +221,10 @@ class ExitModel(nn.Module):
         layers = list(zip(head.blocks, head.layer_types, strict=True))
         return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs, keys)
 
+    def reads_before(self, depth: int) -> bool:
+        """Whether the head at a depth reads the token before; the full model does not."""
+        return depth < self.num_layers and self.head(depth).reads_before
+
     def normed(self, depth: int, hidden: torch.Tensor) -> torch.Tensor:
         """States [..., H] at `depth` (after `run_head`) as the LM head expects them."""
         head = self.head(depth) if depth < self.num_layers else self._untrained

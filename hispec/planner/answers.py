@@ -8,19 +8,19 @@ sees its ancestors alone. What one setting of the decoder has read is known to t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.recycle import CANDIDATES
-from hispec.decoding.kv_cache import KVCache, Segment
+from hispec.decoding.kv_cache import Segment
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import confidence, top_candidates
-from hispec.models.attention import Reach
 from hispec.models.exit_model import ExitModel
+from hispec.planner.forest import PASS, Forest
+from hispec.planner.head_answers import HeadAnswers
 
-_PASS = 128  # nodes of one pass
 Kind = tuple[int, bool]
 """A depth, and whether it reads the reduced draft vocabulary."""
 
@@ -28,38 +28,39 @@ Kind = tuple[int, bool]
 class Answers:
     """The trie of one prompt and the answers at its nodes; a node stands for the prefix it ends.
 
-    An answer is a row of numbers [2 + K]: the argmax of the logits, their top probability, and the
-    ids of the best K candidates.
+    An answer is a row of numbers [2 + 2 K]: the argmax of the logits, their top probability, the
+    ids of the best K candidates, and their log-probabilities.
 
     Args:
         prompt: token ids, at least one.
         depths: increasing depths that may be read, the last one that of the full model.
         room: nodes beyond the prompt whose KV is kept. When more are needed, all of it is dropped
             and computed again on demand; answers stay.
-
-    Raises:
-        ValueError: a head that reads the token before. Its answers depend on how far the full
-            model had run, and not on the prefix alone.
     """
 
     def __init__(
         self, model: ExitModel, prompt: Sequence[int], depths: Sequence[int], room: int = 2048
     ) -> None:
-        if any(model.head(depth).reads_before for depth in depths[:-1]):
-            raise ValueError("heads that read the token before cannot be replayed")
         self.model = model
         self.prompt = list(prompt)
         self.rungs = Ladder(model, depths, 1, 0)  # knows segments and heads, and runs nothing
         self.candidates = min(CANDIDATES, model.vocab_size)
-        self._forest = _Forest(len(self.prompt) + room, model.device, model.cache_block())
+        self._forest = Forest(len(self.prompt) + room, model.device, model.cache_block())
         self._token: list[int] = []
         self._parent: list[int] = []
+        self._place: list[int] = []
+        """For each node the position of its token."""
         self._slot: list[int] = []
         """Where the KV of each node lies; -1 for nowhere."""
         self._child: dict[tuple[int, int], int] = {}
         self._held: dict[Segment, np.ndarray] = {}
         """For each segment, the slots whose KV and hidden states are kept."""
         self._answers: dict[Kind, dict[int, np.ndarray]] = {}
+        self._heads = {
+            depth: self._head(rung, len(self.prompt) + room)
+            for rung, depth in enumerate(depths[:-1])
+            if model.head(depth).reads_before
+        }
         self.computed = 0
         """Answers that were computed so far."""
         self.root = -1
@@ -73,6 +74,7 @@ class Answers:
             found = self._child[node, token] = len(self._token)
             self._token.append(token)
             self._parent.append(node)
+            self._place.append(self._place[node] + 1 if node >= 0 else 0)
             self._slot.append(-1)
         return found
 
@@ -83,17 +85,28 @@ class Answers:
             nodes.append(self.child(nodes[-1], token))
         return nodes
 
-    def answers(self, kind: Kind, nodes: Sequence[int]) -> np.ndarray:
-        """Answers [N, 2 + K] at some nodes; unknown ones are computed."""
+    def answers(
+        self, kind: Kind, nodes: Sequence[int], read: int | Sequence[int] = 0
+    ) -> np.ndarray:
+        """Answers [N, 2 + 2 K] at some nodes; unknown ones are computed.
+
+        Args:
+            read: tokens that the full model had run on, for all nodes or for each: a head that
+                reads the token before depends on it.
+        """
+        if kind[0] in self._heads:
+            head = self._heads[kind[0]]
+            read_N = [read] * len(nodes) if isinstance(read, int) else read
+            nodes = [head.view(*pair) for pair in zip(nodes, read_N, strict=True)]
         known = self._answers.setdefault(kind, {})
         unknown = [node for node in dict.fromkeys(nodes) if node not in known]
-        for start in range(0, len(unknown), _PASS):
-            part = unknown[start : start + _PASS]
+        for start in range(0, len(unknown), PASS):
+            part = unknown[start : start + PASS]
             known.update(zip(part, self._compute(kind, part), strict=True))
         return np.stack([known[node] for node in nodes])
 
     def verify(self, depth: int, nodes: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
-        """Answers [N, 2 + K] of a depth at the nodes of a chain, up to the first one that rejects
+        """Answers [N, 2 + 2 K] of a depth at the nodes of a chain, up to the first one that rejects
         the token that comes next. That one is repeated for the nodes after it.
 
         Args:
@@ -109,39 +122,79 @@ class Answers:
                 break
         return np.stack(found + [found[-1]] * (len(nodes) - len(found)))
 
+    def verify_tree(self, depth: int, nodes: Sequence[int], tree: DraftTree) -> np.ndarray:
+        """Answers [N, 2 + 2 K] of a depth along the path of a tree that it accepts; no rejected
+        token is run. The first answer is repeated for all other columns."""
+        found = self.answers((depth, False), nodes[:1]).repeat(len(nodes), axis=0)
+        column = 0
+        while True:
+            fits_N = (tree.parent_BN[0] == column) & (tree.tokens_BN[0] == found[column, 0])
+            if not fits_N.any():
+                return found
+            column = int(fits_N.argmax()) + 1
+            found[column] = self.answers((depth, False), [nodes[column]])[0]
+
     def draft(self, depth: int, nodes: Sequence[int], length: int) -> None:
         """Compute what a depth drafts greedily from some nodes on, up to `length` tokens."""
         kind = depth, self.model.draft_tokens is not None
+        read = [self._place[node] for node in nodes]
         for _ in range(length):
-            choices = self.answers(kind, nodes)[:, 0].astype(int).tolist()
+            choices = self.answers(kind, nodes, read)[:, 0].astype(int).tolist()
             nodes = [self.child(*pair) for pair in zip(nodes, choices, strict=True)]
 
     @torch.inference_mode()
     def _compute(self, kind: Kind, nodes: Sequence[int]) -> np.ndarray:
+        """Args: nodes: of a head that reads the token before, views."""
         depth, drafting = kind
         rung = self.rungs.depths.index(depth)
-        segments: list[Segment] = [("segment", r) for r in range(rung + 1)]
-        if self.rungs.head_layers(rung):
-            segments.append(("head", rung))
-        needed = self._place(nodes, segments[-1])
-        for segment in segments:
-            held_S = self._held.setdefault(segment, np.zeros(self._forest.capacity, dtype=bool))
-            missing = [node for node in needed if not held_S[self._slot[node]]]
-            for start in range(0, len(missing), _PASS):
-                self._run(segment, missing[start : start + _PASS])
-        slots_1T = self._slots(nodes)
-        normed_TH = self.model.normed(depth, self._forest.hidden(segments[-1], slots_1T)[0])
+        if depth in self._heads:
+            hidden_TH = self._heads[depth].states(nodes)
+        else:
+            hidden_TH = self._states(rung, nodes, head=self.rungs.head_layers(rung) > 0)
+        normed_TH = self.model.normed(depth, hidden_TH)
+        own = depth < self.model.num_layers and self.model.head(depth).lm_head is not None
         project = self.model.project
-        logits_TV = self.model.draft(depth, normed_TH) if drafting else project(normed_TH)
+        logits_TV = self.model.draft(depth, normed_TH) if drafting or own else project(normed_TH)
         self.computed += len(nodes)
+        best_TK = top_candidates(logits_TV, self.candidates)
+        total_T1 = logits_TV.float().logsumexp(-1, keepdim=True)
         return np.concatenate(
             [
                 logits_TV.argmax(-1, keepdim=True).cpu().numpy(),  # of equals the first, not any
                 confidence(logits_TV)[:, None],
-                top_candidates(logits_TV, self.candidates).cpu().numpy(),
+                best_TK.cpu().numpy(),
+                (logits_TV.float().gather(1, best_TK) - total_T1).cpu().numpy(),
             ],
             axis=1,
         )
+
+    def _head(self, rung: int, room: int) -> HeadAnswers:
+        """The answers of a head that reads the token before."""
+        full, depth = len(self.rungs.depths) - 1, self.rungs.depths[rung]
+
+        def before(nodes: Sequence[int]) -> torch.Tensor:
+            final_TH = self.model.normed(self.model.num_layers, self._states(full, nodes))
+            slots_1T = self._slots(nodes)
+            head = self.model.head(depth)
+            states = {d: self._forest.hidden(("depth", d), slots_1T)[0] for d in head.reads}
+            return head.before(final_TH, states)
+
+        def trunk(nodes: Sequence[int]) -> torch.Tensor:
+            return self._states(rung, nodes)
+
+        return HeadAnswers(self.model, depth, self._parent, self._place, trunk, before, room)
+
+    def _states(self, rung: int, nodes: Sequence[int], *, head: bool = False) -> torch.Tensor:
+        """States [N, H] at a rung, of the trunk or behind the blocks of the head."""
+        segments: list[Segment] = [("segment", r) for r in range(rung + 1)]
+        segments += [("head", rung)] * head
+        needed = self._make_room(nodes, segments[-1])
+        for segment in segments:
+            held_S = self._held.setdefault(segment, np.zeros(self._forest.capacity, dtype=bool))
+            missing = [node for node in needed if not held_S[self._slot[node]]]
+            for start in range(0, len(missing), PASS):
+                self._run(segment, missing[start : start + PASS])
+        return self._forest.hidden(segments[-1], self._slots(nodes))[0]
 
     def _run(self, segment: Segment, nodes: Sequence[int]) -> None:
         kind, rung = segment
@@ -158,14 +211,19 @@ class Answers:
             else:
                 tokens_T = torch.tensor([self._token[node] for node in nodes])
                 hidden_1TH = self.model.embed(tokens_T[None].to(self.model.device))
-            hidden_1TH = self.model.run(hidden_1TH, before, depth, positions_1T, self._forest)
+            stops = [d for d in self.rungs.read_depths if before < d < depth]
+            for stop in (*stops, depth):
+                hidden_1TH = self.model.run(hidden_1TH, before, stop, positions_1T, self._forest)
+                if stop in self.rungs.read_depths:
+                    self._forest.store_hidden(("depth", stop), hidden_1TH)
+                before = stop
         self._forest.store_hidden(segment, hidden_1TH)
         self._held[segment][slots_1T[0]] = True
 
     def _slots(self, nodes: Sequence[int]) -> torch.Tensor:
         return torch.tensor([[self._slot[node] for node in nodes]], device=self.model.device)
 
-    def _place(self, nodes: Sequence[int], segment: Segment) -> list[int]:
+    def _make_room(self, nodes: Sequence[int], segment: Segment) -> list[int]:
         """Give slots to some nodes; returns what `_lacking` does not find in the segment, parents
         before children."""
         needed, new = self._lacking(nodes, segment)
@@ -200,45 +258,3 @@ class Answers:
                 node = self._parent[node]
         needed = sorted(found)  # a node is older than those that follow it
         return needed, [node for node in needed if self._slot[node] < 0]
-
-
-class _Forest(KVCache):
-    """A cache of one row whose slots are nodes: each sees itself and its ancestors."""
-
-    def __init__(self, capacity: int, device: torch.device, block: int | None) -> None:
-        super().__init__(1, capacity, device, block)
-        self.used = 0
-        self._position_S = torch.zeros(self.capacity, dtype=torch.long, device=device)
-        self._sees_SS = torch.zeros(self.capacity, self.capacity, dtype=torch.bool, device=device)
-
-    def add(self, parent: int | None) -> int:
-        """The slot of a new node."""
-        slot = self.used
-        self.used += 1
-        if parent is None:
-            self._sees_SS[slot] = False
-            self._position_S[slot] = 0
-        else:
-            self._sees_SS[slot] = self._sees_SS[parent]
-            self._position_S[slot] = self._position_S[parent] + 1
-        self._sees_SS[slot, slot] = True
-        return slot
-
-    def place(
-        self,
-        slots_BT: np.ndarray,
-        tree: Any = None,
-        base_B: Any = None,
-        *,
-        whole_B: Any = None,
-    ) -> torch.Tensor:
-        super().place(slots_BT)
-        self._show(self.used)
-        assert self._slots_BT is not None
-        return self._position_S[self._slots_BT]
-
-    def seen(self, reach: Reach) -> torch.Tensor:
-        assert self._slots_BT is not None, "place() comes before the first layer of a pass"
-        seen_BTS = self._sees_SS[self._slots_BT][..., : self.visible]
-        position_S = self._position_S
-        return reach.limit(seen_BTS, position_S[self._slots_BT], position_S[: self.visible])

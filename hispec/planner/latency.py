@@ -116,12 +116,13 @@ class _Bench:
         size = (1, length + max(TOKENS))
         self.tokens_BN = torch.randint(model.vocab_size, size, generator=generator).numpy()
         self.held_B = np.array([length])
-        self.ladders = {pair: self._ladder(pair) for pair in combinations((0, *depths), 2)}
+        pairs = [*combinations(sorted({0, *depths}), 2), *([(0, 0)] if 0 in depths else [])]
+        self.ladders = {pair: self._ladder(pair) for pair in pairs}
         self.full = self.ladders[0, depths[-1]]
 
     def _ladder(self, pair: tuple[int, int]) -> Ladder:
         """A ladder that holds the text; its last segment is the one between the two depths."""
-        rungs = [depth for depth in pair if depth]
+        rungs = [depth for depth in pair if depth] or [0]
         ladder = Ladder(self.model, rungs, 1, self.length + 2 * max(TOKENS))
         ladder.prefill(self.tokens_BN, self.held_B)
         return ladder

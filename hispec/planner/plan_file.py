@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PLAN, PICTURE = "plan.json", "plan.png"
 FORMAT = 1
 PLANNED = (
-    *("drafter", "draft_length", "max_draft_length", "draft_threshold", "draft_vocab"),
+    *("drafter", "draft_length", "max_draft_length", "draft_threshold"),
+    *("draft_width", "draft_vocab"),
     *("lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
     *("buffer", "buffer_threshold"),
 )

@@ -25,7 +25,7 @@ from hispec.planner import search_space
 from hispec.planner.answers import Answers
 from hispec.planner.latency import Latency, measure_latency, now
 from hispec.planner.plan_file import Machine, Plan, Setting, Tried
-from hispec.planner.replay import Replay
+from hispec.planner.replay import Replay, can_replay
 from hispec.planner.search_space import LONGEST_DRAFT, to_confirm, two_of_each
 from hispec.utils.console import Progress
 from hispec.utils.settings import check
@@ -96,12 +96,11 @@ class Planner:
         self.prompts = [list(prompt) for prompt in prompts]
         self.new_tokens = new_tokens
         self.eos = tuple(eos)
-        self.settings = search_space.settings(self.exits, self.model.num_layers)
-        self.replayed = not any(self.model.head(depth).reads_before for depth in self.exits)
-        """Whether what the heads say depends on the text alone. What cannot be replayed is really
-        decoded instead, with fewer settings."""
-        if not self.replayed:
-            self.settings = two_of_each(self.settings)
+        settings = search_space.settings(self.exits, self.model.num_layers)
+        replayed = [setting for setting in settings if can_replay(model, setting["ladder"])]
+        # what cannot be replayed is really decoded, with fewer settings
+        others = [setting for setting in settings if setting not in replayed]
+        self.settings = [*replayed, *two_of_each(others)]
 
     def run(
         self,
@@ -125,7 +124,7 @@ class Planner:
         lengths = sorted(map(len, self.prompts))
         latency = measure_latency(
             self.model,
-            self._replayed_depths(),
+            [*self.exits, self.model.num_layers],
             sorted({lengths[0], lengths[-1] + self.new_tokens}),
             progress=progress,
         )
@@ -194,25 +193,22 @@ class Planner:
         """A decode of one prompt with some setting."""
         return DecodeConfig(**setting, max_new_tokens=self.new_tokens, eos=self.eos)
 
-    def _replayed_depths(self) -> list[int]:
-        """Depths whose passes are timed and replayed."""
-        return [*(self.exits if self.replayed else ()), self.model.num_layers]
-
     def _try(
         self, prompt: list[int], latency: Latency, pairs: Sequence[tuple[Setting, _Totals]]
     ) -> None:
         """Add the predicted seconds and the counts of one prompt to the totals of some settings."""
         text = Decode(self.model, [prompt], self.config(self.settings[0])).finish()[0]
         prefill = self._prefill(prompt)
-        answers = Answers(self.model, prompt, self._replayed_depths())
+        answers = Answers(self.model, prompt, [*self.exits, self.model.num_layers])
         nodes = answers.follow(text)
         for depth in answers.rungs.depths:
-            answers.answers((depth, False), nodes)
+            if not self.model.reads_before(depth):
+                answers.answers((depth, False), nodes)
             if depth < self.model.num_layers:
                 answers.draft(depth, nodes, LONGEST_DRAFT)
         for setting, total in pairs:
             config = self.config(setting)
-            if set(config.ladder) <= set(answers.rungs.depths):
+            if can_replay(self.model, config.ladder):
                 reading = sum(prefill[depth] for depth in config.ladder)
                 replay = Replay(answers, config, latency, reading)
                 replay.finish()

@@ -8,6 +8,7 @@ tokens are those of the real decode, and trying a setting takes milliseconds.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.kv_cache import KVCache
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.verification import MatchSampler, Sampler
+from hispec.models.exit_model import ExitModel
 from hispec.planner.answers import Answers
 from hispec.planner.latency import CONFIDENCE, KEEPING, RANKING, Latency, head, reading, segment
 
@@ -42,6 +44,14 @@ class Clock:
             self.modelled += self.latency.of(part, tokens, self.length)
 
 
+def can_replay(model: ExitModel, ladder: Sequence[int]) -> bool:
+    """Whether the answers of all rungs are known by the text and by how far the full model had run.
+
+    An exit that reads the token before and is not the shallowest reads what that one has said.
+    """
+    return not any(model.reads_before(depth) for depth in ladder[1:])
+
+
 class Replay(Decode):
     """A greedy decode of one prompt that runs no layer that was run before.
 
@@ -51,7 +61,9 @@ class Replay(Decode):
         prefill: seconds that reading the prompt takes on the config's ladder.
 
     Raises:
-        ValueError: a config that is not greedy, or whose scores depend on the text in other ways.
+        ValueError: a config that is not greedy, or whose scores depend on the text in other ways;
+            an exit that reads the token before and is not the shallowest of the ladder: what it
+            says depends on what the shallower one has said.
     """
 
     def __init__(
@@ -64,6 +76,8 @@ class Replay(Decode):
         plain = config.temperature == 0 and config.repetition_penalty == 1
         if not plain or config.no_repeat_ngram_size:
             raise ValueError("only greedy decodes without processors can be replayed")
+        if not can_replay(answers.model, config.ladder):
+            raise ValueError("a deeper exit that reads the token before cannot be replayed")
         self.answers = answers
         self.clock = Clock(latency, prefill)
         super().__init__(answers.model, [answers.prompt], config)
@@ -129,19 +143,23 @@ class _KnownLadder(Ladder):
         upto_B: np.ndarray,
         tree: DraftTree | None = None,
         *,
+        skip: int = 0,
         drafting: bool = False,
     ) -> torch.Tensor:
-        """Answers [1, C, 2 + K] in place of logits, see `Answers`."""
+        """Answers [1, C, 2 + 2 K] in place of logits, see `Answers`."""
         began = time.perf_counter()
         first, upto = int(first_B[0]), int(upto_B[0])
         self.clock.length = first
         self.bring_all(rung, tokens_BN, upto_B, tree, first_B + 1)
+        read = int(self.cache.length(("segment", len(self.depths) - 1))[0])
         reduced = drafting and self.draft_vocab and self.model.draft_tokens is not None
         depth = self.depths[rung]
-        self.clock.add(reading(depth, reduced), upto - first)
+        self.clock.add(reading(depth, reduced), upto - first - skip)
         nodes = self._nodes_of(tokens_BN[0], first, upto, tree)
-        if drafting or tree is not None or self.observed:
-            known_CK = self.answers.answers((depth, reduced), nodes)
+        if drafting or self.observed or self.model.reads_before(depth):
+            known_CK = self.answers.answers((depth, reduced), nodes[skip:], read)
+        elif tree is not None:
+            known_CK = self.answers.verify_tree(depth, nodes, tree)
         else:
             known_CK = self.answers.verify(depth, nodes, tokens_BN[0, first + 1 : upto].tolist())
         self.clock.spent += time.perf_counter() - began
@@ -209,3 +227,12 @@ class _KnownSampler(MatchSampler):
     def candidates(self, scores_NV: torch.Tensor, k: int) -> np.ndarray:
         self.clock.add(RANKING, len(scores_NV))
         return scores_NV[:, 2 : 2 + k].numpy().astype(np.int64)
+
+    def best(
+        self, scores_BCV: torch.Tensor, positions_BC: Any, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.clock.add(RANKING, scores_BCV.shape[1])
+        numbers = scores_BCV.numpy()
+        most = (numbers.shape[-1] - 2) // 2
+        ids_BCK = numbers[..., 2 : 2 + count].astype(np.int64)
+        return ids_BCK, numbers[..., 2 + most : 2 + most + count].copy()

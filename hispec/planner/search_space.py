@@ -42,12 +42,17 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
         add(ladder, "exit", draft_length=(4, LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
         add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))
         add(ladder, "recycle+exit", tree_tokens=(7, 15), draft_length=(1, 2))
+        add(ladder, "exit", draft_width=(2, 4), draft_length=(2, 3, 5), tree_tokens=(7, 15))
+        add(ladder, "exit", draft_width=(4,), draft_length=(6,), draft_threshold=(0.05, 0.1))
+        joined = dict(draft_width=(4,), draft_length=(2, 4), tree_tokens=(7, 11))
+        add(ladder, "lookup+exit", lookup_length=(4,), **joined)
     for pair in combinations(exits, 2):
         ladder = (*pair, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4))
         add(ladder, "exit", draft_length=(6,), draft_threshold=(0.5,))
         add(ladder, "lookup+exit", lookup_length=(8,), draft_length=(1, 2))
         add(ladder, "recycle+exit", tree_tokens=(15,), draft_length=(2,))
+        add(ladder, "exit", draft_width=(4,), draft_length=(3,), tree_tokens=(7, 15))
     return found
 
 

@@ -61,7 +61,7 @@ def decode(
         "ways": [
             {
                 "name": shown(way),
-                "tree": "recycle" in way.get("drafter", ""),
+                "tree": "recycle" in way.get("drafter", "") or way.get("draft_width", 1) > 1,
                 "levels": _levels(way),
                 "tasks": [_row(task or "all", way, found) for task, found in by_task.items()],
                 "all": _row("all tasks", way, [s for found in by_task.values() for s in found]),

@@ -80,6 +80,7 @@ def configs(draw) -> DecodeConfig:
         draft_length=length,
         max_draft_length=draw(st.none() | st.integers(length, 8)),
         draft_threshold=draw(st.sampled_from([0.0, 0.3, 0.9])),
+        draft_width=draw(st.sampled_from([1, 1, 2, 3, 5])),
         lookup_length=draw(st.integers(1, 7)),
         lookup_shortest=shortest,
         lookup_ngram=draw(st.integers(shortest, 4)),

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 import subprocess
+from collections import Counter
 
 import pytest
 import torch
@@ -45,12 +46,13 @@ def test_every_setting_can_be_decoded_and_none_stands_twice():
 
 
 class LayersCost:
-    """A latency table in which every layer costs a second, and a reading a tenth of one."""
+    """A latency table in which every layer costs a second, from 4 tokens on one more for each 4,
+    and a reading a tenth of one."""
 
     def of(self, part: str, tokens: int, length: int) -> float:
         words = part.replace(",", "").split()
         if words[0] == "layers":
-            return float(int(words[3]) - int(words[1]))
+            return (int(words[3]) - int(words[1])) * max(1.0, tokens / 4)
         return {"head": 1.0, "logits": 0.1, "draft": 0.1}.get(words[0], 0.0)
 
 
@@ -112,7 +114,7 @@ def test_plain_wins_unless_something_is_clearly_faster(monkeypatch):
         assert statistics.median(ratios) == pytest.approx(1.0)
 
 
-def test_heads_that_read_the_token_before_are_decoded_instead():
+def test_deeper_heads_that_read_the_token_before_are_decoded_instead():
     from conftest import tiny_hf
 
     from hispec.config import ExitConfig
@@ -121,7 +123,9 @@ def test_heads_that_read_the_token_before_are_decoded_instead():
     config = ExitConfig.of([2, 4], "block", blocks=1, previous=True)
     model = ExitModel(tiny_hf(vocab_size=320), config).eval()
     planner = Planner(model, [[5, 6, 7, 8]], new_tokens=6)
-    assert not planner.replayed
+    kinds = Counter(tuple(setting["ladder"]) for setting in planner.settings)
+    assert kinds[2, 6] == kinds[4, 6] > 20
+    assert kinds[2, 4, 6] == 6  # two of each drafter
     plan = planner.run({}, confirm=1, repeats=1)
     ladders = {tuple(t.setting["ladder"]) for t in plan.settings}
     assert ladders == {(6,), (2, 6), (4, 6), (2, 4, 6)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from conftest import tiny_hf
+from conftest import disturbed, tiny_hf
 from test_draft_vocab import reduced_model
 from test_properties import VOCAB, agreeing
 
-from hispec.config import DRAFTERS, DecodeConfig, ExitConfig
+from hispec.config import DRAFTERS, DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.models.exit_model import ExitModel
 from hispec.planner.answers import Answers
@@ -19,7 +19,7 @@ from hispec.planner.replay import Replay
 SETTINGS = 50  # of each model
 
 
-def random_config(chance: random.Random, vocab: int, depths=(2, 4), full=6) -> DecodeConfig:
+def random_config(chance: random.Random, vocab: int, depths, full=6) -> DecodeConfig:
     inner = sorted(chance.sample(depths, chance.randint(0, len(depths))))
     length = chance.randint(1, 5)
     return DecodeConfig(
@@ -28,6 +28,7 @@ def random_config(chance: random.Random, vocab: int, depths=(2, 4), full=6) -> D
         draft_length=length,
         max_draft_length=chance.choice([None, None, length + 3]),
         draft_threshold=chance.choice([0.0, 0.0, 0.3, 0.9]),
+        draft_width=chance.choice([1, 2, 4, 8]),
         lookup_length=chance.randint(1, 8),
         lookup_shortest=chance.randint(1, 2),
         tree_tokens=chance.randint(1, 15),
@@ -53,7 +54,17 @@ MODELS = {
     "gemma3, sliding windows": lambda: (agreeing("gemma3_text", "block"), VOCAB),
     "qwen3, shared heads": lambda: (agreeing("qwen3", "shared"), VOCAB),
     "draft vocabulary": lambda: (reduced_model(), 61),
+    "eagle3": lambda: (reading("llama", Exit(0, "eagle3", aux_depths=[1, 3, 5])), VOCAB),
+    "eagle3, sliding windows": lambda: (reading("gemma3_text", Exit(0, "eagle3")), VOCAB),
+    "depth 0": lambda: (reading("qwen3", Exit(0, blocks=1, previous=True)), VOCAB),
+    "depth 2 with the token before": lambda: (reading("llama", Exit(2, previous=True)), VOCAB),
 }
+
+
+def reading(family: str, exit: Exit) -> ExitModel:
+    """An exit whose head reads the token before, and one at 4 that does not."""
+    exits = ExitConfig([exit, Exit(4, blocks=1)], draft_vocab=9)
+    return disturbed(ExitModel(agreeing(family, "block").hf, exits).eval())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -61,10 +72,11 @@ def test_counts_and_text_are_those_of_the_real_decode(name):
     model, vocab = MODELS[name]()
     chance = random.Random(name)
     prompt = [chance.randrange(3, vocab) for _ in range(9)] * 2
-    answers = Answers(model, prompt, [2, 4, 6])
+    depths = model.exits.depths
+    answers = Answers(model, prompt, [*depths, 6])
     accepted = 0
     for _ in range(SETTINGS):
-        config = random_config(chance, vocab)
+        config = random_config(chance, vocab, depths)
         real, replay = Decode(model, [prompt], config), Replay(answers, config)
         assert replay.finish() == real.finish(), config
         assert counted(replay) == counted(real), config
@@ -133,9 +145,10 @@ def test_seconds_are_those_of_the_parts():
 
 def test_what_cannot_be_replayed_is_refused():
     model = ExitModel(tiny_hf(), ExitConfig.of([2, 4], "block", blocks=1, previous=True)).eval()
+    answers = Answers(model, [3, 4], [2, 4, 6])
+    Replay(answers, DecodeConfig([2, 6]))
     with pytest.raises(ValueError, match="cannot be replayed"):
-        Answers(model, [3, 4], [2, 6])
-    answers = Answers(model, [3, 4], [6])
+        Replay(answers, DecodeConfig([2, 4, 6]))
     for setting in ({"temperature": 0.5}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="greedy"):
             Replay(answers, DecodeConfig([6], **setting))

@@ -82,7 +82,9 @@ def test_other_exits_read_a_folder_that_holds_more(tiny_base, texts, tmp_path, c
 
 
 def test_a_depth_that_the_model_does_not_have_is_not_stored(tiny_base, texts, tmp_path):
-    with pytest.raises(ValueError, match=r"states_depths=\[7\] is not possible: at most 6, the lay"):
+    with pytest.raises(
+        ValueError, match=r"states_depths=\[7\] is not possible: at most 6, the lay"
+    ):
         train(tiny_base, texts, tmp_path / "1", states=tmp_path / "s", states_depths="[7]")
 
 

@@ -10,43 +10,49 @@ from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.base import Drafter, NoDrafter
 from hispec.decoding.drafters.exit_chain import DraftStep, ExitChain
+from hispec.decoding.drafters.exit_tree import ExitTree, TreeStep
 from hispec.decoding.drafters.lookup import Lookup
 from hispec.decoding.drafters.recycle import Recycle
 from hispec.decoding.state import TextView
 
 
-class FreeThenExit(NoDrafter):
-    """A free drafter, and the exit chain for the rows where it has nothing."""
+class FreeAndExit(NoDrafter):
+    """A free drafter and an exit: in one tree, or the exit where the free drafter has nothing."""
 
     rungs = 1
 
-    def __init__(self, free: Drafter, chain: ExitChain) -> None:
+    def __init__(self, free: Drafter, exit: ExitChain | ExitTree) -> None:
         self.free = free
-        self.chain = chain
+        self.exit = exit
         self.observes = free.observes
 
     def begin(self, text: TextView, rows: Sequence[int]) -> None:
         self.free.begin(text, rows)
-        self.chain.begin(text, rows)
+        self.exit.begin(text, rows)
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         free = self.free.propose(text, rows_B)
+        if isinstance(self.exit, ExitTree):
+            return self.exit.propose(text, rows_B).join(free)
         rest_B = rows_B & (free.count_B == 0)
-        return free.merge(self.chain.propose(text, rest_B)) if rest_B.any() else free
+        return free.merge(self.exit.propose(text, rest_B)) if rest_B.any() else free
 
     def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        self.chain.verified(accepted_B, proposed_B)
+        self.exit.verified(accepted_B, proposed_B)
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         self.free.observe(tokens_N, candidates_NK)
 
 
-def build_drafter(config: DecodeConfig, rows: int, vocab_size: int, step: DraftStep) -> Drafter:
+def build_drafter(
+    config: DecodeConfig, rows: int, vocab_size: int, step: DraftStep, tree_step: TreeStep
+) -> Drafter:
     """The drafter of a config; one that drafts nothing for plain decoding.
 
     Args:
         rows: prompts decoded together.
         step: runs the drafting rung, for drafters with an exit.
+        tree_step: the same where it drafts trees.
     """
     free: Drafter = NoDrafter()
     if "lookup" in config.drafter:
@@ -55,5 +61,9 @@ def build_drafter(config: DecodeConfig, rows: int, vocab_size: int, step: DraftS
         free = Recycle(config, vocab_size)
     if "exit" not in config.drafter or len(config.ladder) == 1:
         return free
-    chain = ExitChain(config, rows, step)
-    return chain if config.drafter == "exit" else FreeThenExit(free, chain)
+    exit: ExitChain | ExitTree
+    if config.exit_trees:
+        exit = ExitTree(config, rows, tree_step)
+    else:
+        exit = ExitChain(config, rows, step)
+    return exit if config.drafter == "exit" else FreeAndExit(free, exit)

@@ -92,5 +92,5 @@ def compact(tokens_BN: np.ndarray, parent_BN: np.ndarray) -> DraftTree:
         np.take_along_axis(tokens_BN, order_BN, axis=1)[:, :most],
         np.take_along_axis(parent_BN, order_BN, axis=1)[:, :most],
         chain=False,
-        free_B=there_BN.sum(1) > 0,
+        free_BN=np.take_along_axis(there_BN, order_BN, axis=1)[:, :most],
     )

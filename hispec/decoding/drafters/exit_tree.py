@@ -1,0 +1,159 @@
+"""The shallowest rung drafts a tree: several tokens per step, the best of them next (EAGLE-2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hispec.config import DecodeConfig
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.drafters.base import NoDrafter
+from hispec.decoding.state import TextView
+
+
+class TreeStep(Protocol):
+    """Runs the drafting rung over the last tokens of a tree of drafts."""
+
+    def __call__(
+        self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Runs some rows.
+
+        Args:
+            tokens_BN: the texts, the tree's tokens behind the verified ones.
+            last: columns of the tree that it has not run yet, C.
+            count: candidates per token, K.
+
+        Returns:
+            The ids [B, C, K] of the best candidates after these columns, best first, and their
+            log-probabilities.
+        """
+
+
+class ExitTree(NoDrafter):
+    """The shallowest rung drafts a tree of tokens, step by step (EAGLE-2, 2406.16858).
+
+    A step runs the `draft_width` most probable tokens of the step before, and each of them gets the
+    `draft_width` most probable continuations. The probability of a token is the product of those on
+    its path. After `draft_length` steps the `tree_tokens` most probable of all tokens are the
+    draft. Tokens with a probability below `draft_threshold` are left out. With `max_draft_length`
+    the steps of a row follow its acceptance: 2 more where a path was accepted to its end, else 1
+    less.
+
+    Args:
+        step: runs the drafting rung; see `TreeStep`.
+    """
+
+    rungs = 1
+
+    def __init__(self, config: DecodeConfig, rows: int, step: TreeStep) -> None:
+        self.width = config.draft_width
+        self.most = config.tree_tokens
+        with np.errstate(divide="ignore"):
+            self.least = np.log(np.float64(config.draft_threshold))
+        self.longest = config.max_draft_length
+        self.first_steps = config.draft_length
+        self.steps_B = np.full(rows, config.draft_length)
+        self.step = step
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        self.steps_B = self.steps_B.copy()
+        self.steps_B[rows] = self.first_steps
+
+    def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        rows = len(rows_B)
+        every_B1 = np.arange(rows)[:, None]
+        tokens_BN = text.tokens_BN.copy()
+        steps_B = np.where(rows_B, np.minimum(self.steps_B, text.room_B), 0)
+        # Column 0 is the verified token; the tree that the rung runs has columns of its own.
+        found = _Candidates(rows)
+        run = DraftTree.empty(rows)
+        front_BC = np.zeros((rows, 1), dtype=np.int64)  # columns of the candidates that run next
+        run_BC = front_BC  # their columns among those that run
+        for step in range(int(steps_B.max())):
+            ids_BCK, log_p_BCK = self.step(tokens_BN, rows_B, run, front_BC.shape[1], self.width)
+            path_BCK = found.log_p_BC[every_B1, front_BC][..., None] + log_p_BCK
+            path_BCK[(step >= steps_B) | ~rows_B] = -np.inf
+            if step:
+                path_BCK[np.isin(found.tokens_BC[every_B1, front_BC], text.eos)] = -np.inf
+            path_BCK[path_BCK < self.least] = -np.inf
+            new = found.add(ids_BCK, front_BC, path_BCK)
+            best_BC = np.argsort(-path_BCK.reshape(rows, -1), axis=1, kind="stable")
+            best_BC = best_BC[:, : self.width]
+            if not np.isfinite(path_BCK).any() or step + 1 >= steps_B.max():
+                break
+            front_BC, parent_BC = new + best_BC, run_BC[every_B1, best_BC // self.width]
+            run, run_BC = _grown(run, found.tokens_BC[every_B1, front_BC], parent_BC)
+            slots_BC = text.length_B[:, None] + run_BC - 1
+            tokens_BN[every_B1, slots_BC] = found.tokens_BC[every_B1, front_BC]
+        return found.best(self.most)
+
+    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        if self.longest is None:
+            return
+        steps_B = np.where(accepted_B >= self.steps_B, self.steps_B + 2, self.steps_B - 1)
+        self.steps_B = np.where(proposed_B > 0, steps_B.clip(1, self.longest), self.steps_B)
+
+
+class _Candidates:
+    """All tokens that were considered, in columns as of a `DraftTree`: parents come first."""
+
+    def __init__(self, rows: int) -> None:
+        self.tokens_BC = np.zeros((rows, 1), dtype=np.int64)
+        self.parent_BC = np.full((rows, 1), -1)
+        self.log_p_BC = np.zeros((rows, 1))
+        """Log-probability of each one's path; -inf where it is not to be drafted."""
+
+    def add(self, ids_BCK: np.ndarray, parent_BC: np.ndarray, log_p_BCK: np.ndarray) -> int:
+        """Add candidates behind some columns; returns the column of the first."""
+        rows, first = self.tokens_BC.shape
+        new = zip(
+            (self.tokens_BC, self.parent_BC, self.log_p_BC),
+            (ids_BCK, np.broadcast_to(parent_BC[..., None], ids_BCK.shape), log_p_BCK),
+            strict=True,
+        )
+        self.tokens_BC, self.parent_BC, self.log_p_BC = (
+            np.concatenate([old, more.reshape(rows, -1)], axis=1) for old, more in new
+        )
+        return first
+
+    def best(self, most: int) -> DraftTree:
+        """The tree of the most probable ones, at most so many per row."""
+        rows, width = self.tokens_BC.shape
+        every_B1 = np.arange(rows)[:, None]
+        # A token is at most as probable as its parent, which comes before it: the chosen ones have
+        # their parents among them.
+        order_BN = np.argsort(-self.log_p_BC[:, 1:], axis=1, kind="stable")[:, :most] + 1
+        chosen_BC = np.zeros((rows, width), dtype=bool)
+        chosen_BC[every_B1, order_BN] = True
+        chosen_BC &= np.isfinite(self.log_p_BC)
+        chosen_BC[:, 0] = True
+        column_BC = np.cumsum(chosen_BC, axis=1) - 1
+        count = int(column_BC[:, -1].max())
+        if count == 0:
+            return DraftTree.empty(rows)
+        rows_N, columns_N = np.nonzero(chosen_BC[:, 1:])
+        columns_N += 1
+        tokens_BN = np.zeros((rows, count), dtype=np.int64)
+        parent_BN = np.full((rows, count), -1)
+        at = rows_N, column_BC[rows_N, columns_N] - 1
+        tokens_BN[at] = self.tokens_BC[rows_N, columns_N]
+        parent_BN[at] = column_BC[rows_N, self.parent_BC[rows_N, columns_N]]
+        return DraftTree.of_nodes(tokens_BN, parent_BN)
+
+
+def _grown(
+    tree: DraftTree, tokens_BC: np.ndarray, parent_BC: np.ndarray
+) -> tuple[DraftTree, np.ndarray]:
+    """A tree with more tokens, and their columns [B, C]."""
+    first = tree.parent_BN.shape[1] + 1
+    grown = DraftTree(
+        np.concatenate([tree.tokens_BN, tokens_BC], axis=1),
+        np.concatenate([tree.parent_BN, parent_BC], axis=1),
+        chain=False,
+        depth_first=False,
+    )
+    columns_C = np.arange(first, first + tokens_BC.shape[1])
+    return grown, np.broadcast_to(columns_C, tokens_BC.shape)
