@@ -61,10 +61,10 @@ def plan_checkpoint(
     report(out, plan)  # first, so that it is not lost if the disk has become full meanwhile
     path = plan.save(folder)
     draw(plan, folder / PICTURE, f"{folder.name}: {plan.machine}")
-    if not planner.replayed:
+    if planner.decoded:
         out.say(
-            "the heads read the token before, so ladders with exits were decoded, not replayed: "
-            f"{len(planner.settings)} settings in all"
+            f"{planner.decoded} settings in which a deeper exit reads the token before were "
+            "decoded, not replayed"
         )
     out.say(f"plan: {path}, picture: {folder / PICTURE}")
     return plan

@@ -100,7 +100,10 @@ class Planner:
         replayed = [setting for setting in settings if can_replay(model, setting["ladder"])]
         # what cannot be replayed is really decoded, with fewer settings
         others = [setting for setting in settings if setting not in replayed]
-        self.settings = [*replayed, *two_of_each(others)]
+        decoded = two_of_each(others)
+        self.decoded = len(decoded)
+        """Settings that are really decoded."""
+        self.settings = [*replayed, *decoded]
 
     def run(
         self,

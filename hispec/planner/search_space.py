@@ -80,5 +80,5 @@ def to_confirm(tried: Sequence[Tried], count: int) -> list[Tried]:
 
 
 def _kind(setting: Setting) -> tuple[Any, ...]:
-    """Its ladder and drafter."""
-    return *setting["ladder"], setting.get("drafter")
+    """Its ladder, its drafter, and whether an exit drafts trees."""
+    return *setting["ladder"], setting.get("drafter"), setting.get("draft_width", 1) > 1
