@@ -21,11 +21,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Only the tests need them: 320 MB. speculators, whose EAGLE-3 ours is compared with, asks for older
+# Only the tests need them: 340 MB. speculators, whose EAGLE-3 ours is compared with, asks for older
 # versions of transformers and datasets, so it comes without what it requires but for what it imports.
 $(KERNELS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[liger]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps speculators loguru openai sniffio hs-connectors
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps speculators loguru openai sniffio hs-connectors xllamacpp
 	touch $@
 
 # Only `make docs` needs them: 60 MB.

@@ -44,6 +44,9 @@ class Settings(PromptSource):
     """Ladders besides the presets, such as ["4,30","4,10,30"]."""
     drafters: list[Annotated[str, one_of(*DRAFTERS)]] = field(default_factory=lambda: ["exit"])
     """Their drafters, each with each ladder: "exit", "lookup", "recycle", "lookup+exit", ..."""
+    presets: bool = True
+    """Whether the settings that papers have named are measured, see `eval/presets.py`; plain
+    decoding always is."""
     settings: list[dict[str, Any]] = field(default_factory=list)
     """More settings, each with fields of `DecodeConfig`, such as
     [{ladder: [0,30], draft_length: 4, draft_width: 3, tree_tokens: 12}]."""
@@ -55,6 +58,9 @@ class Settings(PromptSource):
     (Formerly `rivals`.)"""
     baseline_exits: list[int] | None = None
     """Exits that baselines draft with; default: the shallowest. (Formerly `rival_exits`.)"""
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    """Other engines in environments of their own, see `eval/engines.py`, such as
+    [{engine: llama.cpp, python: ENV/bin/python, model: model.gguf, lookup: true}]."""
     stop_at_eos: bool = True
     """Whether EOS ends a text; otherwise all texts have `max_new_tokens` tokens."""
     repeats: Annotated[
@@ -76,6 +82,7 @@ def current_names(words: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str]) -> None:
     from eval.baselines import Limits, baselines, by_generate, installed
+    from eval.engines import running
     from eval.presets import label, preset, presets
     from eval.speed_plot import draw
     from eval.speed_results import report, summary
@@ -124,10 +131,12 @@ def main(words: Sequence[str]) -> None:
     planned, why = lm.planned()
     out.say(why)
     plan = [] if planned is None else [preset(lm, "the plan:", {**common, **planned})]
-    methods = [by_generate(lm, limits), *presets(lm, common), *plan, *given, *others]
+    named = presets(lm, common) if settings.presets else presets(lm, common)[:1]
+    methods = [by_generate(lm, limits), *named, *plan, *given, *others]
     prompts = load_prompts(lm, settings, settings.checkpoint)
-
-    rows = summary(lm.model.hf, measure(methods, prompts, settings.repeats, bar), prompts)
+    with running(settings.engines, limits) as engines:
+        timings = measure([*methods, *engines], prompts, settings.repeats, bar)
+    rows = summary(lm.model.hf, timings, prompts)
     report(out, rows, prompts)
 
     machine = machine_of(lm)

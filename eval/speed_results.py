@@ -49,7 +49,10 @@ def summary(
                 "outside": timing.external,
                 **tasks.pop(ALL),
                 "tasks": tasks,
-                "tokens_per_target_pass": timing.new_tokens / timing.target_passes,
+                # another engine does not count its passes
+                "tokens_per_target_pass": timing.new_tokens / timing.target_passes
+                if timing.target_passes
+                else None,
                 "acceptance": {name: d.acceptance for name, d in timing.drafts.items()},
                 "rungs": {
                     depth: {
@@ -102,7 +105,7 @@ def _overall(rows: Sequence[dict[str, Any]], prompts: int) -> Table:
             _spread(row["tokens_per_second"], ".1f"),
             _spread(row["over_generate"], ".2f"),
             _spread(row["over_plain"], ".2f"),
-            f"{row['tokens_per_target_pass']:.2f}",
+            "-" if (passed := row["tokens_per_target_pass"]) is None else f"{passed:.2f}",
             _same(row["same_as_generate"], prompts, row["differences"]),
             _same(row["same_as_plain"], prompts),
         )

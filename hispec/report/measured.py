@@ -84,7 +84,8 @@ class SpeedRow(Rates):
     setting: str
     outside: bool
     tasks: Annotated[dict[str, Rates], Field(min_length=1)]
-    tokens_per_target_pass: NotNegative
+    tokens_per_target_pass: NotNegative | None
+    """None for an engine that does not count its passes."""
     acceptance: dict[str, Share | None]
     rungs: dict[str, RungTime]
     same_as_generate: Count
