@@ -139,7 +139,7 @@ def compile_checkpoint(
     began = time.perf_counter()
     files = lm.model.engine.compile(bar)
     seconds, size = time.perf_counter() - began, sum(file.stat().st_size for file in files)
-    out.say(f"{len(files)} graphs, {size / 1e6:.0f} MB, ready in {seconds:.1f} s")
+    out.say(f"{len(files)} pieces, {size / 1e6:.0f} MB, ready in {seconds:.1f} s")
     out.say(f"kept in {files[0].parent}; HISPEC_CACHE names another folder")
 
 

@@ -109,7 +109,7 @@ class OpenVinoEngine:
         return logits.view(*normed.shape[:-1], -1)
 
     def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:
-        """Compile or load all that the model needs; returns the files that hold it.
+        """Compile or load all that the model needs; returns the files that keep it.
 
         Args:
             progress: sees the graphs go by, for a progress bar.
@@ -125,7 +125,8 @@ class OpenVinoEngine:
         lm_heads = [WHOLE] if model.draft_tokens is None else [WHOLE, DRAFTING]
         lm_heads += [d for d in model.exits.depths if model.head(d).lm_head is not None]
         todo += [partial(self._head_graphs, head) for head in lm_heads]
-        return [graph.path for graphs in progress(todo, "compiling") for graph in graphs()]
+        paths = [graph.path for graphs in progress(todo, "compiling") for graph in graphs()]
+        return list(dict.fromkeys(paths))
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
         """Tokens to run a pass with, from this layer on."""

@@ -65,7 +65,7 @@ def test_compiling_ahead_is_all_that_a_decode_needs(model, cache, compiled):
     assert len(compiled) == before
 
 
-def test_other_weights_and_threads_have_files_of_their_own(model, cache, compiled):
+def test_other_weights_have_files_of_their_own(model, cache, compiled):
     decode(model)
     held = set(cache.iterdir())
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_other_weights_and_threads_have_files_of_their_own(model, cache, compile
         decode(model)
     finally:
         torch.set_num_threads(1)
-    assert len(compiled) == 9
+    assert len(compiled) == 5  # what is kept is the same for any number of threads
 
 
 @pytest.mark.parametrize("damage", ["a byte", "half", "empty", "not a graph"])
