@@ -100,8 +100,9 @@ def watched() -> Iterator[Clock]:
 def _functions() -> Iterator[tuple[str, type, tuple[str, ...]]]:
     """(part, class, its methods)."""
     from hispec.decoding.decoder import Decode
-    from hispec.decoding.drafters.build import FreeThenExit
+    from hispec.decoding.drafters.build import FreeAndExit
     from hispec.decoding.drafters.exit_chain import ExitChain
+    from hispec.decoding.drafters.exit_tree import ExitTree
     from hispec.decoding.drafters.lookup import Lookup
     from hispec.decoding.drafters.recycle import Recycle
     from hispec.decoding.kv_cache import KVCache
@@ -116,10 +117,10 @@ def _functions() -> Iterator[tuple[str, type, tuple[str, ...]]]:
     yield MODULES, ExitModel, ("embed", "run", "run_head", "normed", "project", "draft")
     for head in (ExitHead, Eagle3Head):
         yield MODULES, head, ("before",)
-    for drafter in (FreeThenExit, ExitChain, Lookup, Recycle):
+    for drafter in (FreeAndExit, ExitChain, ExitTree, Lookup, Recycle):
         yield DRAFTING, drafter, ("propose",)
     yield DRAFTING, Recycle, ("observe",)
-    yield VERIFICATION, MatchSampler, ("verify", "draw", "confidence", "candidates")
+    yield VERIFICATION, MatchSampler, ("verify", "draw", "best", "confidence", "candidates")
     names = "place", "keep", "truncate", "write", "store_hidden", "placed_hidden", "hidden"
     yield CACHE, KVCache, names
     if openvino_installed():
