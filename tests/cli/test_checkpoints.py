@@ -17,7 +17,7 @@ def test_compile_keeps_the_graphs_of_a_checkpoint(ee, tmp_path, hispec_command, 
     for _ in range(2):
         done = hispec_command("compile", ee)
         assert done.returncode == 0, done.stderr
-        # (3 pieces of the trunk, 2 exits) for one token and for any, the LM head
+        # 3 pieces of the trunk, 2 exits, the LM head
         assert "6 pieces" in done.stdout
         assert "hispec compile" not in done.stderr  # that is what it was told
         assert str(tmp_path) in done.stdout
