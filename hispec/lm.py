@@ -143,7 +143,9 @@ class EarlyExitLM:
         by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
         if by_exits:
             return {"ladder": self.ladder(), **settings}, ""
-        lookup = {"ladder": self.ladder(PLAIN), "drafter": "lookup", **settings}
+        # a match of one token is right too seldom to pay where a pass of several tokens costs more
+        cautious = {"drafter": "lookup", "lookup_shortest": 2}
+        lookup = {"ladder": self.ladder(PLAIN), **cautious, **settings}
         if named:
             return lookup, ""
         setting, words = self.planned()
