@@ -19,6 +19,7 @@ from typing import IO, Annotated, Any
 import torch
 
 from eval.baselines import Limits
+from eval.engine_worker import ENGINES
 from eval.settings import Name
 from eval.timing import Method, Outcome
 from hispec.utils.limits import one_of
@@ -26,7 +27,6 @@ from hispec.utils.schema import STRICT, filled, validate
 from hispec.utils.settings import check
 
 _WORKER = Path(__file__).with_name("engine_worker.py")
-KINDS = ("openvino-genai", "llama.cpp")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Engine:
 
     __pydantic_config__ = STRICT
 
-    engine: Annotated[str, one_of(*KINDS)]
+    engine: Annotated[str, one_of(*ENGINES)]
     python: Name
     """The interpreter of an environment that has its package."""
     model: Name

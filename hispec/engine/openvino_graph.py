@@ -59,7 +59,10 @@ def compile_module(
         content = None
         with torch.inference_mode(), Tracing(module, example):
             traced = _marked(ov.convert_model(module, example_input=tuple(example)))
-        write_artifact(path, _packed(traced))
+        try:
+            write_artifact(path, _packed(traced))
+        except (OSError, RuntimeError) as error:  # no room for temporary files
+            warnings.warn(f"the graph is not kept: {one_line(error)[:80]}", stacklevel=2)
     graphs = []
     for sizes in variants:
         model = traced.clone()

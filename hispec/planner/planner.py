@@ -99,7 +99,7 @@ class Planner:
         settings = search_space.settings(self.exits, self.model.num_layers)
         replayed = [setting for setting in settings if can_replay(model, setting["ladder"])]
         # what cannot be replayed is really decoded, with fewer settings
-        others = [setting for setting in settings if setting not in replayed]
+        others = [setting for setting in settings if not can_replay(model, setting["ladder"])]
         decoded = two_of_each(others)
         self.decoded = len(decoded)
         """Settings that are really decoded."""

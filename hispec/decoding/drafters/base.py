@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.state import TextView
 
@@ -49,6 +50,32 @@ class NoDrafter:
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         pass
+
+
+class ExitDrafter(NoDrafter):
+    """The shallowest rung drafts, by `draft_length` steps in a round.
+
+    With `max_draft_length` the steps of a row follow its acceptance as in transformers' assisted
+    generation: 2 more where all was accepted, else 1 less.
+    """
+
+    rungs = 1
+
+    def __init__(self, config: DecodeConfig, rows: int) -> None:
+        self.longest = config.max_draft_length
+        self.first_length = config.draft_length
+        self.length_B = np.full(rows, config.draft_length)
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        self.length_B = self.length_B.copy()
+        self.length_B[rows] = self.first_length
+
+    def follow(self, all_B: np.ndarray, proposed_B: np.ndarray) -> None:
+        """Adapt the steps of the rows that had a draft, by whether all of it was accepted."""
+        if self.longest is None:
+            return
+        length_B = np.where(all_B, self.length_B + 2, self.length_B - 1)
+        self.length_B = np.where(proposed_B > 0, length_B.clip(1, self.longest), self.length_B)
 
 
 def free_chain(text: TextView, tokens_BN: np.ndarray, rows_B: np.ndarray) -> DraftTree:

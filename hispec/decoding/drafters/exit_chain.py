@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
-from hispec.decoding.drafters.base import NoDrafter
+from hispec.decoding.drafters.base import ExitDrafter
 from hispec.decoding.state import TextView
 
 
@@ -22,29 +21,20 @@ class DraftStep(Protocol):
         """Returns (the next token ids [B], whether their probability reached `threshold` [B])."""
 
 
-class ExitChain(NoDrafter):
+class ExitChain(ExitDrafter):
     """The shallowest rung continues its own draft.
 
     A draft ends after `draft_length` tokens, or after a token whose distribution had a top
-    probability below `draft_threshold`. With `max_draft_length` the length of a row follows its
-    acceptance as in transformers' assisted generation: 2 more where all was accepted, else 1 less.
+    probability below `draft_threshold`.
 
     Args:
         step: runs the drafting rung; see `DraftStep`.
     """
 
-    rungs = 1
-
     def __init__(self, config: DecodeConfig, rows: int, step: DraftStep) -> None:
+        super().__init__(config, rows)
         self.threshold = config.draft_threshold
-        self.longest = config.max_draft_length
-        self.first_length = config.draft_length
-        self.length_B = np.full(rows, config.draft_length)
         self.step = step
-
-    def begin(self, text: TextView, rows: Sequence[int]) -> None:
-        self.length_B = self.length_B.copy()
-        self.length_B[rows] = self.first_length
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         tokens_BN = text.tokens_BN.copy()
@@ -61,8 +51,4 @@ class ExitChain(NoDrafter):
         return DraftTree.chain_of(np.take_along_axis(tokens_BN, slots_BN, axis=1), count_B)
 
     def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        if self.longest is None:
-            return
-        length_B = np.where(accepted_B == proposed_B, self.length_B + 2, self.length_B - 1)
-        length_B = length_B.clip(1, self.longest)
-        self.length_B = np.where(proposed_B > 0, length_B, self.length_B)
+        self.follow(accepted_B == proposed_B, proposed_B)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
-from hispec.decoding.drafters.base import NoDrafter
+from hispec.decoding.drafters.base import ExitDrafter
 from hispec.decoding.state import TextView
 
 
@@ -32,41 +31,32 @@ class TreeStep(Protocol):
         """
 
 
-class ExitTree(NoDrafter):
+class ExitTree(ExitDrafter):
     """The shallowest rung drafts a tree of tokens, step by step (EAGLE-2, 2406.16858).
 
     A step runs the `draft_width` most probable tokens of the step before, and each of them gets the
     `draft_width` most probable continuations. The probability of a token is the product of those on
     its path. After `draft_length` steps the `tree_tokens` most probable of all tokens are the
-    draft. Tokens with a probability below `draft_threshold` are left out. With `max_draft_length`
-    the steps of a row follow its acceptance: 2 more where a path was accepted to its end, else 1
-    less.
+    draft. Tokens with a probability below `draft_threshold` are left out. All was accepted where a
+    path was, to its end.
 
     Args:
         step: runs the drafting rung; see `TreeStep`.
     """
 
-    rungs = 1
-
     def __init__(self, config: DecodeConfig, rows: int, step: TreeStep) -> None:
+        super().__init__(config, rows)
         self.width = config.draft_width
         self.most = config.tree_tokens
         with np.errstate(divide="ignore"):
             self.least = np.log(np.float64(config.draft_threshold))
-        self.longest = config.max_draft_length
-        self.first_steps = config.draft_length
-        self.steps_B = np.full(rows, config.draft_length)
         self.step = step
-
-    def begin(self, text: TextView, rows: Sequence[int]) -> None:
-        self.steps_B = self.steps_B.copy()
-        self.steps_B[rows] = self.first_steps
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         rows = len(rows_B)
         every_B1 = np.arange(rows)[:, None]
         tokens_BN = text.tokens_BN.copy()
-        steps_B = np.where(rows_B, np.minimum(self.steps_B, text.room_B), 0)
+        steps_B = np.where(rows_B, np.minimum(self.length_B, text.room_B), 0)
         # Column 0 is the verified token; the tree that the rung runs has columns of its own.
         found = _Candidates(rows)
         run = DraftTree.empty(rows)
@@ -91,10 +81,7 @@ class ExitTree(NoDrafter):
         return found.best(self.most)
 
     def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        if self.longest is None:
-            return
-        steps_B = np.where(accepted_B >= self.steps_B, self.steps_B + 2, self.steps_B - 1)
-        self.steps_B = np.where(proposed_B > 0, steps_B.clip(1, self.longest), self.steps_B)
+        self.follow(accepted_B >= self.length_B, proposed_B)
 
 
 class _Candidates:
@@ -129,19 +116,8 @@ class _Candidates:
         chosen_BC = np.zeros((rows, width), dtype=bool)
         chosen_BC[every_B1, order_BN] = True
         chosen_BC &= np.isfinite(self.log_p_BC)
-        chosen_BC[:, 0] = True
-        column_BC = np.cumsum(chosen_BC, axis=1) - 1
-        count = int(column_BC[:, -1].max())
-        if count == 0:
-            return DraftTree.empty(rows)
-        rows_N, columns_N = np.nonzero(chosen_BC[:, 1:])
-        columns_N += 1
-        tokens_BN = np.zeros((rows, count), dtype=np.int64)
-        parent_BN = np.full((rows, count), -1)
-        at = rows_N, column_BC[rows_N, columns_N] - 1
-        tokens_BN[at] = self.tokens_BC[rows_N, columns_N]
-        parent_BN[at] = column_BC[rows_N, self.parent_BC[rows_N, columns_N]]
-        return DraftTree.of_nodes(tokens_BN, parent_BN)
+        parent_BC = np.where(chosen_BC, self.parent_BC, -1)
+        return DraftTree.of_nodes(self.tokens_BC[:, 1:], parent_BC[:, 1:])
 
 
 def _grown(
