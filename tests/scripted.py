@@ -9,6 +9,7 @@ moved branch or a mask that is wrong gives it another prefix, and the text or th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -63,13 +64,14 @@ class ScriptedModel:
 
     backend = "eager"
     weights = "full"
+    hf = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self, *says: Says) -> None:
         self.says = says
         self.num_layers = len(says)
 
-    def cache_block(self):
-        return None
+    def cache_layout(self):
+        return self.hf.dtype, None
 
     def head(self, depth):
         return ExitHead()

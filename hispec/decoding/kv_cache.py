@@ -40,6 +40,7 @@ class KVCache:
     Args:
         rows: number of prompts decoded together.
         capacity: slots per row.
+        dtype: of the buffers and of the hidden states.
         block: for an engine, see `Engine.block`: the buffers grow by so many slots, and a pass sees
             all of them.
     """
@@ -49,9 +50,11 @@ class KVCache:
         rows: int,
         capacity: int,
         device: torch.device,
+        dtype: torch.dtype,
         block: int | None = None,
     ) -> None:
         self.rows = rows
+        self.dtype = dtype
         self.capacity = round_up(capacity, block or _VECTOR)
         self.device = device
         self._block = block
@@ -207,22 +210,22 @@ class KVCache:
         """Store the KV of the tokens announced by `place`; return all that is visible to them."""
         heads, size = keys_BATE.shape[1], keys_BATE.shape[3]
         if layer_idx not in self._stack_of:
-            self.buffers([layer_idx], heads, size, keys_BATE)
+            self.buffers([layer_idx], heads, size)
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         stack = self._kv(layer_idx)
         for buffer, new_BATE in zip(stack, (keys_BATE, values_BATE), strict=True):
-            self._put(buffer[None], self._slots_BT, new_BATE[None])
-        return stack[0, :, :, : self.visible], stack[1, :, :, : self.visible]
+            self._put(buffer[None], self._slots_BT, new_BATE[None].to(self.dtype))
+        keys, values = stack[:, :, :, : self.visible].to(keys_BATE.dtype)
+        return keys, values
 
-    def buffers(
-        self, layers: Sequence[int], heads: int, size: int, like: torch.Tensor
-    ) -> torch.Tensor:
+    def buffers(self, layers: Sequence[int], heads: int, size: int) -> torch.Tensor:
         """Keys and values of some layers in turn, [2 * layers, B, heads, S, size]: the cache's own
         memory. Layers that were stacked otherwise are moved."""
         key = tuple(layers)
         if key not in self._stacks:
             # zeros, not empty: a masked NaN would still poison the attention's weighted sum
-            stack = like.new_zeros(2 * len(key), self.rows, heads, self._allocated, size)
+            size_NBASE = 2 * len(key), self.rows, heads, self._allocated, size
+            stack = torch.zeros(size_NBASE, dtype=self.dtype, device=self.device)
             for i, layer in enumerate(key):
                 if layer in self._stack_of:
                     stack[2 * i : 2 * i + 2] = self._kv(layer)
@@ -261,8 +264,14 @@ class KVCache:
         assert self._index is not None, "place() comes before the first layer of a pass"
         width = hidden_BTH.shape[-1]
         if segment not in self._hidden:
-            self._hidden[segment] = hidden_BTH.new_zeros(self.rows * self.capacity, width)
-        self._hidden[segment].index_copy_(0, self._index, hidden_BTH.reshape(-1, width))
+            self._hidden[segment] = self._states(width)
+        hidden_NH = hidden_BTH.reshape(-1, width).to(self.dtype)
+        self._hidden[segment].index_copy_(0, self._index, hidden_NH)
+
+    def _states(self, width: int) -> torch.Tensor:
+        """Room for the hidden states of a segment."""
+        size = self.rows * self.capacity, width
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
 
     def placed_hidden(self, segment: Segment) -> torch.Tensor:
         """Hidden states [B, T, H] that a segment stored for the announced slots."""
@@ -302,12 +311,12 @@ class KVCache:
         for layer in other._stack_of:
             theirs = other._kv(layer)
             if layer not in self._stack_of:
-                self.buffers([layer], theirs.shape[2], theirs.shape[4], theirs)
+                self.buffers([layer], theirs.shape[2], theirs.shape[4])
             self._kv(layer)[:, rows, :, :longest] = theirs[:, :, :, :longest]
         for segment, states in other._hidden.items():
             width = states.shape[-1]
             if segment not in self._hidden:
-                self._hidden[segment] = states.new_zeros(self.rows * self.capacity, width)
+                self._hidden[segment] = self._states(width)
             mine = self._hidden[segment].view(self.rows, self.capacity, width)
             mine[rows, :longest] = states.view(other.rows, other.capacity, width)[:, :longest]
         for segment in {**self.lengths, **other.lengths}:

@@ -12,6 +12,7 @@ from hispec.utils.settings import check
 
 AUTO, EAGER, OPENVINO = "auto", "eager", "openvino"
 BACKENDS = AUTO, EAGER, OPENVINO
+HALF = torch.bfloat16, torch.float16
 _WORTHWHILE = 20_000_000
 """Parameters from which on `auto` compiles: it takes seconds."""
 
@@ -35,7 +36,7 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
     if backend == EAGER:
         return None
     device, dtype = model.device.type, str(model.hf.dtype).removeprefix("torch.")
-    fits = device == "cpu" and model.hf.dtype == torch.float32
+    fits = device == "cpu" and model.hf.dtype in (torch.float32, *HALF)
     if backend == AUTO and sum(p.numel() for p in model.parameters()) < _WORTHWHILE:
         return None
     if not openvino_installed():
@@ -44,7 +45,7 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
         )
         return None
     if not fits:
-        allowed = f"it runs float32 on a CPU, and this model is in {dtype} on {device}"
+        allowed = f"it runs float32, bf16 and float16 on a CPU, and this model is in {dtype} on {device}"
         check(backend == AUTO, "backend", backend, allowed)
         return None
     from hispec.engine.openvino_engine import OpenVinoEngine

@@ -45,10 +45,13 @@ class OpenVinoEngine:
     Pieces are compiled, or loaded from disk, when they are first run.
 
     Args:
-        model: on the CPU and in float32.
+        model: on the CPU, in float32 or half precision. Graphs of either compute in float32: a
+            token has the same states up to float32's rounding in passes of any size, so texts do
+            not depend on these. The modules read the prompt, in the dtype of the weights.
     """
 
     name = "openvino"
+    dtype = torch.float32
     block = 128
 
     def __init__(self, model: ExitModel) -> None:
@@ -74,8 +77,8 @@ class OpenVinoEngine:
     def takes(self, states: torch.Tensor) -> bool:
         """Whether it runs a pass with these states [..., H], or turns them into logits: those of
         drafts yes, those of prompts no."""
-        few = states.numel() <= _MOST * states.shape[-1]
-        return few and states.dtype == torch.float32 and states.device.type == "cpu"
+        few = states.numel() <= _MOST * states.shape[-1] or self.model.hf.dtype != self.dtype
+        return few and states.dtype == self.dtype and states.device.type == "cpu"
 
     def run(
         self,
@@ -238,7 +241,7 @@ class _Piece:
             bound.graph.set_input(i, tensor)
         indices = self.layers.indices
         if not bound.holds(cache):
-            stack = cache.buffers(indices, shape.kv_heads, shape.head_size, hidden_BTH)
+            stack = cache.buffers(indices, shape.kv_heads, shape.head_size)
             for i, buffer in enumerate(stack, len(given)):
                 bound.graph.set_input(i, buffer)
         out_BTH = hidden_BTH.new_empty(rows, tokens, shape.hidden)

@@ -1,8 +1,9 @@
 """Operators as compilers want them, while a module is traced.
 
-Weights are read from copies in the fewest bits that lose nothing. Those of a checkpoint in bf16 are
-exact in bf16 in a float32 model too, and those that `quantization` rounded are exact in int8:
-graphs hold half or a quarter of the bytes and compute the same products in float32.
+States are in float32, whatever the dtype of the weights. Weights are read in the fewest bits that
+lose nothing: those of a checkpoint in bf16 are exact in bf16 in a float32 model too, and those that
+`quantization` rounded are exact in int8. So graphs hold half or a quarter of the bytes and compute
+the same products in float32.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class _Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear and not kwargs:
-            self._read.append((args[0], (args[1], args[2] if len(args) > 2 else None)))
+            states, weight, bias = (*args, None)[:3]
+            self._read.append((states, (weight, bias)))
+            return F.linear(states, weight.to(states.dtype), _in(states.dtype, bias))
         return func(*args, **(kwargs or {}))
 
     def by_input(self) -> list[list[_Linear]]:
@@ -104,7 +107,7 @@ class _Product:
         weights = [weight.detach() for weight, _ in linear]
         biases = [bias.detach() for _, bias in linear if bias is not None]
         self._sizes = [len(weight) for weight in weights]
-        self._bias = torch.cat(biases) if biases else None
+        self._bias = torch.cat(biases).float() if biases else None
         self._scale: torch.Tensor | None = None
         self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         if (copy := exact_copy(self._weight)) is not None:
@@ -122,9 +125,15 @@ class _Product:
         return self._parts[number]
 
 
+def _in(dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
 def exact_copy(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """(copy, scale or None) of a float32 matrix, in the narrowest of int8, bf16 and float16 that
-    holds its values as they are; None if none does."""
+    """(copy, scale or None) of a matrix, in the narrowest of int8, bf16 and float16 that holds its
+    values as they are; None if none does. One in half precision is its own copy."""
+    if weight.dtype != torch.float32:
+        return weight, None
     if (parts := int8_parts(weight)) is not None:
         return parts
     for dtype in (torch.bfloat16, torch.float16):

@@ -84,9 +84,7 @@ class PassCache(Protocol):
     visible: int
     """Slots of a row that the announced pass may see."""
 
-    def buffers(
-        self, layers: Sequence[int], heads: int, size: int, like: torch.Tensor
-    ) -> torch.Tensor:
+    def buffers(self, layers: Sequence[int], heads: int, size: int) -> torch.Tensor:
         """Keys and values of some layers in turn, [2 * layers, B, heads, S, size], for an engine:
         the cache's own memory."""
 

@@ -125,5 +125,6 @@ def fuse(states: Sequence[torch.Tensor], fc: nn.Linear, norms: nn.ModuleList) ->
     """What the head reads of the token before, [..., H], from its states at three depths."""
     if len(norms):
         states = [norm(state) for norm, state in zip(norms, states, strict=True)]
-    out: torch.Tensor = fc(torch.cat(list(states), -1))
+    both = torch.cat(list(states), -1)
+    out: torch.Tensor = fc(both.to(fc.weight.dtype)).to(both.dtype)
     return out

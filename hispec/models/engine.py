@@ -20,6 +20,8 @@ class Engine(Protocol):
     """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
 
     name: str
+    dtype: torch.dtype
+    """Of the states that it computes with, whatever the dtype of the weights."""
     block: int
     """The cache shows slots in multiples of this."""
     say: Callable[[str], None]

@@ -26,7 +26,8 @@ class LowRank(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = hidden + self.up(F.silu(self.down(hidden)))
+        low = F.silu(self.down(hidden.to(self.down.weight.dtype)))
+        out: torch.Tensor = hidden + self.up(low).to(hidden.dtype)
         return out
 
 
@@ -103,7 +104,9 @@ class ExitHead(nn.Module):
             return hidden_BTH
         if previous_BTH is None:
             previous_BTH = torch.zeros_like(hidden_BTH)
-        out: torch.Tensor = hidden_BTH + self.mix(torch.cat([hidden_BTH, previous_BTH], -1))
+        both = torch.cat([hidden_BTH, previous_BTH], -1)
+        mixed = self.mix(both.to(self.mix.weight.dtype))
+        out: torch.Tensor = hidden_BTH + mixed.to(hidden_BTH.dtype)
         return out
 
 

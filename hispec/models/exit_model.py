@@ -106,12 +106,13 @@ class ExitModel(nn.Module):
         """The name of what runs cached passes."""
         return "eager" if self.engine is None else self.engine.name
 
-    def cache_block(self) -> int | None:
-        """Slots of a block of a new KV cache as the engine wants it; None without an engine."""
+    def cache_layout(self) -> tuple[torch.dtype, int | None]:
+        """(dtype, slots of a block) of a new KV cache as the engine wants it; (the model's dtype,
+        None) without an engine."""
         if self.engine is None:
-            return None
+            return self.hf.dtype, None
         self.engine.refresh()
-        return self.engine.block
+        return self.engine.dtype, self.engine.block
 
     def head(self, depth: int) -> ExitHead:
         """The trained head at `depth`, or the LayerSkip reading where there is none."""
@@ -362,9 +363,9 @@ class ExitModel(nn.Module):
             own = self.head(0).rotary
             if own is not None:
                 return own(hidden_BTH, positions_BT)
-            kind = self.layer_types[-1]
-        cos, sin = rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
-        return cos, sin
+            cos, sin = self.rope(self.layer_types[-1], hidden_BTH, positions_BT)
+            return cos.to(hidden_BTH.dtype), sin.to(hidden_BTH.dtype)  # OLMo 2 has float32
+        return rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
 
     def reach(self, kind: str) -> Reach:
         """Which tokens before it a token attends to in layers of an attention type."""

@@ -45,7 +45,7 @@ class Answers:
         self.prompt = list(prompt)
         self.rungs = Ladder(model, depths, 1, 0)  # knows segments and heads, and runs nothing
         self.candidates = min(CANDIDATES, model.vocab_size)
-        self._forest = Forest(len(self.prompt) + room, model.device, model.cache_block())
+        self._forest = Forest(len(self.prompt) + room, model.device, *model.cache_layout())
         self._token: list[int] = []
         self._parent: list[int] = []
         self._place: list[int] = []
@@ -211,6 +211,7 @@ class Answers:
             else:
                 tokens_T = torch.tensor([self._token[node] for node in nodes])
                 hidden_1TH = self.model.embed(tokens_T[None].to(self.model.device))
+                hidden_1TH = hidden_1TH.to(self._forest.dtype)
             stops = [d for d in self.rungs.read_depths if before < d < depth]
             for stop in (*stops, depth):
                 hidden_1TH = self.model.run(hidden_1TH, before, stop, positions_1T, self._forest)

@@ -17,8 +17,10 @@ PASS = 128
 class Forest(KVCache):
     """A cache of one row whose slots are nodes: each sees itself and its ancestors."""
 
-    def __init__(self, capacity: int, device: torch.device, block: int | None) -> None:
-        super().__init__(1, capacity, device, block)
+    def __init__(
+        self, capacity: int, device: torch.device, dtype: torch.dtype, block: int | None
+    ) -> None:
+        super().__init__(1, capacity, device, dtype, block)
         self.used = 0
         self._position_S = torch.zeros(self.capacity, dtype=torch.long, device=device)
         self._sees_SS = torch.zeros(self.capacity, self.capacity, dtype=torch.bool, device=device)

@@ -42,7 +42,7 @@ class HeadAnswers:
         self.model, self.depth = model, depth
         self._parent_node, self._place = parent, place
         self._trunk, self._before = trunk, before
-        self._forest = Forest(room, model.device, model.cache_block())
+        self._forest = Forest(room, model.device, *model.cache_layout())
         self._view: dict[tuple[int, int], int] = {}
         self._node: list[int] = []
         self._parent: list[int] = []

@@ -178,7 +178,7 @@ def test_buffers_that_grow_in_blocks(backend, jobs, monkeypatch):
         pytest.importorskip("openvino")
         model.engine = build_engine(model, backend)
     else:
-        monkeypatch.setattr(model, "cache_block", lambda: 16)
+        monkeypatch.setattr(model, "cache_layout", lambda: (torch.float32, 16))
     texts, run = serve(model, prompts, config, 2, max_prompt=140)
     assert texts == expected
     assert run.ladder.cache.visible > 128

@@ -20,6 +20,7 @@ from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.engine.openvino_graph import compile_module
 from hispec.engine.tracing import exact_copy
+from hispec.models.architectures import FAMILIES
 from hispec.models.engine import DRAFTING
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import int8_values
@@ -95,6 +96,59 @@ def test_exits_at_depth_0_run_as_graphs(family, kind, prompts):
     cuts = len(model.cuts()) + 1 - (0 in model.cuts())
     lm_heads = 3 if kind == "eagle3" else 2
     assert len(model.engine.compile()) == cuts + 1 + lm_heads
+
+
+def halved(model, dtype=torch.bfloat16):
+    """The model with weights in half precision; its buffers stay as `from_pretrained` has them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+HALF_EXITS = [
+    [Exit(depth=0, head="eagle3"), Exit(depth=4, previous=True)],
+    [Exit(depth=2), Exit(depth=4)],
+    [Exit(depth=0, previous=True), Exit(depth=4, head="adapter")],
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "exits"),
+    [*((family, HALF_EXITS[0]) for family in FAMILIES), *(("llama", e) for e in HALF_EXITS[1:])],
+)
+def test_weights_in_half_precision_lose_nothing(family, exits, prompts):
+    """The prompt is read in bf16, all that follows in float32: every setting and any rows give
+    the text of plain decoding."""
+    dtype = torch.float16 if family == "phi3" else torch.bfloat16
+    model = halved(disturbed(ExitModel(tiny_hf(family), ExitConfig(exits=exits))), dtype)
+    model.engine = OpenVinoEngine(model)
+    expected = texts(model, prompts, SETTINGS[0])
+    assert [texts(model, [prompt], SETTINGS[0])[0] for prompt in prompts] == expected
+    first = exits[0].depth
+    for setting in (
+        {"ladder": [6], "drafter": "recycle"},
+        {"ladder": [first, 6], "draft_length": 3},
+        {"ladder": [first, 4, 6], "drafter": "lookup+exit", "draft_width": 2, "tree_tokens": 6},
+    ):
+        assert texts(model, prompts, setting) == expected, setting
+        assert texts(model, prompts[1:2], setting) == expected[1:2], setting
+
+
+def test_states_of_bf16_weights_are_those_of_float32():
+    """Without a prompt all is computed in float32, in passes of any size."""
+    model = halved(disturbed(tiny_model("qwen2", exits=(2,))))  # its layers have biases
+    same = disturbed(tiny_model("qwen2", exits=(2,)))
+    same.load_state_dict(model.state_dict())
+    model.engine = OpenVinoEngine(model)
+    tokens_BN = torch.randint(3, 61, (1, 48), generator=torch.Generator().manual_seed(1)).numpy()
+    found = []
+    for which in (same, model):
+        ladder = Ladder(which, (2, 6), rows=1, capacity=48)
+        with torch.inference_mode():
+            found += [[ladder.logits(r, tokens_BN, np.array([0]), np.array([40])) for r in (0, 1)]]
+    assert {logits.dtype for logits in found[1]} == {torch.float32}
+    for expected, logits in zip(*found, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "granite"])  # one scales its logits
@@ -222,15 +276,6 @@ def test_changed_weights_are_compiled_anew(prompts):
     assert after == texts(model, prompts, SETTINGS[0]) != before
 
 
-def test_what_the_engine_cannot_run_is_run_by_the_modules(prompts):
-    model = tiny_model("llama", exits=(2,))
-    model.engine = OpenVinoEngine(model)
-    model.to(torch.bfloat16)
-    there = texts(model, prompts, SETTINGS[0])
-    model.engine = None
-    assert there == texts(model, prompts, SETTINGS[0])
-
-
 def test_backends_are_checked():
     model = tiny_model("llama")
     assert build_engine(model, "eager") is None
@@ -238,8 +283,10 @@ def test_backends_are_checked():
     assert build_engine(model, "openvino").name == "openvino"
     with pytest.raises(ValueError, match=r"backend='onnx'.*auto, eager, openvino"):
         build_engine(model, "onnx")
-    with pytest.raises(ValueError, match=r"backend='openvino'.*bfloat16 on cpu"):
-        build_engine(model.to(torch.bfloat16), "openvino")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert build_engine(model.to(dtype), "openvino").name == "openvino"
+    with pytest.raises(ValueError, match=r"backend='openvino'.*float64 on cpu"):
+        build_engine(model.to(torch.float64), "openvino")
     assert build_engine(model, "auto") is None
 
 

@@ -112,7 +112,7 @@ def test_tasks_without_the_harness(ee, tmp_path, monkeypatch, capsys):
 def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
     plan = {"ladder": [6], "drafter": "lookup", "lookup_length": 5}
     for planned, said, expected in (
-        (None, {}, DecodeConfig([6], drafter="lookup")),
+        (None, {}, DecodeConfig([6], drafter="lookup", lookup_shortest=2)),
         (plan, {}, DecodeConfig(**plan)),
         (plan, {"ladder": "4,6"}, DecodeConfig([4, 6])),
         (plan, {"drafter": "recycle"}, DecodeConfig([6], drafter="recycle")),
