@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from hispec.config import DecodeConfig
+from hispec.decoding.draft_steps import DraftSteps
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.build import build_drafter
 from hispec.decoding.inputs import check_admission, check_inputs, check_seed
@@ -28,6 +30,7 @@ from hispec.decoding.state import Committed, DecodeState
 from hispec.decoding.stats import DecodeStats
 from hispec.decoding.verification import Sampler, Verified, build_sampler
 from hispec.models.exit_model import ExitModel
+from hispec.utils.threads import torch_threads
 
 
 class Decode:
@@ -68,8 +71,7 @@ class Decode:
         self.model = model
         self.config = config
         rows = len(prompts)
-        steps = self._draft_token, self._draft_candidates
-        self.drafter = build_drafter(config, rows, model.vocab_size, *steps)
+        self.drafter = build_drafter(config, rows, model.vocab_size, DraftSteps(self))
         self.max_prompt = max(map(len, prompts)) if max_prompt is None else max_prompt
         first = self.drafter.rungs
         self.state = DecodeState(prompts, config, first=first, max_prompt=self.max_prompt)
@@ -163,17 +165,23 @@ class Decode:
         if self._unread:
             self._read_prompts()
         if not (all_new or self.done):
-            self._verify(state.first, self._draft())
-            for rung in range(state.first + 1, state.last + 1):
-                if not state.due(rung):
-                    break
-                self._verify(rung, state.pending(rung))
+            with nullcontext() if self.model.engine is None else torch_threads(1):
+                self._round()
         committed = state.committed_since(before_B)
         new_tokens = sum(len(part.tokens) for part in committed)
         self.stats.add_round(self.ladder, time.perf_counter() - began, new_tokens)
         if self.config.max_time is not None and self.stats.seconds >= self.config.max_time:
             state.stopped_B = np.ones_like(state.stopped_B)
         return committed
+
+    def _round(self) -> None:
+        """Draft, verify, and validate where it is due."""
+        state = self.state
+        self._verify(state.first, self._draft())
+        for rung in range(state.first + 1, state.last + 1):
+            if not state.due(rung):
+                break
+            self._verify(rung, state.pending(rung))
 
     def _read_prompts(self) -> None:
         """Let all rungs read the new prompts, and the full model add the first token of each, which
@@ -224,39 +232,6 @@ class Decode:
         self.sampler.record_free(rows_N[free_N], slots_N[free_N], tokens_N[free_N])
         return draft
 
-    def _draft_token(
-        self, tokens_BN: np.ndarray, length_B: np.ndarray, rows_B: np.ndarray, threshold: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Run the drafting rung for the next token of some rows, see `DraftStep`."""
-        began = time.perf_counter()
-        nothing = DraftTree.empty(len(rows_B))
-        upto_B = length_B - ~rows_B
-        scores_BCV = self._scores(0, tokens_BN, length_B, upto_B, nothing, drafting=True)
-        self._observe(tokens_BN, length_B, upto_B, scores_BCV)
-        scores_BV = scores_BCV[:, 0]
-        token_B = self.sampler.draw(scores_BV, length_B)
-        sure_B = np.ones_like(rows_B)
-        if threshold:
-            sure_B = self.sampler.confidence(scores_BV) >= threshold
-        self.stats.rungs[0].add_pass(time.perf_counter() - began)
-        return token_B, sure_B
-
-    def _draft_candidates(
-        self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Run the drafting rung over the last tokens of a tree of drafts, see `TreeStep`."""
-        began = time.perf_counter()
-        base_B = self.state.verified[self.state.first]
-        width = tree.parent_BN.shape[1]
-        skip = width + 1 - last
-        upto_B = base_B + np.where(rows_B, width, -1)
-        scores_BCV = self._scores(0, tokens_BN, base_B, upto_B, tree, skip=skip, drafting=True)
-        self._observe(tokens_BN, base_B, upto_B, scores_BCV, skip=skip)
-        positions_BC = base_B[:, None] + tree.depth_BC[:, skip:]
-        found = self.sampler.best(scores_BCV, positions_BC, count)
-        self.stats.rungs[0].add_pass(time.perf_counter() - began)
-        return found
-
     def _verify(self, rung: int, draft: DraftTree) -> None:
         """Let `rung` verify draft tokens, and add one token of its own to every row."""
         began = time.perf_counter()
@@ -266,10 +241,10 @@ class Decode:
         # is no input. A tree is run as a whole; its row has ended only if there are no drafts.
         idle_B = state.ends(base_B + draft.count_B if draft.chain else base_B)
         upto_B = base_B + draft.count_B - idle_B
-        scores_BCV = self._scores(rung, tokens_BN, base_B, upto_B, draft)
+        scores_BCV = self.scores(rung, tokens_BN, base_B, upto_B, draft)
         positions_BC = base_B[:, None] + draft.depth_BC[:, : scores_BCV.shape[1]]
         verified = self.sampler.verify(scores_BCV, positions_BC, draft)
-        self._observe(tokens_BN, base_B, upto_B, scores_BCV, verified)
+        self.observe(tokens_BN, base_B, upto_B, scores_BCV, verified)
         if not draft.chain:
             self._keep(base_B, verified)
 
@@ -291,7 +266,7 @@ class Decode:
             by_exit_B = draft.count_B - draft.free_BN.sum(1)
             self.drafter.verified(verified.accepted_B, by_exit_B)
 
-    def _scores(
+    def scores(
         self,
         rung: int,
         tokens_BN: np.ndarray,
@@ -324,7 +299,7 @@ class Decode:
             scores_BCV[rows, columns] = self.processors(prefix_NT.to(scores_BCV.device), scores_NV)
         return scores_BCV
 
-    def _observe(
+    def observe(
         self,
         tokens_BN: np.ndarray,
         base_B: np.ndarray,
@@ -333,7 +308,7 @@ class Decode:
         verified: Verified | None = None,
         skip: int = 0,
     ) -> None:
-        """Show the drafter the top candidates of a pass, as from `_scores`.
+        """Show the drafter the top candidates of a pass, as from `scores`.
 
         Where the same token occurs more than once, the one on the accepted path comes last, and
         stays in the drafter's table.

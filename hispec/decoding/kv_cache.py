@@ -72,6 +72,7 @@ class KVCache:
         """Rows [B * T] of the hidden states of the announced slots."""
         self._tree: _PlacedTree | None = None
         self._whole_B: np.ndarray | None = None
+        self.of_prompts = False
         self.visible = 0
         """Slots of a row that the current pass may see."""
 
@@ -113,11 +114,11 @@ class KVCache:
             self._tree = _PlacedTree(tree, base_B, self.device)
             visible = max(visible, int(base_B.max()) + tree.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
-        self._show(visible)
+        self.show(visible)
         return self._slots_BT if self._tree is None else self._tree.positions(self._slots_BT)
 
-    def _show(self, slots: int) -> None:
-        """Let the announced pass see so many slots, and a few more, which are all masked."""
+    def show(self, slots: int) -> None:
+        """Let a pass see so many slots, and a few more, which are all masked."""
         self._make_room(slots)
         self.visible = round_up(slots) if self._block is None else self._allocated
 
@@ -239,6 +240,15 @@ class KVCache:
         """Store the KV of the announced tokens, in the order of `buffers`."""
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         self._put(self._stacks[tuple(layers)], self._slots_BT, new_NBATE)
+
+    def put(self, layers: Sequence[int], first: int, new_NBATE: torch.Tensor) -> None:
+        """Store the KV of the only row's tokens in the slots from `first` on."""
+        stack = self._stacks[tuple(layers)]
+        stack[..., first : first + new_NBATE.shape[3], :] = new_NBATE
+
+    def put_hidden(self, segment: Segment, first: int, hidden_TH: torch.Tensor) -> None:
+        """Keep hidden states of the only row in the slots from `first` on."""
+        self._hidden[segment][first : first + len(hidden_TH)] = hidden_TH
 
     def _kv(self, layer: int) -> torch.Tensor:
         """Keys and values [2, B, heads, S, size] of a layer."""

@@ -47,8 +47,6 @@ class Ladder:
         self.draft_vocab = draft_vocab
         self.depths = tuple(depths)
         self.cache = KVCache(rows, capacity, model.device, *model.cache_layout())
-        self._dtype = self.cache.dtype
-        """Of the states that passes run on: of prompts, that of the weights."""
         self.segment_tokens = [0] * len(self.depths)
         """Tokens run through the segment that ends at each rung."""
         self.head_tokens = [0] * len(self.depths)
@@ -76,7 +74,7 @@ class Ladder:
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
-        self._dtype = self.model.hf.dtype
+        self.cache.of_prompts = True
         longest = int(upto_B.max())
         for stop in range(_FIRST_PREFILL, max(longest, 1) + _FIRST_PREFILL, _PREFILL):
             block_B = np.minimum(stop, upto_B)
@@ -86,7 +84,7 @@ class Ladder:
                     self._prefill_head(rung, block_B)
             if stop >= longest:
                 break
-        self._dtype = self.cache.dtype
+        self.cache.of_prompts = False
 
     def _prefill_head(self, rung: int, upto_B: np.ndarray) -> None:
         """Bring the blocks of a head to `upto` tokens; in short passes if they need a mask."""
@@ -250,7 +248,6 @@ class Ladder:
         else:
             hidden_BTH = self.cache.placed_hidden(("segment", rung - 1))
             from_depth = self.depths[rung - 1]
-        hidden_BTH = hidden_BTH.to(self._dtype)
         stops = [depth for depth in self.read_depths if from_depth < depth < self.depths[rung]]
         for to_depth in (*stops, self.depths[rung]):
             hidden_BTH = self.model.run(hidden_BTH, from_depth, to_depth, positions_BT, self.cache)
@@ -261,9 +258,8 @@ class Ladder:
 
     def _run_head(self, rung: int, positions_BT: torch.Tensor) -> None:
         """Run the blocks of a rung's exit head over the announced slots, and keep the states."""
-        hidden_BTH = self.cache.placed_hidden(("segment", rung)).to(self._dtype)
-        if (previous_BTH := self._previous(rung)) is not None:
-            previous_BTH = previous_BTH.to(self._dtype)
+        hidden_BTH = self.cache.placed_hidden(("segment", rung))
+        previous_BTH = self._previous(rung)
         depth = self.depths[rung]
         hidden_BTH = self.model.run_head(depth, hidden_BTH, positions_BT, self.cache, previous_BTH)
         self.cache.store_hidden(("head", rung), hidden_BTH)

@@ -26,7 +26,8 @@ _DIGEST = hashlib.sha256().digest_size
 _HEADER = 4096
 """Bytes before the content, so that it begins with a page of memory."""
 _SOURCES = [
-    Path(__file__).with_name(name) for name in ("graph.py", "openvino_graph.py", "tracing.py")
+    Path(__file__).with_name(f"{name}.py")
+    for name in ("graph", "head_step", "openvino_graph", "tracing")
 ]
 
 

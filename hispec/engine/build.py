@@ -45,7 +45,9 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
         )
         return None
     if not fits:
-        allowed = f"it runs float32, bf16 and float16 on a CPU, and this model is in {dtype} on {device}"
+        allowed = (
+            f"it runs float32, bf16 and float16 on a CPU, and this model is in {dtype} on {device}"
+        )
         check(backend == AUTO, "backend", backend, allowed)
         return None
     from hispec.engine.openvino_engine import OpenVinoEngine

@@ -1,10 +1,11 @@
 """The layers and the LM head as OpenVINO graphs: the engine for CPUs.
 
-The trunk is cut where exits are, so any ladder runs the same graphs. A piece is compiled twice: for
-one token, and for any number of rows and tokens. When sizes differ from those of the pass before,
-OpenVINO plans a graph anew, which takes 18 ms for 30 layers (docs/benchmarks.md). So passes of one
-token, which alternate with drafts, have a graph of their own, and others are padded to the size of
-the pass before if it is a little larger.
+The trunk is cut where exits are, so any ladder runs the same graphs. A piece is compiled twice. One
+graph is for up to four tokens of one row: OpenVINO's kernels take as long for four as for one, and
+twice as long for five (docs/benchmarks.md), so plain decoding and short drafts run it, padded to
+four. The other one is for any number of rows and tokens. When sizes differ from those of the pass
+before, OpenVINO plans a graph anew, which takes 18 ms for 30 layers; so passes are padded to the
+size of the pass before if that is a little larger.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from hispec.engine.graph import NAME, LayerGraph, Shape, layer_index
-from hispec.engine.openvino_graph import Graph, compile_module
+from hispec.engine.head_step import HeadStep
+from hispec.engine.openvino_graph import Graph, Sizes, compile_module
 from hispec.models.attention import PassCache, attention_by
 from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import additive_mask
 from hispec.utils.console import Progress
+from hispec.utils.threads import torch_threads
 
 Layers = Sequence[tuple[nn.Module, str]]
-_ONE, _ANY = (1, 1), (-1, -1)
+_FEW, _ANY = (1, 4), (-1, -1)
 """(rows, tokens) that a graph is compiled for."""
 _MOST = 32
-"""Tokens of a pass over all rows; the modules read more tokens as fast (docs/benchmarks.md)."""
+"""States that it turns into logits; the LM head reads more as fast (docs/benchmarks.md)."""
 _PADDING = 6
 """Tokens over all rows that a pass is padded by at most: so many take as long as a new size."""
 
@@ -61,8 +64,11 @@ class OpenVinoEngine:
         self._pieces: dict[tuple[int, int], _Piece] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         """(rows, tokens) of the last pass by its first layer, padding included."""
-        self._lm_heads: dict[int, tuple[Graph, int]] = {}
+        self._lm_heads: dict[int, tuple[list[Graph], int]] = {}
         """LM heads with the number of their rows, see `Engine.project`."""
+        self._head_steps: dict[int, HeadStep] = {}
+        self._inputs: _Inputs | None = None
+        self.threads = torch.get_num_threads()
         self._core = ov.Core()
         self.say: Callable[[str], None] = logging.getLogger(__name__).warning
         self._said = False
@@ -73,10 +79,11 @@ class OpenVinoEngine:
             self._weights = weights
             self._pieces.clear()
             self._lm_heads.clear()
+            self._head_steps.clear()
 
     def takes(self, states: torch.Tensor) -> bool:
-        """Whether it runs a pass with these states [..., H], or turns them into logits: those of
-        drafts yes, those of prompts no."""
+        """Whether it turns these states [..., H] into logits: a few, or all that the LM head in
+        half precision would round."""
         few = states.numel() <= _MOST * states.shape[-1] or self.model.hf.dtype != self.dtype
         return few and states.dtype == self.dtype and states.device.type == "cpu"
 
@@ -90,26 +97,42 @@ class OpenVinoEngine:
         """Hidden states [B, T, H] after some layers of the trunk, or after blocks of a head."""
         rows, tokens, _ = hidden_BTH.shape
         more = self._size(layer_index(layers[0][0]), rows, tokens) - tokens
+        hidden_BTH = hidden_BTH.to(self.dtype)
         if more:
             hidden_BTH = F.pad(hidden_BTH, (0, 0, 0, more))
-            positions_BT = F.pad(positions_BT, (0, more))
-        inputs = {
-            kind: (*self.model.rope(kind, hidden_BTH, positions_BT), self._mask(kind, cache, more))
-            for kind in dict.fromkeys(kind for _, kind in layers)
-        }
+        known = self._inputs
+        if known is None or not known.of(cache, positions_BT, more):
+            known = self._inputs = _Inputs(cache, positions_BT, more)
+        inputs = known.by_kind
+        for kind in {kind for _, kind in layers} - set(inputs):
+            positions = F.pad(positions_BT, (0, more)) if more else positions_BT
+            rope = self.model.rope(kind, hidden_BTH, positions)
+            inputs[kind] = *(part.contiguous() for part in rope), self._mask(kind, cache, more)
         for part in self._cut(layers):
             hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache, tokens)
         return hidden_BTH[:, :tokens]
 
     def project(self, normed: torch.Tensor, head: int) -> torch.Tensor:
         """Logits of normed states [..., H], see `Engine.project`."""
-        flat = normed.reshape(-1, normed.shape[-1]).contiguous()
-        graph, vocab_size = self._project(head)
+        flat = normed.reshape(-1, normed.shape[-1])
+        count, (graphs, vocab_size) = len(flat), self._project(head)
+        few = count <= _FEW[1]
+        if few:
+            flat = F.pad(flat, (0, 0, 0, _FEW[1] - count))
         logits = flat.new_empty(len(flat), vocab_size)
-        graph.set_input(0, flat)
+        graph = graphs[0 if few else 1]
+        graph.set_input(0, flat.contiguous())
         graph.set_output(0, logits)
         graph.infer()
-        return logits.view(*normed.shape[:-1], -1)
+        return logits[:count].view(*normed.shape[:-1], -1)
+
+    def head_step(self, depth: int) -> HeadStep:
+        """The step of a chain of drafts, see `Engine.head_step`."""
+        if depth not in self._head_steps:
+            own = self.model.head(depth).lm_head is not None
+            lm_head = _LMHead(self.model, depth if own else DRAFTING)
+            self._head_steps[depth] = HeadStep(self, depth, lm_head, _FEW[1])
+        return self._head_steps[depth]
 
     def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:
         """Compile or load all that the model needs; returns the files that keep it.
@@ -133,8 +156,8 @@ class OpenVinoEngine:
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
         """Tokens to run a pass with, from this layer on."""
-        if rows * tokens == 1:
-            return 1
+        if rows == _FEW[0] and tokens <= _FEW[1]:
+            return _FEW[1]
         before = self._sizes.get(first, (0, 0))
         if before[0] != rows or not 0 <= rows * (before[1] - tokens) <= _PADDING:
             self._sizes[first] = rows, tokens
@@ -152,25 +175,32 @@ class OpenVinoEngine:
         seen = torch.cat([slots_BTS, own_BTT], dim=-1)
         return additive_mask(seen, torch.float32, self.shape.heads_per_kv)
 
+    def _compiled(
+        self, module: nn.Module, example: Sequence[torch.Tensor], variants: Sequence[Sizes]
+    ) -> list[Graph]:
+        """Graphs of a module for inputs of several sizes."""
+        with torch_threads(self.threads):
+            config = self.model.hf.config
+            return compile_module(self._core, module, config, example, variants, self._announce)
+
     def _announce(self) -> None:
         """Say once that graphs are compiled."""
         if not self._said:
             self._said = True
             self.say("compiling for this machine, once; `hispec compile` does it ahead")
 
-    def _project(self, head: int) -> tuple[Graph, int]:
+    def _project(self, head: int) -> tuple[list[Graph], int]:
         if head not in self._lm_heads:
             config = self.model.hf.config
             example = torch.zeros(2, config.hidden_size)
             module = _LMHead(self.model, head).eval()
-            (graph,) = compile_module(
-                self._core, module, config, [example], [[[-1, config.hidden_size]]], self._announce
-            )
-            self._lm_heads[head] = graph, module.lm_head.out_features
+            sizes = [[[count, config.hidden_size]] for count in (_FEW[1], -1)]
+            graphs = self._compiled(module, [example], sizes)
+            self._lm_heads[head] = graphs, module.lm_head.out_features
         return self._lm_heads[head]
 
     def _head_graphs(self, head: int) -> list[Graph]:
-        return [self._project(head)[0]]
+        return self._project(head)[0]
 
     def _cut(self, layers: Layers) -> list[Layers]:
         """Layers of the trunk cut where states are read; the blocks of a head stay together."""
@@ -210,18 +240,16 @@ class _LMHead(nn.Module):
 
 
 class _Piece:
-    """A run of layers, compiled for one token and for any number of rows and tokens."""
+    """A run of layers, compiled for few tokens and for any number of rows and tokens."""
 
     def __init__(self, layers: Layers, engine: OpenVinoEngine) -> None:
         config = engine.model.hf.config
         self.shape = engine.shape
         self.layers = LayerGraph(layers).eval()
-        example, sizes = self.layers.example(self.shape), (_ONE, _ANY)
+        example, sizes = self.layers.example(self.shape), (_FEW, _ANY)
         variants = [self.layers.sizes(self.shape, *size) for size in sizes]
         with attention_by(config, NAME):
-            graphs = compile_module(
-                engine._core, self.layers, config, example, variants, engine._announce
-            )
+            graphs = engine._compiled(self.layers, example, variants)
         self.bound = {size: _Bound(graph) for size, graph in zip(sizes, graphs, strict=True)}
 
     def run(
@@ -234,11 +262,10 @@ class _Piece:
         """Hidden states [B, T, H] after the layers; the KV of the `real` first tokens goes to the
         cache."""
         rows, tokens, _ = hidden_BTH.shape
-        bound, shape = self.bound[_ONE if rows * tokens == 1 else _ANY], self.shape
+        bound, shape = self.bound[_FEW if (rows, tokens) == _FEW else _ANY], self.shape
         given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
-        given = [tensor.contiguous() for tensor in given]
         for i, tensor in enumerate(given):
-            bound.graph.set_input(i, tensor)
+            bound.graph.set_input(i, tensor.contiguous())
         indices = self.layers.indices
         if not bound.holds(cache):
             stack = cache.buffers(indices, shape.kv_heads, shape.head_size)
@@ -251,6 +278,21 @@ class _Piece:
         bound.graph.infer()
         cache.write(indices, new_NBATE[..., :real, :])
         return out_BTH
+
+
+class _Inputs:
+    """Rotary embeddings and masks of one announced pass, by attention type; the pieces of a trunk
+    share them."""
+
+    def __init__(self, cache: PassCache, positions_BT: torch.Tensor, padding: int) -> None:
+        self._cache = weakref.ref(cache)
+        self._positions_BT, self._padding = positions_BT, padding
+        self.by_kind: dict[str, tuple[torch.Tensor, ...]] = {}
+
+    def of(self, cache: PassCache, positions_BT: torch.Tensor, padding: int) -> bool:
+        """Whether they are those of this pass: every pass has its own tensor of positions."""
+        same = self._cache() is cache and self._positions_BT is positions_BT
+        return same and self._padding == padding
 
 
 class _Bound:

@@ -120,7 +120,7 @@ class _Product:
             weight = self._weight.float()
             if self._scale is not None:
                 weight = weight * self._scale
-            whole = F.linear(states, weight, self._bias)
+            whole = F.linear(states.float(), weight, self._bias)
             self._parts = [whole] if len(self._sizes) == 1 else whole.split(self._sizes, dim=-1)
         return self._parts[number]
 

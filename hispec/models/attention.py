@@ -83,6 +83,8 @@ class PassCache(Protocol):
 
     visible: int
     """Slots of a row that the announced pass may see."""
+    of_prompts: bool
+    """Whether passes read prompts: the modules run them, in the dtype of the weights."""
 
     def buffers(self, layers: Sequence[int], heads: int, size: int) -> torch.Tensor:
         """Keys and values of some layers in turn, [2 * layers, B, heads, S, size], for an engine:
@@ -90,6 +92,9 @@ class PassCache(Protocol):
 
     def write(self, layers: Sequence[int], new_NBATE: torch.Tensor) -> None:
         """Store the KV of the announced tokens, in the order of `buffers`."""
+
+    def put(self, layers: Sequence[int], first: int, new_NBATE: torch.Tensor) -> None:
+        """Store the KV of the only row's tokens in the slots from `first` on."""
 
     def seen_apart(self, reach: Reach) -> tuple[torch.Tensor, torch.Tensor]:
         """Which slots the tokens attend to besides those of the pass, bool [B, T, S], and which

@@ -16,10 +16,38 @@ WHOLE, DRAFTING = -1, -2
 """Parts of the LM head that an engine projects with."""
 
 
+class HeadStep(Protocol):
+    """The graph of a head that reads the token before, and the tensors that it reads and writes:
+    see `hispec.engine.head_step`."""
+
+    tokens: int
+    kinds: list[str]
+    embedding_1TH: torch.Tensor
+    before_1TH: torch.Tensor
+    rope: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    mask: dict[str, torch.Tensor]
+    own_1TH: torch.Tensor
+    hidden_1TH: torch.Tensor
+    best_1T: torch.Tensor
+    sure_1T: torch.Tensor
+
+    def bind(self, cache: PassCache) -> None:
+        """Read the keys and values of this cache, and make room for masks over its slots."""
+
+    def run(self) -> None:
+        """Compute the outputs from the inputs."""
+
+    def keep(self, cache: PassCache, first: int, count: int) -> None:
+        """Put the keys and values of the first `count` tokens into the slots from `first` on."""
+
+
 class Engine(Protocol):
     """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
 
     name: str
+    threads: int
+    """Those of its own. Between its passes torch uses one: two pools that take turns on the same
+    cores wait for each other, 6 ms at a time."""
     dtype: torch.dtype
     """Of the states that it computes with, whatever the dtype of the weights."""
     block: int
@@ -34,7 +62,7 @@ class Engine(Protocol):
         """Drop what was compiled from weights that have changed since; called before a decode."""
 
     def takes(self, states: torch.Tensor) -> bool:
-        """Whether it runs a pass with these states [..., H], or turns them into logits."""
+        """Whether it turns these states [..., H] into logits."""
 
     def run(
         self,
@@ -43,7 +71,11 @@ class Engine(Protocol):
         positions_BT: torch.Tensor,
         cache: PassCache,
     ) -> torch.Tensor:
-        """Hidden states [B, T, H] after these layers, each with its attention type."""
+        """Hidden states [B, T, H] after these layers, each with its attention type; passes that
+        read prompts are left to the modules."""
+
+    def head_step(self, depth: int) -> HeadStep:
+        """The step of a chain of drafts from the head at a depth, which reads the token before."""
 
     def project(self, normed: torch.Tensor, head: int) -> torch.Tensor:
         """Logits of normed states [..., H].

@@ -104,9 +104,7 @@ class ExitHead(nn.Module):
             return hidden_BTH
         if previous_BTH is None:
             previous_BTH = torch.zeros_like(hidden_BTH)
-        both = torch.cat([hidden_BTH, previous_BTH], -1)
-        mixed = self.mix(both.to(self.mix.weight.dtype))
-        out: torch.Tensor = hidden_BTH + mixed.to(hidden_BTH.dtype)
+        out: torch.Tensor = hidden_BTH + self.mix(torch.cat([hidden_BTH, previous_BTH], -1))
         return out
 
 

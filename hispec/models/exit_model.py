@@ -7,9 +7,9 @@ either picked up or fails by name.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -82,10 +82,8 @@ class ExitModel(nn.Module):
             index += len(head.blocks)
         self.draft_tokens: torch.Tensor | None
         self.register_buffer("draft_tokens", torch.arange(size) if size else None)
-        rotary = inspect.signature(hf.model.rotary_emb.forward).parameters
-        self._rope_by_type = "layer_type" in rotary
-        config = hf.config
-        self._heads_per_kv = config.num_attention_heads // config.num_key_value_heads
+        self._rope_by_type = "layer_type" in signature(hf.model.rotary_emb.forward).parameters
+        self._heads_per_kv = hf.config.num_attention_heads // hf.config.num_key_value_heads
         self._untrained = ExitHead()
         self.weights = FULL
         """`full`, or `int8` where `quantization` has rounded them."""
@@ -218,7 +216,9 @@ class ExitModel(nn.Module):
             keys: without a cache, what the layers call `update` of, see `models.unrolled`.
         """
         head = self.head(depth)
-        hidden_BTH = head.enter(hidden_BTH, previous_BTH)
+        dtype = self.hf.dtype  # a cache may keep states in another one
+        before_BTH = None if previous_BTH is None else previous_BTH.to(dtype)
+        hidden_BTH = head.enter(hidden_BTH.to(dtype), before_BTH)
         layers = list(zip(head.blocks, head.layer_types, strict=True))
         return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs, keys)
 
@@ -327,11 +327,12 @@ class ExitModel(nn.Module):
     ) -> torch.Tensor:
         if not layers:
             return hidden_BTH
-        if cache is not None and self.engine is not None and self.engine.takes(hidden_BTH):
-            assert positions_BT is not None
-            return self.engine.run(layers, hidden_BTH, positions_BT, cache)
-        inputs = dict(inputs or {})
-        document_BT = None
+        if cache is not None and self.engine is not None:
+            if not cache.of_prompts:
+                assert positions_BT is not None
+                return self.engine.run(layers, hidden_BTH, positions_BT, cache)
+            hidden_BTH = hidden_BTH.to(self.hf.dtype)  # what the cache keeps may be in another one
+        inputs, document_BT = dict(inputs or {}), None
         if positions_BT is None:
             positions_BT = all_positions(hidden_BTH)
         elif cache is None and not inputs:

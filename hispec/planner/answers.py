@@ -211,7 +211,6 @@ class Answers:
             else:
                 tokens_T = torch.tensor([self._token[node] for node in nodes])
                 hidden_1TH = self.model.embed(tokens_T[None].to(self.model.device))
-                hidden_1TH = hidden_1TH.to(self._forest.dtype)
             stops = [d for d in self.rungs.read_depths if before < d < depth]
             for stop in (*stops, depth):
                 hidden_1TH = self.model.run(hidden_1TH, before, stop, positions_1T, self._forest)

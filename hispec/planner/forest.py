@@ -47,7 +47,7 @@ class Forest(KVCache):
         whole_B: Any = None,
     ) -> torch.Tensor:
         super().place(slots_BT)
-        self._show(self.used)
+        self.show(self.used)
         assert self._slots_BT is not None
         return self._position_S[self._slots_BT]
 

@@ -113,7 +113,7 @@ class _KnownLadder(Ladder):
         observed: bool,
     ) -> None:
         super().__init__(answers.model, config.ladder, 1, 0, draft_vocab=config.draft_vocab)
-        self.cache = _NoCache(1, capacity, answers.model.device)
+        self.cache = _NoCache(1, capacity, answers.model.device, torch.float32)
         self.cache.clock = self.clock = clock
         self.answers = answers
         self.observed = observed

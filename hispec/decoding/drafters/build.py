@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from hispec.config import DecodeConfig
+from hispec.decoding.draft_steps import DraftSteps
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.base import Drafter, NoDrafter
-from hispec.decoding.drafters.exit_chain import DraftStep, ExitChain
-from hispec.decoding.drafters.exit_tree import ExitTree, TreeStep
+from hispec.decoding.drafters.exit_chain import ExitChain
+from hispec.decoding.drafters.exit_tree import ExitTree
 from hispec.decoding.drafters.lookup import Lookup
 from hispec.decoding.drafters.recycle import Recycle
 from hispec.decoding.state import TextView
@@ -44,15 +45,12 @@ class FreeAndExit(NoDrafter):
         self.free.observe(tokens_N, candidates_NK)
 
 
-def build_drafter(
-    config: DecodeConfig, rows: int, vocab_size: int, step: DraftStep, tree_step: TreeStep
-) -> Drafter:
+def build_drafter(config: DecodeConfig, rows: int, vocab_size: int, steps: DraftSteps) -> Drafter:
     """The drafter of a config; one that drafts nothing for plain decoding.
 
     Args:
         rows: prompts decoded together.
-        step: runs the drafting rung, for drafters with an exit.
-        tree_step: the same where it drafts trees.
+        steps: runs the drafting rung, for drafters with an exit.
     """
     free: Drafter = NoDrafter()
     if "lookup" in config.drafter:
@@ -63,7 +61,7 @@ def build_drafter(
         return free
     exit: ExitChain | ExitTree
     if config.exit_trees:
-        exit = ExitTree(config, rows, tree_step)
+        exit = ExitTree(config, rows, steps.candidates)
     else:
-        exit = ExitChain(config, rows, step)
+        exit = ExitChain(config, rows, steps)
     return exit if config.drafter == "exit" else FreeAndExit(free, exit)

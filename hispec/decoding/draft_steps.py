@@ -1,0 +1,87 @@
+"""How drafters with an exit run the drafting rung of a decode."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.head_chain import HeadChain
+
+if TYPE_CHECKING:
+    from hispec.decoding.decoder import Decode
+
+
+class DraftSteps:
+    """Runs the shallowest rung of a decode, for one token, one level of a tree, or a whole chain.
+
+    Every pass is counted for that rung.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._chain: HeadChain | None = None
+        self._chain_known = False
+
+    def token(
+        self, tokens_BN: np.ndarray, length_B: np.ndarray, rows_B: np.ndarray, threshold: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The next token of some rows: (token ids [B], whether their probability reached
+        `threshold` [B])."""
+        began = time.perf_counter()
+        decode = self._decode
+        nothing = DraftTree.empty(len(rows_B))
+        upto_B = length_B - ~rows_B
+        scores_BCV = decode.scores(0, tokens_BN, length_B, upto_B, nothing, drafting=True)
+        decode.observe(tokens_BN, length_B, upto_B, scores_BCV)
+        scores_BV = scores_BCV[:, 0]
+        token_B = decode.sampler.draw(scores_BV, length_B)
+        sure_B = np.ones_like(rows_B)
+        if threshold:
+            sure_B = decode.sampler.confidence(scores_BV) >= threshold
+        self._count(began)
+        return token_B, sure_B
+
+    def candidates(
+        self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable tokens behind the last tokens of a tree of drafts: (token ids
+        [B, last, count], their log-probabilities)."""
+        began = time.perf_counter()
+        decode = self._decode
+        base_B = decode.state.verified[decode.state.first]
+        width = tree.parent_BN.shape[1]
+        skip = width + 1 - last
+        upto_B = base_B + np.where(rows_B, width, -1)
+        scores_BCV = decode.scores(0, tokens_BN, base_B, upto_B, tree, skip=skip, drafting=True)
+        decode.observe(tokens_BN, base_B, upto_B, scores_BCV, skip=skip)
+        positions_BC = base_B[:, None] + tree.depth_BC[:, skip:]
+        found = decode.sampler.best(scores_BCV, positions_BC, count)
+        self._count(began)
+        return found
+
+    def chain(
+        self, tokens_N: np.ndarray, length: int, most: int, threshold: float
+    ) -> list[int] | None:
+        """A whole chain of drafts behind the first `length` tokens of the only row; None where it
+        has to be drafted token by token."""
+        began = time.perf_counter()
+        decode = self._decode
+        if not self._chain_known:
+            self._chain_known = True
+            free = decode.config.temperature == 0 and not decode.processors
+            if free and not decode.drafter.observes:
+                self._chain = HeadChain.of(decode.ladder)
+        if self._chain is None:
+            return None
+        drafts = self._chain.draft(tokens_N, length, most, threshold, decode.state.eos)
+        if drafts is not None:
+            self._count(began, len(drafts))
+        return drafts
+
+    def _count(self, began: float, passes: int = 1) -> None:
+        seconds = time.perf_counter() - began
+        for _ in range(passes):
+            self._decode.stats.rungs[0].add_pass(seconds / passes)

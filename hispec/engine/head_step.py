@@ -1,0 +1,121 @@
+"""A step of a chain of drafts as one graph: everything that a head at depth 0 computes for a token.
+
+Between two steps of a chain, the modules and the engine's other graphs need a hundred small
+operators: masks, rotary embeddings, states kept and read again, logits of the whole vocabulary.
+That takes longer than the step (docs/benchmarks.md). Here all of a step is in the graph, its inputs
+stay where they are, and what changes from step to step is written into them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hispec.engine.graph import NAME, LayerGraph
+from hispec.models.attention import PassCache, attention_by
+
+
+class HeadGraph(nn.Module):
+    """An exit head that reads the token before, as a function of tensors alone.
+
+    Inputs: embeddings and states of the tokens before, [1, T, H] each; then those of `LayerGraph`
+    behind its first. Outputs: what the head reads of these tokens in the next step [1, T, H]; its
+    states [1, T, H]; numbers [1, T] in the draft vocabulary of the most probable tokens; their
+    probabilities [1, T]; new keys and values as of `LayerGraph`.
+    """
+
+    def __init__(self, model: Any, depth: int, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.head = head = model.head(depth)
+        self.layers = LayerGraph(list(zip(head.blocks, head.layer_types, strict=True)))
+        self.lm_head = lm_head
+
+    def extra_repr(self) -> str:
+        """What the weights do not tell."""
+        return self.layers.extra_repr()
+
+    def forward(
+        self, embedding_1TH: torch.Tensor, before_1TH: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        entered = self.head.enter(embedding_1TH, before_1TH)
+        hidden_1TH, *new = self.layers(entered, *rest)
+        normed_1TH = self.head.norm(hidden_1TH)
+        logits_1TW = self.lm_head(normed_1TH)
+        best_1T = logits_1TW.argmax(-1)
+        others_1TW = logits_1TW - logits_1TW.amax(-1, keepdim=True)
+        return (
+            self.head.own(hidden_1TH, normed_1TH) + 0.0,  # an output of its own
+            hidden_1TH,
+            best_1T,
+            1 / others_1TW.exp().sum(-1),
+            *new,
+        )
+
+
+class HeadStep:
+    """A compiled `HeadGraph` for up to `tokens` tokens, with the tensors that it reads and writes.
+
+    Args:
+        engine: compiles it.
+        depth: of the head.
+        lm_head: from normed states to logits of the draft vocabulary.
+        tokens: T.
+    """
+
+    def __init__(self, engine: Any, depth: int, lm_head: nn.Module, tokens: int) -> None:
+        self.tokens = tokens
+        self._shape = shape = engine.shape
+        module = HeadGraph(engine.model, depth, lm_head).eval()
+        self._layers = layers = module.layers
+        state = [1, tokens, shape.hidden]
+        rest = layers.sizes(shape, 1, tokens)[1:]
+        example = layers.example(shape, 1)[1:]
+        given = [torch.randn(1, 3, shape.hidden) for _ in range(2)]
+        with attention_by(engine.model.hf.config, NAME):
+            (self._graph,) = engine._compiled(module, [*given, *example], [[state, state, *rest]])
+        self.kinds = layers.used_kinds
+        self.embedding_1TH, self.before_1TH = torch.zeros(state), torch.zeros(state)
+        size = 1, tokens, shape.head_size
+        self.rope = {kind: (torch.zeros(size), torch.zeros(size)) for kind in self.kinds}
+        self.mask: dict[str, torch.Tensor] = {}
+        """Additive masks [heads per KV head, T, slots + T] by attention type; see `bind`."""
+        self.own_1TH, self.hidden_1TH = torch.zeros(state), torch.zeros(state)
+        self.best_1T = torch.zeros(1, tokens, dtype=torch.long)
+        self.sure_1T = torch.zeros(1, tokens)
+        indices = layers.indices
+        new_size = 2 * len(indices), 1, shape.kv_heads, tokens, shape.head_size
+        self.new_NBATE = torch.zeros(new_size)
+        for i, tensor in enumerate((self.embedding_1TH, self.before_1TH)):
+            self._graph.set_input(i, tensor)
+        for i, kind in enumerate(self.kinds):
+            for j, tensor in enumerate(self.rope[kind]):
+                self._graph.set_input(2 + 3 * i + j, tensor)
+        outputs = self.own_1TH, self.hidden_1TH, self.best_1T, self.sure_1T, *self.new_NBATE
+        for i, tensor in enumerate(outputs):
+            self._graph.set_output(i, tensor)
+        self._bound: tuple[int, int] | None = None
+
+    def bind(self, cache: PassCache) -> None:
+        """Read the keys and values of this cache, and make room for masks over its slots."""
+        shape, indices = self._shape, self._layers.indices
+        stack = cache.buffers(indices, shape.kv_heads, shape.head_size)
+        bound = stack.data_ptr(), stack.shape[3]
+        if bound == self._bound:
+            return
+        self._bound, first = bound, 2 + 3 * len(self.kinds)
+        for i, buffer in enumerate(stack, first):
+            self._graph.set_input(i, buffer)
+        for i, kind in enumerate(self.kinds):
+            size = shape.heads_per_kv, self.tokens, stack.shape[3] + self.tokens
+            self.mask[kind] = torch.full(size, -torch.inf)
+            self._graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
+
+    def run(self) -> None:
+        """Compute the outputs from the inputs."""
+        self._graph.infer()
+
+    def keep(self, cache: PassCache, first: int, count: int) -> None:
+        """Put the keys and values of the first `count` tokens into the slots from `first` on."""
+        cache.put(self._layers.indices, first, self.new_NBATE[..., :count, :])

@@ -1,0 +1,108 @@
+"""A chain of drafts in one graph per step drafts what the ladder drafts token by token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import disturbed, tiny_hf
+
+from hispec.config import DecodeConfig, Eagle3, Exit, ExitConfig
+from hispec.decoding.decoder import Decode
+from hispec.decoding.head_chain import HeadChain
+from hispec.engine.openvino_engine import OpenVinoEngine
+from hispec.models.exit_model import ExitModel
+
+HEADS = {
+    "eagle3": Exit(0, head="eagle3"),
+    "eagle3.1": Exit(0, head="eagle3", eagle3=Eagle3(norm_output=True, fc_norm=True)),
+    "own rotary": Exit(0, head="eagle3", eagle3=Eagle3(rope_theta=500.0)),
+    "blocks": Exit(0, blocks=2, previous=True),
+}
+
+
+def model_of(family, head, draft_vocab=20):
+    exits = [head, Exit(depth=4, blocks=1, previous=True)]
+    model = disturbed(ExitModel(tiny_hf(family), ExitConfig(exits, draft_vocab=draft_vocab)).eval())
+    model.engine = OpenVinoEngine(model)
+    return model
+
+
+def decoded(model, prompt, monkeypatch, **settings):
+    """(text, counts of every rung, drafts that came as whole chains) with chains and without."""
+    found, whole = [], []
+    draft = HeadChain.draft
+
+    def counted(self, *args):
+        drafts = draft(self, *args)
+        whole.append(len(drafts or []))
+        return drafts
+
+    for of in (HeadChain.of, lambda ladder: None):
+        with monkeypatch.context() as patch:
+            patch.setattr(HeadChain, "of", of)
+            patch.setattr(HeadChain, "draft", counted)
+            run = Decode(model, [prompt], DecodeConfig(**settings))
+            (text,) = run.finish()
+        counts = asdict(run.stats)
+        for rung in counts["rungs"]:
+            del rung["seconds"]
+        found.append((text, counts["rungs"]))
+    return *found, whole
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_chains_draft_what_single_steps_draft(head, prompts, monkeypatch):
+    model = model_of("llama", HEADS[head])
+    for settings in (
+        {"ladder": [0, 6], "draft_length": 3},
+        {"ladder": [0, 6], "draft_length": 6, "draft_threshold": 0.06},
+        {"ladder": [0, 4, 6], "draft_length": 2},
+        {"ladder": [0, 6], "drafter": "lookup+exit", "max_draft_length": 5},
+    ):
+        for prompt in prompts:
+            whole, single, drafts = decoded(
+                model, prompt, monkeypatch, **settings, max_new_tokens=30, eos=(5,)
+            )
+            assert whole == single, settings
+            assert any(drafts), settings
+
+
+def test_every_family(family, prompts, monkeypatch):
+    """Sliding windows, too, and a cache that grows while drafts are made."""
+    model = model_of(family, HEADS["blocks" if family == "gemma3_text" else "eagle3"])
+    prompt = (prompts[1] * 60)[:120]
+    settings = {"ladder": [0, 6], "draft_length": 4, "max_new_tokens": 24}
+    whole, single, drafts = decoded(model, prompt, monkeypatch, **settings)
+    assert whole == single
+    assert sum(drafts) > 20
+
+
+def test_what_chains_are_not_made_for(prompts):
+    """Sampling, processors and several rows draft token by token."""
+    model = model_of("llama", HEADS["eagle3"])
+    common = {"ladder": [0, 6], "max_new_tokens": 8}
+    for settings in ({"temperature": 0.7}, {"repetition_penalty": 1.2}, {"draft_vocab": False}):
+        run = Decode(model, prompts[:1], DecodeConfig(**common, **settings))
+        run.finish()
+        assert run.drafter.steps._chain is None
+    run = Decode(model, prompts, DecodeConfig(**common))
+    run.finish()
+    assert run.drafter.steps._chain is None
+    model.engine = None
+    assert HeadChain.of(run.ladder) is None
+
+
+def test_another_decode_does_not_see_the_cache_of_the_one_before(prompts):
+    """The graph stays bound to a cache; each decode has its own."""
+    model = model_of("llama", HEADS["eagle3"])
+    config = DecodeConfig(ladder=[0, 6], draft_length=3, max_new_tokens=16)
+    first = [Decode(model, [prompt], config).finish() for prompt in prompts]
+    runs = [Decode(model, [prompt], config) for prompt in prompts]
+    while not all(run.done for run in runs):
+        for run in runs:
+            if not run.done:
+                run.step()
+    assert [[tokens for tokens, _ in run.outputs()] for run in runs] == first
+    assert torch.get_num_threads() == model.engine.threads
