@@ -20,9 +20,10 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from hispec.config import DecodeConfig
-from hispec.decoding.draft_steps import DraftSteps
+from hispec.decoding.draft_steps import Chain, DraftSteps
 from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.build import build_drafter
+from hispec.decoding.head_chain import HeadChain
 from hispec.decoding.inputs import check_admission, check_inputs, check_seed
 from hispec.decoding.ladder import Ladder, similar
 from hispec.decoding.sampling import processors
@@ -98,6 +99,10 @@ class Decode:
         """The rule of verification."""
         shape = (self.state.rows, self.state.reach, self.model.vocab_size)
         return build_sampler(self.config, shape, self.model.device, seeds)
+
+    def build_chain(self) -> Chain | None:
+        """What drafts whole chains of the shallowest rung at once, if it can."""
+        return HeadChain.of(self.ladder)
 
     @property
     def done(self) -> bool:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from hispec.decoding.draft_tree import DraftTree
-from hispec.decoding.head_chain import HeadChain
 
 if TYPE_CHECKING:
     from hispec.decoding.decoder import Decode
+
+
+class Chain(Protocol):
+    """Drafts a whole chain at once, see `hispec.decoding.head_chain`."""
+
+    def draft(
+        self, tokens_N: np.ndarray, length: int, most: int, threshold: float, eos: np.ndarray
+    ) -> list[int] | None:
+        """Draft tokens behind the first `length` of a text; None where single steps have to go
+        ahead."""
 
 
 class DraftSteps:
@@ -22,7 +31,7 @@ class DraftSteps:
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._chain: HeadChain | None = None
+        self._chain: Chain | None = None
         self._chain_known = False
 
     def token(
@@ -73,7 +82,7 @@ class DraftSteps:
             self._chain_known = True
             free = decode.config.temperature == 0 and not decode.processors
             if free and not decode.drafter.observes:
-                self._chain = HeadChain.of(decode.ladder)
+                self._chain = decode.build_chain()
         if self._chain is None:
             return None
         drafts = self._chain.draft(tokens_N, length, most, threshold, decode.state.eos)

@@ -28,13 +28,30 @@ class HeadChain:
         tokens = self.model.draft_tokens
         self._words = None if tokens is None else tokens.tolist()
 
+    @staticmethod
+    def possible(ladder: Ladder) -> bool:
+        """Whether the engine has a graph for the shallowest head of a ladder."""
+        model, depth = ladder.model, ladder.depths[0]
+        one = model.engine is not None and ladder.cache.rows == 1 and ladder.draft_vocab
+        return one and depth == 0 and model.reads_before(depth)
+
     @classmethod
     def of(cls, ladder: Ladder) -> HeadChain | None:
-        """The chain of a ladder; None where its engine has no graph for the shallowest head."""
-        engine, depth = ladder.model.engine, ladder.depths[0]
-        if engine is None or ladder.cache.rows > 1 or depth > 0 or not ladder.draft_vocab:
+        """The chain of a ladder; None where there is none."""
+        engine = ladder.model.engine
+        if engine is None or not cls.possible(ladder):
             return None
-        return cls(ladder, engine.head_step(depth)) if ladder.model.reads_before(depth) else None
+        return cls(ladder, engine.head_step(ladder.depths[0]))
+
+    @staticmethod
+    def ready(ladder: Ladder, length: int) -> bool:
+        """Whether a chain can go on from the first `length` tokens of a text: the full model has
+        run on all but the last, and no more are new to the head than a step takes."""
+        engine = ladder.model.engine
+        first = int(ladder.cache.length(("head", 0))[0])
+        known = int(ladder.cache.length(("segment", len(ladder.depths) - 1))[0])
+        few = engine is not None and 0 < length - first <= engine.few
+        return few and first > 0 and known >= length - 1
 
     def draft(
         self, tokens_N: np.ndarray, length: int, most: int, threshold: float, eos: np.ndarray
@@ -49,11 +66,11 @@ class HeadChain:
         """
         ladder, step = self.ladder, self.step
         cache = ladder.cache
-        head, full = ("head", 0), ("segment", len(ladder.depths) - 1)
-        first, known = int(cache.length(head)[0]), int(cache.length(full)[0])
-        count = length - first
-        if first == 0 or not 0 < count <= step.tokens or known < length - 1:
+        if not self.ready(ladder, length):
             return None
+        head, full = ("head", 0), ("segment", len(ladder.depths) - 1)
+        first = int(cache.length(head)[0])
+        count = length - first
         cache.show(length + most)
         step.bind(cache)
         slots_1T = torch.arange(first - 1, length - 1)[None]

@@ -54,6 +54,7 @@ class OpenVinoEngine:
     """
 
     name = "openvino"
+    few = _FEW[1]
     dtype = torch.float32
     block = 128
 

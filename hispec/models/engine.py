@@ -45,6 +45,8 @@ class Engine(Protocol):
     """Runs the cached passes of a model in place of its modules; see `hispec.engine`."""
 
     name: str
+    few: int
+    """Tokens of a pass that take as long as one; a step of a chain takes so many."""
     threads: int
     """Those of its own. Between its passes torch uses one: two pools that take turns on the same
     cores wait for each other, 6 ms at a time."""

@@ -18,10 +18,12 @@ import numpy as np
 import torch
 
 from hispec.decoding.drafters.recycle import CANDIDATES, compact, tree_template
+from hispec.decoding.head_chain import HeadChain
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import confidence, top_candidates
 from hispec.models.exit_model import ExitModel
 from hispec.utils.console import Progress
+from hispec.utils.threads import torch_threads
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Tokens of a pass for which it is measured; in between is interpolated."""
@@ -58,6 +60,11 @@ def reading(depth: int, drafting: bool) -> str:
     return f"{'draft ' if drafting else ''}logits {depth}"
 
 
+def chain(depth: int) -> str:
+    """Name of the part that drafts so many tokens in a chain, see `HeadChain`."""
+    return f"chain of drafts {depth}"
+
+
 CONFIDENCE, RANKING, KEEPING = "top probability", "candidates", "keeping a branch"
 
 
@@ -80,18 +87,20 @@ def measure_latency(
     """
     taken: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     bench: _Bench | None = None
+    threads = torch.get_num_threads() if model.engine is None else 1  # as in `Decode.step`
     for length in progress(
         [length for length in lengths for _ in range(repeats)], "timing the parts"
     ):
-        if bench is None or bench.length != length:
-            bench = _Bench(model, depths, length)
-            for _, call in bench.parts(1):  # warm-up
+        fresh = bench is None or bench.length != length
+        bench = _Bench(model, depths, length) if bench is None or fresh else bench
+        with torch_threads(threads):
+            for _, call in bench.parts(1) if fresh else ():  # warm-up
                 call()
-        for tokens in TOKENS:
-            for part, call in bench.parts(tokens):
-                began = now(model.device)
-                call()
-                taken[part][length, tokens].append(now(model.device) - began)
+            for tokens in TOKENS:
+                for part, call in bench.parts(tokens):
+                    began = now(model.device)
+                    call()
+                    taken[part][length, tokens].append(now(model.device) - began)
     seconds = {
         part: [[statistics.median(of[length, n]) for n in TOKENS] for length in lengths]
         for part, of in taken.items()
@@ -119,10 +128,13 @@ class _Bench:
         pairs = [*combinations(sorted({0, *depths}), 2), *([(0, 0)] if 0 in depths else [])]
         self.ladders = {pair: self._ladder(pair) for pair in pairs}
         self.full = self.ladders[0, depths[-1]]
+        self.chain = None
+        if 0 in depths and HeadChain.possible(ladder := self._ladder((0, depths[-1]), (0,))):
+            self.chain = HeadChain.of(ladder)
 
-    def _ladder(self, pair: tuple[int, int]) -> Ladder:
+    def _ladder(self, pair: tuple[int, int], before: tuple[int, ...] = ()) -> Ladder:
         """A ladder that holds the text; its last segment is the one between the two depths."""
-        rungs = [depth for depth in pair if depth] or [0]
+        rungs = [*before, *(depth for depth in pair if depth)] or [0]
         ladder = Ladder(self.model, rungs, 1, self.length + 2 * max(TOKENS))
         ladder.prefill(self.tokens_BN, self.held_B)
         return ladder
@@ -153,6 +165,10 @@ class _Bench:
             ladder.truncate(self.held_B)
             if not low:
                 yield from self._readings(high, ladder, tokens)
+        if (chain_ := self.chain) is not None:
+            text_N, none = self.tokens_BN[0], np.array([], dtype=np.int64)
+            chain_.ladder.truncate(self.held_B - 1)
+            yield chain(0), lambda: chain_.draft(text_N, self.length, tokens, 0.0, none)
         width = max(1, tokens - 1)
         path_BD = np.arange(1, width + 1)[None]
         yield KEEPING, lambda: self.full.cache.keep(base_B, path_BD)

@@ -17,13 +17,24 @@ import torch
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
+from hispec.decoding.draft_steps import Chain
 from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.head_chain import HeadChain
 from hispec.decoding.kv_cache import KVCache
 from hispec.decoding.ladder import Ladder
 from hispec.decoding.verification import MatchSampler, Sampler
 from hispec.models.exit_model import ExitModel
 from hispec.planner.answers import Answers
-from hispec.planner.latency import CONFIDENCE, KEEPING, RANKING, Latency, head, reading, segment
+from hispec.planner.latency import (
+    CONFIDENCE,
+    KEEPING,
+    RANKING,
+    Latency,
+    chain,
+    head,
+    reading,
+    segment,
+)
 
 
 @dataclass
@@ -88,6 +99,10 @@ class Replay(Decode):
 
     def _build_sampler(self, seeds: Any) -> Sampler:
         return _KnownSampler(self.config, self.clock)
+
+    def build_chain(self) -> Chain | None:
+        possible = HeadChain.possible(self.ladder)
+        return _KnownChain(self.ladder, self.clock) if possible else None
 
     @property
     def seconds(self) -> float:
@@ -199,6 +214,33 @@ class _KnownLadder(Ladder):
 
     def _run_head(self, rung: int, positions_BT: Any) -> None:
         self.clock.add(head(self.depths[rung], self._in_tree), self._width)
+
+
+class _KnownChain:
+    """Drafts as `HeadChain` does, token by token and from the answers."""
+
+    def __init__(self, ladder: Ladder, clock: Clock) -> None:
+        self.ladder, self.clock = ladder, clock
+
+    def draft(
+        self, tokens_N: np.ndarray, length: int, most: int, threshold: float, eos: np.ndarray
+    ) -> list[int] | None:
+        if not HeadChain.ready(self.ladder, length):
+            return None
+        began, text_BN = time.perf_counter(), tokens_N[None].copy()
+        modelled, spent = self.clock.modelled, self.clock.spent
+        drafts: list[int] = []
+        while True:
+            at_B = np.array([length + len(drafts) - 1])
+            answer = self.ladder.logits(0, text_BN, at_B, at_B + 1, drafting=True)[0, 0]
+            drafts.append(int(answer[0]))
+            if len(drafts) == most or float(answer[1]) < threshold or drafts[-1] in eos:
+                break
+            text_BN[0, length + len(drafts) - 1] = drafts[-1]
+        self.clock.modelled = modelled  # a step takes less than its parts
+        self.clock.add(chain(self.ladder.depths[0]), len(drafts))
+        self.clock.spent = spent + time.perf_counter() - began
+        return drafts
 
 
 class _NoCache(KVCache):

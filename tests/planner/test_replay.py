@@ -11,6 +11,7 @@ from test_properties import VOCAB, agreeing
 
 from hispec.config import DRAFTERS, DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
+from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.models.exit_model import ExitModel
 from hispec.planner.answers import Answers
 from hispec.planner.latency import measure_latency
@@ -56,6 +57,7 @@ MODELS = {
     "draft vocabulary": lambda: (reduced_model(), 61),
     "eagle3": lambda: (reading("llama", Exit(0, "eagle3", aux_depths=[1, 3, 5])), VOCAB),
     "eagle3, sliding windows": lambda: (reading("gemma3_text", Exit(0, "eagle3")), VOCAB),
+    "eagle3 as a graph": lambda: (compiled("llama", Exit(0, "eagle3")), VOCAB),
     "depth 0": lambda: (reading("qwen3", Exit(0, blocks=1, previous=True)), VOCAB),
     "depth 2 with the token before": lambda: (reading("llama", Exit(2, previous=True)), VOCAB),
 }
@@ -65,6 +67,13 @@ def reading(family: str, exit: Exit) -> ExitModel:
     """An exit whose head reads the token before, and one at 4 that does not."""
     exits = ExitConfig([exit, Exit(4, blocks=1)], draft_vocab=9)
     return disturbed(ExitModel(agreeing(family, "block").hf, exits).eval())
+
+
+def compiled(family: str, exit: Exit) -> ExitModel:
+    """The same on graphs; drafts come as whole chains then."""
+    model = reading(family, exit)
+    model.engine = OpenVinoEngine(model)
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
