@@ -108,10 +108,10 @@ class OpenVinoEngine:
         for kind in {kind for _, kind in layers} - set(inputs):
             positions = F.pad(positions_BT, (0, more)) if more else positions_BT
             rope = self.model.rope(kind, hidden_BTH, positions)
-            inputs[kind] = *(part.contiguous() for part in rope), self._mask(kind, cache, more)
+            inputs[kind] = *rope, self._mask(kind, cache, more)
         for part in self._cut(layers):
             hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache, tokens)
-        return hidden_BTH[:, :tokens]
+        return hidden_BTH[:, :tokens].clone()
 
     def project(self, normed: torch.Tensor, head: int) -> torch.Tensor:
         """Logits of normed states [..., H], see `Engine.project`."""
@@ -120,12 +120,11 @@ class OpenVinoEngine:
         few = count <= _FEW[1]
         if few:
             flat = F.pad(flat, (0, 0, 0, _FEW[1] - count))
-        logits = flat.new_empty(len(flat), vocab_size)
         graph = graphs[0 if few else 1]
-        graph.set_input(0, flat.contiguous())
-        graph.set_output(0, logits)
+        graph.copy_input(0, flat)
+        logits = graph.output(0, len(flat), vocab_size)
         graph.infer()
-        return logits[:count].view(*normed.shape[:-1], -1)
+        return logits[:count].clone().view(*normed.shape[:-1], -1)
 
     def head_step(self, depth: int) -> HeadStep:
         """The step of a chain of drafts, see `Engine.head_step`."""
@@ -266,14 +265,13 @@ class _Piece:
         bound, shape = self.bound[_FEW if (rows, tokens) == _FEW else _ANY], self.shape
         given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
         for i, tensor in enumerate(given):
-            bound.graph.set_input(i, tensor.contiguous())
+            bound.graph.copy_input(i, tensor)
         indices = self.layers.indices
         if not bound.holds(cache):
             stack = cache.buffers(indices, shape.kv_heads, shape.head_size)
             for i, buffer in enumerate(stack, len(given)):
                 bound.graph.set_input(i, buffer)
-        out_BTH = hidden_BTH.new_empty(rows, tokens, shape.hidden)
-        bound.graph.set_output(0, out_BTH)
+        out_BTH = bound.graph.output(0, rows, tokens, shape.hidden)
         size = 2 * len(indices), rows, shape.kv_heads, tokens, shape.head_size
         new_NBATE = bound.outputs(size)
         bound.graph.infer()
