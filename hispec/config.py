@@ -16,6 +16,8 @@ from hispec.utils.settings import check
 HEAD_KINDS = ("shared", "adapter", "block", "eagle3")
 DRAFTERS = ("exit", "lookup", "recycle", "lookup+exit", "recycle+exit")
 VERIFICATIONS = ("match", "rejection")
+BACKENDS = AUTO, EAGER, OPENVINO = "auto", "eager", "openvino"
+"""What runs cached passes, see `hispec.engine.build`."""
 OLD_NAMES = {"law": "verification"}
 """Names that settings had in earlier versions; calls from Python may still use them."""
 

@@ -23,11 +23,10 @@ from hispec.base_models.local import find_base, load_base
 from hispec.base_models.model_folder import load_tokenizer
 from hispec.checkpoint.format import is_checkpoint
 from hispec.checkpoint.io import load_checkpoint
-from hispec.config import DecodeConfig, ExitConfig, current_names
+from hispec.config import EAGER, DecodeConfig, ExitConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
-from hispec.engine.build import AUTO as AUTO_BACKEND
-from hispec.engine.build import EAGER, build_engine
+from hispec.engine.build import build_engine
 from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import FULL, INT8, WEIGHTS, quantize_linear
@@ -162,7 +161,7 @@ class EarlyExitLM:
         hf: PreTrainedModel,
         tokenizer: Any,
         exits: Sequence[int] = (),
-        backend: str = AUTO_BACKEND,
+        backend: str = AUTO,
     ) -> EarlyExitLM:
         """Wrap a loaded transformers model, every depth read through its final norm (LayerSkip).
 
@@ -327,7 +326,7 @@ def load(
     device: torch.device | str | None = None,
     exits: Sequence[int] | None = None,
     base: str | None = None,
-    backend: str = AUTO_BACKEND,
+    backend: str = AUTO,
     weights: str = FULL,
 ) -> EarlyExitLM:
     """Load an EE checkpoint, or a plain model whose depths are read through its final norm.

@@ -8,7 +8,7 @@ from typing import Annotated
 from omegaconf import MISSING
 from pydantic import Field
 
-from hispec.config import DRAFTERS
+from hispec.config import BACKENDS, DRAFTERS, EAGER
 from hispec.utils.limits import Seed, Temperature, Threads, at_most, ending_in, one_of
 from hispec.utils.schema import STRICT, validate
 from hispec.utils.settings import check
@@ -71,6 +71,9 @@ class Settings:
     samples. In half precision passes of another shape round differently, and texts differ at
     near-ties with who decodes beside; so a run only continues with the batch size and the drafter
     that it began with, and samples made after the stop may still be others than without it."""
+    backend: Annotated[str, one_of(*BACKENDS)] = EAGER
+    """What runs the passes, see `hispec.engine.build`. The modules are the default: with 64 rows in
+    bf16 they made 220 tokens/s where graphs, which compute in float32, made 185."""
     dtype: str = "auto"
     device: str | None = None
     threads: Threads | None = None

@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
         torch.set_num_threads(settings.threads)
     quiet_transformers()
     out = Output()
-    lm = load(settings.base, dtype=dtype, device=device)
+    lm = load(settings.base, dtype=dtype, device=device, backend=settings.backend)
     prompts, indices = plan(settings, lm)
     target = find_target(settings.base)
     file = SampleFile(Path(settings.output), made_by(settings, lm, target))

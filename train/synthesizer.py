@@ -31,8 +31,8 @@ from train.synthesis_settings import NO_DRAFTER, Settings
 _INVENTED = 1000  # samples, if no number and no prompts are given
 _TEMPLATE = 64  # tokens that a chat template is expected to add to the user's words, at most
 _NOT_OF_THE_TEXT = {  # settings that do not change the text of a sample
-    *("base", "output", "samples", "prompts", "drafter", "batch_size", "dtype", "device"),
-    "threads",
+    *("base", "output", "samples", "prompts", "drafter", "batch_size", "backend", "dtype"),
+    *("device", "threads"),
 }
 
 
@@ -79,7 +79,7 @@ def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict
     template = str(lm.tokenizer.chat_template or "")
     dtype = str(lm.model.hf.dtype).removeprefix("torch.")
     if dtype != "float32":  # the shape of a pass may decide a near-tie
-        keys.update(batch_size=settings.batch_size, drafter=settings.drafter)
+        keys.update({key: getattr(settings, key) for key in ("batch_size", "drafter", "backend")})
     return {
         **keys,
         "prompts": sha256(Path(settings.prompts)) if settings.prompts else None,

@@ -123,7 +123,7 @@ def compile_checkpoint(
     weights: Weights = "full",
 ) -> None:
     """Compile the passes of a model for this machine ahead of its first decode."""
-    from hispec.engine.build import OPENVINO
+    from hispec.config import OPENVINO
 
     quiet_transformers()
     lm = load_model(

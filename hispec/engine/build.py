@@ -6,12 +6,11 @@ from importlib.util import find_spec
 
 import torch
 
+from hispec.config import AUTO, BACKENDS, EAGER
 from hispec.models.engine import Engine
 from hispec.models.exit_model import ExitModel
 from hispec.utils.settings import check
 
-AUTO, EAGER, OPENVINO = "auto", "eager", "openvino"
-BACKENDS = AUTO, EAGER, OPENVINO
 HALF = torch.bfloat16, torch.float16
 _WORTHWHILE = 20_000_000
 """Parameters from which on `auto` compiles: it takes seconds."""

@@ -74,7 +74,7 @@ class HeadStep:
         example = layers.example(shape, 1)[1:]
         given = [torch.randn(1, 3, shape.hidden) for _ in range(2)]
         with attention_by(engine.model.hf.config, NAME):
-            (self._graph,) = engine._compiled(module, [*given, *example], [[state, state, *rest]])
+            (self.graph,) = engine._compiled(module, [*given, *example], [[state, state, *rest]])
         self.kinds = layers.used_kinds
         self.embedding_1TH, self.before_1TH = torch.zeros(state), torch.zeros(state)
         size = 1, tokens, shape.head_size
@@ -88,13 +88,13 @@ class HeadStep:
         new_size = 2 * len(indices), 1, shape.kv_heads, tokens, shape.head_size
         self.new_NBATE = torch.zeros(new_size)
         for i, tensor in enumerate((self.embedding_1TH, self.before_1TH)):
-            self._graph.set_input(i, tensor)
+            self.graph.set_input(i, tensor)
         for i, kind in enumerate(self.kinds):
             for j, tensor in enumerate(self.rope[kind]):
-                self._graph.set_input(2 + 3 * i + j, tensor)
+                self.graph.set_input(2 + 3 * i + j, tensor)
         outputs = self.own_1TH, self.hidden_1TH, self.best_1T, self.sure_1T, *self.new_NBATE
         for i, tensor in enumerate(outputs):
-            self._graph.set_output(i, tensor)
+            self.graph.set_output(i, tensor)
         self._bound: tuple[int, int] | None = None
 
     def bind(self, cache: PassCache) -> None:
@@ -106,15 +106,15 @@ class HeadStep:
             return
         self._bound, first = bound, 2 + 3 * len(self.kinds)
         for i, buffer in enumerate(stack, first):
-            self._graph.set_input(i, buffer)
+            self.graph.set_input(i, buffer)
         for i, kind in enumerate(self.kinds):
             size = shape.heads_per_kv, self.tokens, stack.shape[3] + self.tokens
             self.mask[kind] = torch.full(size, -torch.inf)
-            self._graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
+            self.graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
 
     def run(self) -> None:
         """Compute the outputs from the inputs."""
-        self._graph.infer()
+        self.graph.infer()
 
     def keep(self, cache: PassCache, first: int, count: int) -> None:
         """Put the keys and values of the first `count` tokens into the slots from `first` on."""

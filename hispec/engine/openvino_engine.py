@@ -151,6 +151,8 @@ class OpenVinoEngine:
         lm_heads = [WHOLE] if model.draft_tokens is None else [WHOLE, DRAFTING]
         lm_heads += [d for d in model.exits.depths if model.head(d).lm_head is not None]
         todo += [partial(self._head_graphs, head) for head in lm_heads]
+        chains = [depth for depth in model.exits.depths if depth == 0 and model.reads_before(depth)]
+        todo += [partial(self._step_graphs, depth) for depth in chains]
         paths = [graph.path for graphs in progress(todo, "compiling") for graph in graphs()]
         return list(dict.fromkeys(paths))
 
@@ -201,6 +203,9 @@ class OpenVinoEngine:
 
     def _head_graphs(self, head: int) -> list[Graph]:
         return self._project(head)[0]
+
+    def _step_graphs(self, depth: int) -> list[Graph]:
+        return [self.head_step(depth).graph]
 
     def _cut(self, layers: Layers) -> list[Layers]:
         """Layers of the trunk cut where states are read; the blocks of a head stay together."""

@@ -95,7 +95,7 @@ def test_exits_at_depth_0_run_as_graphs(family, kind, prompts):
     assert texts(model, prompts, {"ladder": [0, 6], "draft_length": 3}) == expected
     cuts = len(model.cuts()) + 1 - (0 in model.cuts())
     lm_heads = 3 if kind == "eagle3" else 2
-    assert len(model.engine.compile()) == cuts + 1 + lm_heads
+    assert len(model.engine.compile()) == cuts + 1 + lm_heads + 1  # the last one is for chains
 
 
 def halved(model, dtype=torch.bfloat16):
