@@ -201,6 +201,12 @@ class DecodeConfig:
         int, Field(ge=1), at_most(512, "one pass verifies all of them, mostly in vain")
     ] = 8
     """Tokens that a lookup proposes."""
+    max_lookup_length: (
+        Annotated[int, Field(ge=1), at_most(512, "one pass verifies all of them, mostly in vain")]
+        | None
+    ) = None
+    """Tokens that it proposes where all of the one before was accepted, as while a text is copied.
+    Default: `lookup_length`."""
     lookup_ngram: Annotated[
         int, Field(ge=1), at_most(1024, "each round compares that many tokens with all before")
     ] = 4
@@ -248,9 +254,10 @@ class DecodeConfig:
     def most_drafted(self) -> int:
         """Most draft tokens that one round writes behind the verified ones."""
         steps = max(self.draft_length, self.max_draft_length or 0)
+        lookup = max(self.lookup_length, self.max_lookup_length or 0)
         if not self.exit_trees:
-            return max(steps, self.lookup_length, self.tree_tokens)
-        free = {"lookup": self.lookup_length, "recycle": self.tree_tokens}
+            return max(steps, lookup, self.tree_tokens)
+        free = {"lookup": lookup, "recycle": self.tree_tokens}
         joined = self.tree_tokens + free.get(self.drafter.split("+")[0], 0)
         return max(joined, (steps - 1) * self.draft_width)
 

@@ -37,7 +37,7 @@ from hispec.utils.schema import STRICT, validate
 from hispec.utils.settings import check
 
 PLAIN, AUTO = "plain", "auto"
-_FREE = {"drafter", "lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"}
+_FREE = {"drafter", "tree_tokens", *(key for key in PLANNED if "lookup" in key)}
 """Settings of free drafts, which no exit makes."""
 
 

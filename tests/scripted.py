@@ -64,6 +64,7 @@ class ScriptedModel:
 
     backend = "eager"
     weights = "full"
+    engine = None
     hf = SimpleNamespace(dtype=torch.float32)
 
     def __init__(self, *says: Says) -> None:

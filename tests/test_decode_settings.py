@@ -86,6 +86,7 @@ VALID = st.fixed_dictionaries(
         "draft_threshold": st.floats(0, 1),
         "draft_vocab": st.booleans(),
         "lookup_length": counts(512),
+        "max_lookup_length": st.none() | counts(512),
         "lookup_ngram": counts(1024),
         "tree_tokens": counts(512),
         "buffer": counts(1024),

@@ -38,6 +38,9 @@ def generate(
         int | None, typer.Option(help="tokens an exit drafts per step; above 1 a tree (1)")
     ] = None,
     lookup_length: Annotated[int | None, typer.Option(help="tokens a lookup proposes (8)")] = None,
+    max_lookup_length: Annotated[
+        int | None, typer.Option(help="and after one that was accepted whole")
+    ] = None,
     tree_tokens: Annotated[int | None, typer.Option(help="tokens of a draft tree (15)")] = None,
     buffer: Annotated[
         int | None, typer.Option(help="pending tokens that start the next deeper rung (4)")
@@ -89,6 +92,7 @@ def generate(
         "draft_threshold": draft_threshold,
         "draft_width": draft_width,
         "lookup_length": lookup_length,
+        "max_lookup_length": max_lookup_length,
         "tree_tokens": tree_tokens,
         "buffer": buffer,
         "buffer_threshold": buffer_threshold,

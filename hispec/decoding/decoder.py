@@ -268,8 +268,8 @@ class Decode:
         elif self.config.buffer_threshold:
             state.unsure[rung] = state.unsure[rung] | self._unsure(scores_BCV, verified)
         if rung == state.first and draft.count_B.any():
-            by_exit_B = draft.count_B - draft.free_BN.sum(1)
-            self.drafter.verified(verified.accepted_B, by_exit_B)
+            free_B = draft.free_BN.sum(1)
+            self.drafter.verified(verified.accepted_B, draft.count_B - free_B, free_B)
 
     def scores(
         self,

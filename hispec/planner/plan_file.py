@@ -25,7 +25,7 @@ FORMAT = 1
 PLANNED = (
     *("drafter", "draft_length", "max_draft_length", "draft_threshold"),
     *("draft_width", "draft_vocab"),
-    *("lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
+    *("lookup_length", "max_lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
     *("buffer", "buffer_threshold"),
 )
 """Settings that a plan may choose, besides the ladder: those that do not change the text."""

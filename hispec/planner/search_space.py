@@ -28,7 +28,10 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
             tried = [{**setting, key: value} for setting in tried for value in values]
         found.extend(tried)
 
-    add((full,), "lookup", lookup_length=(4, 8, 12), lookup_shortest=(1, 2))
+    # three drafts and the token before them fill a pass of four, which costs as much as one of one
+    add((full,), "lookup", lookup_length=(3, 8), lookup_shortest=(1, 2))
+    grown = dict(lookup_length=(3,), max_lookup_length=(8, 15))
+    add((full,), "lookup", **grown, lookup_shortest=(1, 2))
     add((full,), "recycle", tree_tokens=(7, 15, 25))
     for verify in exits:
         if not verify:  # a head at depth 0 drafts well for its cost, and verifies badly
@@ -40,7 +43,9 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
         ladder = (draft, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
         add(ladder, "exit", draft_length=(4, LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
-        add(ladder, "lookup+exit", lookup_length=(4, 8), draft_length=(1, 2, 3))
+        add(ladder, "exit", draft_width=(2,), draft_length=(2,), tree_tokens=(3,))
+        add(ladder, "lookup+exit", **grown, lookup_shortest=(2, 3), draft_length=(2, 3))
+        add(ladder, "lookup+exit", lookup_length=(8,), draft_length=(1, 3))
         add(ladder, "recycle+exit", tree_tokens=(7, 15), draft_length=(1, 2))
         add(ladder, "exit", draft_width=(2, 4), draft_length=(2, 3, 5), tree_tokens=(7, 15))
         add(ladder, "exit", draft_width=(4,), draft_length=(6,), draft_threshold=(0.05, 0.1))

@@ -82,6 +82,7 @@ def configs(draw) -> DecodeConfig:
         draft_threshold=draw(st.sampled_from([0.0, 0.3, 0.9])),
         draft_width=draw(st.sampled_from([1, 1, 2, 3, 5])),
         lookup_length=draw(st.integers(1, 7)),
+        max_lookup_length=draw(st.none() | st.integers(1, 12)),
         lookup_shortest=shortest,
         lookup_ngram=draw(st.integers(shortest, 4)),
         tree_tokens=draw(st.integers(1, 12)),

@@ -43,6 +43,15 @@ def test_lookups_are_verified_and_validated(ladder, text, new_tokens, wrong, exp
     assert done == (text[6 : 6 + new_tokens], expected)
 
 
+def test_a_lookup_that_was_accepted_whole_is_followed_by_a_longer_one():
+    # 7; 2 of 2 and one more: 10. Then 6 are proposed: b c accepted, x added: 13. Nothing matches
+    # until the b at 15. c x proposed, 2 again: c accepted, a added: 18. One more: 19.
+    text = "abcabcabcabcxyabcabc"
+    settings = {**LOOKUP, "lookup_length": 2, "max_lookup_length": 6}
+    done = play("abcabc", [follows("")] * 2 + [follows(text)], (3,), max_new_tokens=13, **settings)
+    assert done == (text[6:19], Counts([8], (10, 5), [], [23]))
+
+
 @pytest.mark.parametrize(
     ("ladder", "verifier", "text", "limit", "expected"),
     [

@@ -31,6 +31,7 @@ def random_config(chance: random.Random, vocab: int, depths, full=6) -> DecodeCo
         draft_threshold=chance.choice([0.0, 0.0, 0.3, 0.9]),
         draft_width=chance.choice([1, 2, 4, 8]),
         lookup_length=chance.randint(1, 8),
+        max_lookup_length=chance.choice([None, None, 12]),
         lookup_shortest=chance.randint(1, 2),
         tree_tokens=chance.randint(1, 15),
         buffer=chance.randint(1, 8),

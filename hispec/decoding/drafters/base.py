@@ -26,8 +26,9 @@ class Drafter(Protocol):
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         """Returns draft tokens for some of the rows; a row without any is decoded plainly."""
 
-    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        """Receives how many draft tokens the first verifying rung accepted of how many."""
+    def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
+        """Receives how many draft tokens the first verifying rung accepted, of how many that an
+        exit and that a free drafter proposed."""
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         """Receives the top candidates that a rung computed after each of `tokens`, best first."""
@@ -45,7 +46,7 @@ class NoDrafter:
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         return DraftTree.empty(len(rows_B))
 
-    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
+    def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
         pass
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
@@ -78,10 +79,13 @@ class ExitDrafter(NoDrafter):
         self.length_B = np.where(proposed_B > 0, length_B.clip(1, self.longest), self.length_B)
 
 
-def free_chain(text: TextView, tokens_BN: np.ndarray, rows_B: np.ndarray) -> DraftTree:
-    """Tokens [B, N] as free drafts of some rows, cut after an end of text and at the limit."""
+def free_chain(
+    text: TextView, tokens_BN: np.ndarray, rows_B: np.ndarray, most_B: np.ndarray
+) -> DraftTree:
+    """Tokens [B, N] as free drafts of some rows, cut after an end of text and at two limits: what
+    the text has room for, and `most`."""
     ended_BN = np.isin(tokens_BN, text.eos)
     after_end_BN = np.cumsum(ended_BN, axis=1) - ended_BN > 0
-    inside_BN = np.arange(tokens_BN.shape[1]) < text.room_B[:, None]
+    inside_BN = np.arange(tokens_BN.shape[1]) < np.minimum(text.room_B, most_B)[:, None]
     count_B = (rows_B[:, None] & inside_BN & ~after_end_BN).sum(1)
     return DraftTree.chain_of(tokens_BN, count_B, free_B=rows_B)

@@ -38,8 +38,9 @@ class FreeAndExit(NoDrafter):
         rest_B = rows_B & (free.count_B == 0)
         return free.merge(self.exit.propose(text, rest_B)) if rest_B.any() else free
 
-    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        self.exit.verified(accepted_B, proposed_B)
+    def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
+        self.free.verified(accepted_B, by_exit_B, free_B)
+        self.exit.verified(accepted_B, by_exit_B, free_B)
 
     def observe(self, tokens_N: np.ndarray, candidates_NK: np.ndarray) -> None:
         self.free.observe(tokens_N, candidates_NK)
@@ -54,7 +55,7 @@ def build_drafter(config: DecodeConfig, rows: int, vocab_size: int, steps: Draft
     """
     free: Drafter = NoDrafter()
     if "lookup" in config.drafter:
-        free = Lookup(config)
+        free = Lookup(config, rows)
     elif "recycle" in config.drafter:
         free = Recycle(config, vocab_size)
     if "exit" not in config.drafter or len(config.ladder) == 1:

@@ -64,5 +64,5 @@ class ExitChain(ExitDrafter):
         most = int(min(self.length_B[0], text.room_B[0]))
         return self.steps.chain(text.tokens_BN[0], int(text.length_B[0]), most, self.threshold)
 
-    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        self.follow(accepted_B == proposed_B, proposed_B)
+    def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
+        self.follow(accepted_B == by_exit_B, by_exit_B)

@@ -80,8 +80,8 @@ class ExitTree(ExitDrafter):
             tokens_BN[every_B1, slots_BC] = found.tokens_BC[every_B1, front_BC]
         return found.best(self.most)
 
-    def verified(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
-        self.follow(accepted_B >= self.length_B, proposed_B)
+    def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
+        self.follow(accepted_B >= self.length_B, by_exit_B)
 
 
 class _Candidates:

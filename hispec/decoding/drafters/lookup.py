@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hispec.config import DecodeConfig
@@ -14,13 +16,23 @@ class Lookup(NoDrafter):
     """Proposes what followed the last tokens where they occurred before, in prompt or output.
 
     The longest match wins, then the latest. Where the match overlaps the end of the text, the text
-    is continued periodically.
+    is continued periodically. With `max_lookup_length` a row proposes more after a proposal that
+    was accepted whole.
     """
 
-    def __init__(self, config: DecodeConfig) -> None:
+    def __init__(self, config: DecodeConfig, rows: int) -> None:
         self.length = config.lookup_length
+        self.more = config.max_lookup_length or self.length
+        self.length_B = np.full(rows, self.length)
         self.longest = config.lookup_ngram
         self.shortest = config.lookup_shortest
+
+    def begin(self, text: TextView, rows: Sequence[int]) -> None:
+        self.length_B[rows] = self.length
+
+    def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
+        length_B = np.where(accepted_B >= free_B, self.more, self.length)
+        self.length_B = np.where(free_B > 0, length_B, self.length_B)
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         source_B = find_ngram(text.tokens_BN, text.length_B, self.longest, self.shortest)
@@ -28,9 +40,10 @@ class Lookup(NoDrafter):
         if not found_B.any():
             return DraftTree.empty(len(rows_B))
         period_B1 = np.where(found_B, text.length_B - source_B, 1)[:, None]
-        from_BN = source_B[:, None] + np.arange(self.length) % period_B1
+        longest = int(self.length_B[found_B].max())
+        from_BN = source_B[:, None] + np.arange(longest) % period_B1
         tokens_BN = np.take_along_axis(text.tokens_BN, from_BN.clip(0), axis=1)
-        return free_chain(text, tokens_BN, found_B)
+        return free_chain(text, tokens_BN, found_B, self.length_B)
 
 
 def find_ngram(
