@@ -2,10 +2,10 @@
 
 A pass reads some tokens after a text and ends with the argmax of their logits. transformers'
 forward, our modules (`eager`) and the compiled graphs (`openvino`, where they can run the model)
-take turns, so that a slow spell of the machine affects all of them. Beside them stands what the
-bytes of a pass would take at the memory bandwidth measured in the same run: weights once, in as
-many bits as the graphs hold them, keys and values once. Prints a table of medians in ms, and ends
-with one JSON line.
+take turns, so that a slow spell of the machine affects all of them; so does a chain of three drafts
+where the checkpoint has a head at depth 0. Beside them stands what the bytes of a pass would take
+at the memory bandwidth measured in the same run: weights once, in as many bits as the graphs hold
+them, keys and values once. Prints a table of medians in ms, and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main(words: Sequence[str]) -> None:
     import torch
     from rich.table import Table
 
-    from hispec.engine.build import AUTO, build_engine
+    from hispec.config import AUTO
+    from hispec.engine.build import build_engine
     from hispec.lm import load
 
     settings = resolve(Settings, overrides=words)
@@ -84,8 +85,10 @@ def main(words: Sequence[str]) -> None:
             jobs = {"generate's forward": _forward(model, length, tokens)}
             for name, of in engines.items():
                 jobs[name] = _own(model, of, length, tokens)
+            if (chain := _chain(model, engine, length)) is not None:
+                jobs["chain of 3 drafts"] = chain
             found, bandwidth = _medians(jobs, settings.repeats, f"{tokens} after {length}")
-            size = weight_bytes + _kv_bytes(model, length)
+            size = weight_bytes + _kv_bytes(model, length, engine)
             rows.append({"length": length, "tokens": tokens, "ms": found, "bytes": size})
             rows[-1]["gigabytes_per_second"] = bandwidth / 1e9
             rows[-1]["bytes_alone_ms"] = 1e3 * size / bandwidth
@@ -140,13 +143,13 @@ def _weight_bytes(model: ExitModel, *, held: bool) -> int:
     return size
 
 
-def _kv_bytes(model: ExitModel, length: int) -> int:
+def _kv_bytes(model: ExitModel, length: int, engine: Engine | None) -> int:
     """Bytes of the keys and values of the text."""
     from hispec.engine.graph import Shape
 
     shape = Shape.of(model.hf.config)
     kv = 2 * model.num_layers * shape.kv_heads * shape.head_size * length
-    return kv * model.hf.lm_head.weight.element_size()
+    return kv * (model.hf.dtype if engine is None else engine.dtype).itemsize
 
 
 def _tokens(model: ExitModel, count: int) -> torch.Tensor:
@@ -185,6 +188,7 @@ def _own(model: ExitModel, engine: Engine | None, length: int, tokens: int) -> C
     import torch
 
     from hispec.decoding.ladder import Ladder
+    from hispec.utils.threads import torch_threads
 
     model.engine = engine
     text = _tokens(model, length + tokens).numpy()
@@ -193,13 +197,47 @@ def _own(model: ExitModel, engine: Engine | None, length: int, tokens: int) -> C
     with torch.inference_mode():
         ladder.prefill(text, held)
 
+    threads = torch.get_num_threads() if engine is None else 1  # as in a decode
+
     @torch.inference_mode()
     def run() -> float:
         model.engine = engine
         ladder.truncate(held)
-        began = time.perf_counter()
-        ladder.logits(0, text, held, upto).argmax(-1)
-        return time.perf_counter() - began
+        with torch_threads(threads):
+            began = time.perf_counter()
+            ladder.logits(0, text, held, upto).argmax(-1)
+            return time.perf_counter() - began
+
+    return run
+
+
+def _chain(model: ExitModel, engine: Engine | None, length: int) -> Callable[[], float] | None:
+    """Times a chain of three drafts from a head at depth 0; None where there is none."""
+    import numpy as np
+    import torch
+
+    from hispec.decoding.head_chain import HeadChain
+    from hispec.decoding.ladder import Ladder
+    from hispec.utils.threads import torch_threads
+
+    model.engine = engine
+    if 0 not in model.exits.depths:
+        return None
+    text = _tokens(model, length).numpy()
+    ladder = Ladder(model, [0, model.num_layers], 1, length + 8)
+    if (chain := HeadChain.of(ladder)) is None:
+        return None
+    held = np.array([length - 1])
+    with torch.inference_mode():
+        ladder.prefill(text, np.array([length]))
+
+    @torch.inference_mode()
+    def run() -> float:
+        ladder.truncate(held)
+        with torch_threads(1):
+            began = time.perf_counter()
+            chain.draft(text[0], length, 3, 0.0, np.array([]))
+            return time.perf_counter() - began
 
     return run
 
