@@ -49,7 +49,7 @@ class DecodeResult:
     tokens: list[list[int]]
     """New token ids, the one that ended the text included."""
     depths: list[list[int]]
-    """For each new token, the depth of the rung that produced it; 0 for a free draft."""
+    """For each new token, the depth of the rung that produced it; -1 for a free draft."""
     stats: DecodeStats
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hispec.decoding.decoder import Decode
+from hispec.decoding.state import FREE
 from hispec.decoding.stats import DecodeStats
 from hispec.lm import EarlyExitLM
 from hispec.metrics.equivalence import first_difference, hf_generate
@@ -19,8 +20,8 @@ _FINAL, _FREE = "green", "bright_black"
 
 def colour(depth: int, ladder: tuple[int, ...]) -> str:
     """Style of tokens from the rung at `depth`. The full model has its own, and so have free drafts
-    (depth 0)."""
-    if depth == 0:
+    (depth -1)."""
+    if depth == FREE:
         return _FREE
     if depth == ladder[-1]:
         return f"bold {_FINAL}"
@@ -33,7 +34,7 @@ def stream(out: Output, lm: EarlyExitLM, run: Decode, show_rungs: bool) -> list[
     if show_rungs:
         legend = Text("tokens by rung: ")
         if run.config.drafter != "exit":
-            legend.append("free draft", style=colour(0, ladder)).append("  ")
+            legend.append("free draft", style=colour(FREE, ladder)).append("  ")
         for depth in ladder:
             legend.append(f"depth {depth}", style=colour(depth, ladder)).append("  ")
         out.print(legend)

@@ -27,7 +27,7 @@ from hispec.decoding.head_chain import HeadChain
 from hispec.decoding.inputs import check_admission, check_inputs, check_seed
 from hispec.decoding.ladder import Ladder, similar
 from hispec.decoding.sampling import processors
-from hispec.decoding.state import Committed, DecodeState
+from hispec.decoding.state import FREE, Committed, DecodeState
 from hispec.decoding.stats import DecodeStats
 from hispec.decoding.verification import Sampler, Verified, build_sampler
 from hispec.models.exit_model import ExitModel
@@ -232,7 +232,7 @@ class Decode:
         slots_N = text.length_B[rows_N] + columns_N
         tokens_N = draft.tokens_BN[rows_N, columns_N]
         free_N = draft.free_BN[rows_N, columns_N]
-        depth_N = np.where(free_N, 0, self.config.ladder[0])
+        depth_N = np.where(free_N, FREE, self.config.ladder[0])
         self.state.write(rows_N, slots_N, tokens_N, depth_N)
         self.sampler.record_free(rows_N[free_N], slots_N[free_N], tokens_N[free_N])
         return draft

@@ -11,6 +11,9 @@ import numpy as np
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
 
+FREE = -1
+"""Stands for the depth of a token that a free drafter proposed."""
+
 
 @dataclass
 class Committed:
@@ -19,7 +22,7 @@ class Committed:
     row: int
     tokens: list[int]
     depths: list[int]
-    """For each token, the depth of the rung that produced it; 0 for a free draft."""
+    """For each token, the depth of the rung that produced it; -1 for a free draft."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class DecodeState:
         for row, prompt in enumerate(prompts):
             self.tokens_BN[row, : len(prompt)] = prompt
         self.depth_BN = np.zeros_like(self.tokens_BN)
-        """For each token, the depth of the rung that produced it; 0 for a free draft."""
+        """For each token, the depth of the rung that produced it; `FREE` for a free draft."""
         self.verified = [self.prompt_B] * rungs
         """Per rung, the leading tokens [B] that it has verified, prompt included."""
         self.unsure = [np.zeros(rows, dtype=bool)] * rungs

@@ -9,6 +9,7 @@ from typing import Any
 from hispec.config import DecodeConfig
 from hispec.data.prompts import Prompt, spread
 from hispec.decoding.decoder import Decode
+from hispec.decoding.state import FREE as FREE_DEPTH
 from hispec.decoding.stats import DecodeStats, DraftStats
 from hispec.lm import EarlyExitLM
 from hispec.planner.heatmap import FREE
@@ -107,7 +108,7 @@ def _text(
 ) -> dict[str, Any]:
     """One continuation: its tokens with their rungs, and the number of tokens of each rung."""
     made = [depth for depth, _ in pieces]
-    rungs = ([0] if way.get("drafter", "exit") != "exit" else []) + list(way["ladder"])
+    rungs = ([FREE_DEPTH] if way.get("drafter", "exit") != "exit" else []) + list(way["ladder"])
     return {
         "name": shown(way),
         "tokens": [
@@ -131,7 +132,7 @@ def _text(
 
 def _by(depth: int, full: int) -> str:
     """What proposed a token, in words."""
-    if depth == 0:
+    if depth == FREE_DEPTH:
         return "free draft"
     return f"depth {depth}" + (", full model" if depth == full else "")
 
@@ -140,7 +141,7 @@ def _classes(ways: Sequence[Setting], full: int) -> dict[int, str]:
     """CSS class of the tokens of each depth, the same for all settings."""
     exits = sorted({depth for way in ways for depth in way["ladder"]} - {full})
     coloured = {depth: f"exit{number % _COLOURS}" for number, depth in enumerate(exits)}
-    return {0: "free", **coloured, full: "full"}
+    return {FREE_DEPTH: "free", **coloured, full: "full"}
 
 
 def _short(text: str) -> str:
