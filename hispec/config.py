@@ -187,6 +187,9 @@ class DecodeConfig:
     """Tokens that an exit drafts before the first verifying rung runs (N_d of HiSpec)."""
     max_draft_length: _Draft | None = None
     """If given, an exit's draft length follows recent acceptance between 1 and this."""
+    adaptive: bool = False
+    """Whether an exit's drafts have 0 to `draft_length` tokens, as many as promise most tokens per
+    second by what was accepted and what it took so far. For chains; it changes no text."""
     draft_threshold: Share = 0.0
     """An exit's draft ends after a token whose top probability is below this. A tree has no token
     whose path has a probability below it."""
@@ -301,6 +304,13 @@ class DecodeConfig:
             "max_draft_length",
             self.max_draft_length,
             f"at least draft_length, {self.draft_length}",
+        )
+        check(
+            not self.adaptive or (self.max_draft_length is None and self.draft_width == 1),
+            "adaptive",
+            self.adaptive,
+            "it chooses among chains of 0 to draft_length tokens: not with max_draft_length, nor "
+            "with a draft_width above 1",
         )
 
 

@@ -129,7 +129,8 @@ class EarlyExitLM:
 
         A ladder that was given stays. Without one, and if nothing else was given that a plan
         chooses, the plan's setting is taken if it was made for this model and machine; without a
-        plan, the full model verifies prompt lookups. Settings of exits without a ladder mean all
+        plan, the full model verifies prompt lookups, and greedy drafts of a head at depth 0 that
+        is compiled. Settings of exits without a ladder mean all
         trained exits.
 
         Returns:
@@ -142,18 +143,22 @@ class EarlyExitLM:
         by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
         if by_exits:
             return {"ladder": self.ladder(), **settings}, ""
-        # a match of one token is right too seldom to pay where a pass of several tokens costs more
-        cautious = {"drafter": "lookup", "lookup_shortest": 2}
-        lookup = {"ladder": self.ladder(PLAIN), **cautious, **settings}
+        # drafts of three cost little in any pass; a match of one token is seldom right
+        lookup = {"lookup_length": 3, "max_lookup_length": 8, "lookup_shortest": 2}
+        default = {"ladder": self.ladder(PLAIN), "drafter": "lookup", **lookup}
         if named:
-            return lookup, ""
+            return {**default, **settings}, ""
         setting, words = self.planned()
         if setting is not None:
             trees = "recycle" in setting.get("drafter", "") or setting.get("draft_width", 1) > 1
             if not trees or settings.get("verification", "match") == "match":
                 return {**setting, **settings}, words
             words = "the plan drafts trees, which verification 'rejection' cannot verify"
-        return lookup, f"{words}; decoded plainly with prompt lookup"
+        if 0 in self.model.exits.depths and self.model.engine and not settings.get("temperature"):
+            exits = {"ladder": [0, self.model.num_layers], "draft_length": 3, "adaptive": True}
+            default.update(exits, drafter="lookup+exit")
+            return {**default, **settings}, f"{words}; the exit at 0 and prompt lookup draft"
+        return {**default, **settings}, f"{words}; decoded plainly with prompt lookup"
 
     @classmethod
     def from_transformers(

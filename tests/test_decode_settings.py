@@ -83,6 +83,7 @@ VALID = st.fixed_dictionaries(
     optional={
         "drafter": st.sampled_from(DRAFTERS),
         "draft_length": counts(256),
+        "adaptive": st.booleans(),
         "draft_threshold": st.floats(0, 1),
         "draft_vocab": st.booleans(),
         "lookup_length": counts(512),

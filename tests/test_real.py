@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, decode_tokens
 
+import hispec
 from hispec.base_models.fetch import fetch
 from hispec.base_models.local import load_base
+from hispec.checkpoint.format import EXITS
+from hispec.checkpoint.inspect import inspect
 from hispec.config import ExitConfig
 from hispec.engine.build import build_engine
 from hispec.lm import EarlyExitLM
@@ -24,12 +27,40 @@ PROMPTS = [
     "A train leaves at 14:05 and arrives at 16:50. How long does the journey take?",
     "Translate to French: The weather is lovely today, isn't it?",
 ]
+RELEASED = ROOT / "checkpoints" / "smollm2-135m-ee"
 LADDERS = [(6, 30), (6, 12, 30), (4, 10, 20, 30)]
 
 
 @pytest.fixture(scope="module")
 def folder():
     return fetch("smollm2-135m", ROOT / "checkpoints" / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_released_exits_change_no_text(folder, dtype):
+    """`generate`'s in float32; in bf16 that of plain decoding with the same arithmetic."""
+    lm = hispec.load(RELEASED, dtype=dtype, device="cpu", backend="openvino")
+    accepted = 0
+    for text in PROMPTS:
+        plain = lm.generate(text, ladder="plain", max_new_tokens=40)
+        if dtype == torch.float32:
+            prompt = lm.encode(text)
+            assert plain.tokens[0] == hf_generate(lm.model.hf, prompt, 40, lm.eos())
+        for settings in (
+            {"drafter": "exit", "draft_length": 3},
+            {"drafter": "lookup+exit", "draft_length": 2, "lookup_length": 3},
+            {"drafter": "exit", "draft_width": 2, "draft_length": 2, "tree_tokens": 3},
+        ):
+            found = lm.generate(text, ladder=(0, 30), max_new_tokens=40, **settings)
+            assert found.tokens == plain.tokens, settings
+            accepted += found.stats.rungs[0].accepted
+    assert accepted > 90  # of 9 texts of 40 tokens: the exits are trained
+
+
+def test_the_released_checkpoint_is_small_and_whole():
+    assert (RELEASED / EXITS).stat().st_size < 24 * 2**20
+    found = inspect(str(RELEASED))
+    assert [exit["depth"] for exit in found["exits"]] == [0]
 
 
 def load(folder, dtype) -> EarlyExitLM:

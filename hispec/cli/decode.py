@@ -31,6 +31,10 @@ def generate(
     max_draft_length: Annotated[
         int | None, typer.Option(help="let the draft length follow acceptance, up to this")
     ] = None,
+    adaptive: Annotated[
+        bool | None,
+        typer.Option(help="draft 0 to draft-length tokens, as acceptance and time suggest"),
+    ] = None,
     draft_threshold: Annotated[
         float | None, typer.Option(help="an exit's draft ends below this top probability")
     ] = None,
@@ -89,6 +93,7 @@ def generate(
         "drafter": drafter,
         "draft_length": draft_length,
         "max_draft_length": max_draft_length,
+        "adaptive": adaptive,
         "draft_threshold": draft_threshold,
         "draft_width": draft_width,
         "lookup_length": lookup_length,

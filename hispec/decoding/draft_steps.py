@@ -53,6 +53,14 @@ class DraftSteps:
         self._count(began)
         return token_B, sure_B
 
+    def cost(self) -> float | None:
+        """Mean seconds of a draft token over those of a pass of the first rung that verifies; None
+        if either has not run yet."""
+        draft, verify = self._decode.stats.rungs[0], self._decode.stats.rungs[1]
+        if not (draft.passes and verify.passes):
+            return None
+        return draft.seconds / draft.passes / (verify.seconds / verify.passes)
+
     def candidates(
         self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PLAN, PICTURE = "plan.json", "plan.png"
 FORMAT = 1
 PLANNED = (
-    *("drafter", "draft_length", "max_draft_length", "draft_threshold"),
+    *("drafter", "draft_length", "max_draft_length", "adaptive", "draft_threshold"),
     *("draft_width", "draft_vocab"),
     *("lookup_length", "max_lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
     *("buffer", "buffer_threshold"),

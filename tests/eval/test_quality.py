@@ -109,10 +109,13 @@ def test_tasks_without_the_harness(ee, tmp_path, monkeypatch, capsys):
     assert line_of(capsys, f"checkpoint={ee}", f"output={tmp_path}", "tasks=[]")["same_as_base"]
 
 
+UNPLANNED = {"lookup_length": 3, "max_lookup_length": 8, "lookup_shortest": 2}
+
+
 def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
     plan = {"ladder": [6], "drafter": "lookup", "lookup_length": 5}
     for planned, said, expected in (
-        (None, {}, DecodeConfig([6], drafter="lookup", lookup_shortest=2)),
+        (None, {}, DecodeConfig([6], drafter="lookup", **UNPLANNED)),
         (plan, {}, DecodeConfig(**plan)),
         (plan, {"ladder": "4,6"}, DecodeConfig([4, 6])),
         (plan, {"drafter": "recycle"}, DecodeConfig([6], drafter="recycle")),

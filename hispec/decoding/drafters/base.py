@@ -9,6 +9,7 @@ import numpy as np
 
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.drafters.control import LengthControl
 from hispec.decoding.state import TextView
 
 
@@ -57,7 +58,8 @@ class ExitDrafter(NoDrafter):
     """The shallowest rung drafts, by `draft_length` steps in a round.
 
     With `max_draft_length` the steps of a row follow its acceptance as in transformers' assisted
-    generation: 2 more where all was accepted, else 1 less.
+    generation: 2 more where all was accepted, else 1 less. With `adaptive` they follow
+    `LengthControl`.
     """
 
     rungs = 1
@@ -66,10 +68,13 @@ class ExitDrafter(NoDrafter):
         self.longest = config.max_draft_length
         self.first_length = config.draft_length
         self.length_B = np.full(rows, config.draft_length)
+        self.control = LengthControl(rows, config.draft_length) if config.adaptive else None
 
     def begin(self, text: TextView, rows: Sequence[int]) -> None:
         self.length_B = self.length_B.copy()
         self.length_B[rows] = self.first_length
+        if self.control is not None:
+            self.control.begin(rows)
 
     def follow(self, all_B: np.ndarray, proposed_B: np.ndarray) -> None:
         """Adapt the steps of the rows that had a draft, by whether all of it was accepted."""

@@ -20,6 +20,9 @@ class Steps(Protocol):
     ) -> list[int] | None:
         """A whole chain of drafts of the only row; None where it is drafted by tokens."""
 
+    def cost(self) -> float | None:
+        """Seconds of a draft token over those of a pass that verifies; None if none ran yet."""
+
     def token(
         self, tokens_BN: np.ndarray, length_B: np.ndarray, rows_B: np.ndarray, threshold: float
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -42,11 +45,13 @@ class ExitChain(ExitDrafter):
         self.steps = steps
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        if self.control is not None:
+            self.length_B = self.control.lengths(self.steps.cost())
         if (whole := self._whole(text, rows_B)) is not None:
             return DraftTree.chain_of(np.array([whole]), np.array([len(whole)]))
         tokens_BN = text.tokens_BN.copy()
         count_B = np.zeros_like(text.length_B)
-        going_B = rows_B & (text.room_B > 0)
+        going_B = rows_B & (text.room_B > 0) & (self.length_B > 0)
         while going_B.any():
             length_B = text.length_B + count_B
             token_B, sure_B = self.steps.token(tokens_BN, length_B, going_B, self.threshold)
@@ -59,10 +64,12 @@ class ExitChain(ExitDrafter):
 
     def _whole(self, text: TextView, rows_B: np.ndarray) -> list[int] | None:
         """The draft of the only row, where the drafting rung gives all of it at once."""
-        if len(rows_B) > 1 or not rows_B[0] or text.room_B[0] < 1:
-            return None
         most = int(min(self.length_B[0], text.room_B[0]))
+        if len(rows_B) > 1 or not rows_B[0] or most < 1:
+            return None
         return self.steps.chain(text.tokens_BN[0], int(text.length_B[0]), most, self.threshold)
 
     def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
         self.follow(accepted_B == by_exit_B, by_exit_B)
+        if self.control is not None:
+            self.control.observe(accepted_B, by_exit_B)
