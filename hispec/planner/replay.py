@@ -87,6 +87,8 @@ class Replay(Decode):
         plain = config.temperature == 0 and config.repetition_penalty == 1
         if not plain or config.no_repeat_ngram_size:
             raise ValueError("only greedy decodes without processors can be replayed")
+        if config.adaptive:
+            raise ValueError("adaptive drafts follow the clock, so they cannot be replayed")
         if not can_replay(answers.model, config.ladder):
             raise ValueError("a deeper exit that reads the token before cannot be replayed")
         self.answers = answers

@@ -159,6 +159,8 @@ def test_what_cannot_be_replayed_is_refused():
     Replay(answers, DecodeConfig([2, 6]))
     with pytest.raises(ValueError, match="cannot be replayed"):
         Replay(answers, DecodeConfig([2, 4, 6]))
+    with pytest.raises(ValueError, match="follow the clock"):
+        Replay(answers, DecodeConfig([2, 6], adaptive=True))
     for setting in ({"temperature": 0.5}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="greedy"):
             Replay(answers, DecodeConfig([6], **setting))
