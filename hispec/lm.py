@@ -143,9 +143,8 @@ class EarlyExitLM:
         by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
         if by_exits:
             return {"ladder": self.ladder(), **settings}, ""
-        # drafts of three cost little in any pass; a match of one token is seldom right
-        lookup = {"lookup_length": 3, "max_lookup_length": 8, "lookup_shortest": 2}
-        default = {"ladder": self.ladder(PLAIN), "drafter": "lookup", **lookup}
+        # three drafts cost little in any pass, so even a match of one token is worth a try
+        default = {"ladder": self.ladder(PLAIN), "drafter": "lookup", "lookup_length": 3}
         if named:
             return {**default, **settings}, ""
         setting, words = self.planned()
@@ -155,8 +154,9 @@ class EarlyExitLM:
                 return {**setting, **settings}, words
             words = "the plan drafts trees, which verification 'rejection' cannot verify"
         if 0 in self.model.exits.depths and self.model.engine and not settings.get("temperature"):
-            exits = {"ladder": [0, self.model.num_layers], "draft_length": 3, "adaptive": True}
-            default.update(exits, drafter="lookup+exit")
+            lookup = {"drafter": "lookup+exit", "max_lookup_length": 8, "lookup_shortest": 2}
+            exit = {"ladder": [0, self.model.num_layers], "draft_length": 3, "adaptive": True}
+            default.update(lookup, **exit)
             return {**default, **settings}, f"{words}; the exit at 0 and prompt lookup draft"
         return {**default, **settings}, f"{words}; decoded plainly with prompt lookup"
 

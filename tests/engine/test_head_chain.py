@@ -12,6 +12,7 @@ from hispec.config import DecodeConfig, Eagle3, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.decoding.head_chain import HeadChain
 from hispec.engine.openvino_engine import OpenVinoEngine
+from hispec.lm import EarlyExitLM
 from hispec.models.exit_model import ExitModel
 
 HEADS = {
@@ -106,3 +107,18 @@ def test_another_decode_does_not_see_the_cache_of_the_one_before(prompts):
                 run.step()
     assert [[tokens for tokens, _ in run.outputs()] for run in runs] == first
     assert torch.get_num_threads() == model.engine.threads
+
+
+def test_without_a_plan_a_compiled_head_drafts_greedy_texts():
+    lm = EarlyExitLM(model_of("llama", HEADS["eagle3"]), None)
+    chosen, words = lm.choose(None, {})
+    assert chosen["ladder"] == [0, 6]
+    assert chosen["adaptive"]
+    assert chosen["drafter"] == "lookup+exit"
+    assert words.endswith("the exit at 0 and prompt lookup draft")
+    DecodeConfig(**chosen).validate(6)
+    lookup = {"ladder": [6], "drafter": "lookup", "lookup_length": 3}
+    assert lm.choose(None, {"temperature": 0.7})[0] == {**lookup, "temperature": 0.7}
+    assert lm.choose("auto", {"drafter": "recycle"})[0] == {**lookup, "drafter": "recycle"}
+    lm.model.engine = None
+    assert lm.choose(None, {})[0] == lookup

@@ -109,7 +109,7 @@ def test_tasks_without_the_harness(ee, tmp_path, monkeypatch, capsys):
     assert line_of(capsys, f"checkpoint={ee}", f"output={tmp_path}", "tasks=[]")["same_as_base"]
 
 
-UNPLANNED = {"lookup_length": 3, "max_lookup_length": 8, "lookup_shortest": 2}
+UNPLANNED = {"lookup_length": 3}
 
 
 def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
