@@ -29,6 +29,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 SCRIPTS = {
     "train/synthesize.py": "train.synthesize",
+    "train/task_prompts.py": "train.task_prompts",
     "eval/agreement.py": "eval.agreement",
     "eval/speed.py": "eval.speed",
     "eval/passes.py": "eval.passes",

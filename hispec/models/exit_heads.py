@@ -104,7 +104,9 @@ class ExitHead(nn.Module):
             return hidden_BTH
         if previous_BTH is None:
             previous_BTH = torch.zeros_like(hidden_BTH)
-        out: torch.Tensor = hidden_BTH + self.mix(torch.cat([hidden_BTH, previous_BTH], -1))
+        both = torch.cat([hidden_BTH, previous_BTH], -1)
+        mixed = self.mix(both.to(self.mix.weight.dtype))  # a cache may keep states in another one
+        out: torch.Tensor = hidden_BTH + mixed.to(hidden_BTH.dtype)
         return out
 
 

@@ -216,9 +216,7 @@ class ExitModel(nn.Module):
             keys: without a cache, what the layers call `update` of, see `models.unrolled`.
         """
         head = self.head(depth)
-        dtype = self.hf.dtype  # a cache may keep states in another one
-        before_BTH = None if previous_BTH is None else previous_BTH.to(dtype)
-        hidden_BTH = head.enter(hidden_BTH.to(dtype), before_BTH)
+        hidden_BTH = head.enter(hidden_BTH, previous_BTH)
         layers = list(zip(head.blocks, head.layer_types, strict=True))
         return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs, keys)
 

@@ -23,8 +23,8 @@ def test_compile_keeps_the_graphs_of_a_checkpoint(ee, tmp_path, hispec_command, 
         assert str(tmp_path) in done.stdout
         assert len(list(tmp_path.glob("*.graph"))) == 6
     done = hispec_command("compile", ee, "--dtype", "bfloat16")
-    assert done.returncode == 2
-    assert "it runs float32 on a CPU, and this model is in bfloat16 on cpu" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "6 pieces" in done.stdout
 
 
 @pytest.mark.slow

@@ -121,8 +121,8 @@ class LayerLog:
                 hook = self._hook(-block.self_attn.layer_idx)
                 block.register_forward_pre_hook(hook, with_kwargs=True)
         decode._verify = self._watch(decode._verify, lambda *_: decode.state.tokens_BN)
-        if hasattr(decode.drafter, "step"):  # it drafts in a copy of the text
-            decode.drafter.step = self._watch(decode.drafter.step, lambda tokens_BN, *_: tokens_BN)
+        if (steps := getattr(decode.drafter, "steps", None)) is not None:
+            steps.token = self._watch(steps.token, lambda tokens_BN, *_: tokens_BN)  # of a copy
 
     def _hook(self, index):
         def record(module, args, kwargs):

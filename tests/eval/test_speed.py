@@ -52,7 +52,7 @@ def test_a_preset_is_a_setting_of_the_loop(ee):
     assert set(outcome.rungs) == {"4", "6"}
     assert outcome.target_passes == outcome.rungs["6"].passes
     for wrong, message in (
-        ({"ladder": [4, 6], "tree": 7}, "tree=7 is not possible: known settings: buffer"),
+        ({"ladder": [4, 6], "tree": 7}, "tree=7 is not possible: known settings: adaptive, buffer"),
         ({"drafter": "exit"}, "ladder=None is not possible"),
         ({"ladder": [4, 5]}, "it must end at 6"),
     ):
