@@ -118,7 +118,7 @@ def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
         (None, {}, DecodeConfig([6], drafter="lookup", **UNPLANNED)),
         (plan, {}, DecodeConfig(**plan)),
         (plan, {"ladder": "4,6"}, DecodeConfig([4, 6])),
-        (plan, {"drafter": "recycle"}, DecodeConfig([6], drafter="recycle")),
+        (plan, {"drafter": "recycle"}, DecodeConfig([6], drafter="recycle", **UNPLANNED)),
         (None, {"drafter": "exit"}, DecodeConfig([2, 4, 6])),
         (plan, {"ladder": "plain"}, DecodeConfig([6])),
     ):
