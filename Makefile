@@ -38,7 +38,7 @@ $(DOCS): $(READY)
 # real LLM beside transformers' `generate`; then exits are trained for two minutes, to show how.
 demo: $(READY)
 	$(BIN)/hispec fetch smollm2-135m
-	$(BIN)/hispec generate $(RELEASED) "$(DEMO_PROMPT)" --max-new-tokens 96 --show-rungs --stats --compare
+	$(BIN)/hispec generate $(RELEASED) "$(DEMO_PROMPT)" --max-new-tokens 96 --dtype float32 --show-rungs --stats --compare
 	$(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml train/ee_finetune.py recipe=smollm2-135m output=$(DEMO) steps=$(DEMO_STEPS) max_minutes=$(DEMO_MINUTES)
 	$(BIN)/python eval/agreement.py checkpoint=$(DEMO)
 	$(BIN)/hispec plan $(RELEASED) --prompts 2 --max-new-tokens 24 --repeats 1

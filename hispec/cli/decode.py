@@ -9,7 +9,7 @@ import typer
 
 from hispec.cli.options import Backend, Base, Data, Device, Dtype, Weights, load_model, out
 from hispec.utils.command_line import parse_depths, read_prompt
-from hispec.utils.console import quiet_transformers
+from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
 
 
@@ -127,6 +127,8 @@ def generate(
     )
     chosen, source = lm.choose(depths, settings)
     run = lm.decode([text], **chosen, stop_strings=stop or (), chat=False if raw else None)
+    if lm.model.engine is not None:
+        lm.model.engine.load(bar)  # before the clock runs
     tokens = display.stream(out, lm, run, show_rungs)
     if stats:
         display.stats_table(out, run.stats)

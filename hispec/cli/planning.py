@@ -86,7 +86,7 @@ def report(out: Output, plan: Plan) -> None:
         *("tokens per target pass", "text of plain"),
     ):
         first = title == "setting"
-        table.add_column(title, justify="left" if first else "right", no_wrap=first)
+        table.add_column(title, justify="left" if first else "right", overflow="fold")
     for tried in plan.confirmed:
         assert tried.measured is not None
         assert tried.spread is not None

@@ -141,6 +141,10 @@ class OpenVinoEngine:
             progress: sees the graphs go by, for a progress bar.
         """
         self._said = True  # who asks for it knows that it takes seconds
+        return self.load(progress)
+
+    def load(self, progress: Progress = lambda items, _: items) -> list[Path]:
+        """As `compile`; where something has to be compiled, it is said."""
         model = self.model
         pieces = self._cut(list(zip(model.hf.model.layers, model.layer_types, strict=True)))
         for depth in model.exits.depths:

@@ -60,6 +60,9 @@ class Engine(Protocol):
     def compile(self, progress: Progress) -> list[Path]:
         """Compile or load all that the model needs; returns the files that hold it."""
 
+    def load(self, progress: Progress) -> list[Path]:
+        """As `compile`; where something has to be compiled, it is said."""
+
     def refresh(self) -> None:
         """Drop what was compiled from weights that have changed since; called before a decode."""
 
