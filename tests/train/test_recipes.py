@@ -20,7 +20,7 @@ from train.trunk import Trunk
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 NAMED = {"llama3-8b", "llama3.2-1b", "llama2-7b", "llama2-13b", "llama2-70b", "codellama-7b",
          "codellama-34b", "qwen3-0.6b", "qwen3-8b", "gemma3-270m", "smollm2-135m",
-         "smoke"}  # fmt: skip
+         "smollm2-135m-ee", "smoke"}  # fmt: skip
 
 
 def test_all_recipes_are_there():
@@ -35,9 +35,9 @@ def test_a_recipe_is_short_and_its_header_true(name):
     assert lines[0] == f"# accelerate launch train/ee_finetune.py recipe={name}"
     assert f"# {memory_note(plan(recipe))}" in lines
     layers = SHAPES[recipe.base]["num_hidden_layers"]
-    assert recipe.exits == sorted(recipe.exits)
-    assert recipe.exits[0] <= layers / 4
-    assert recipe.exits[-1] <= 0.4 * layers
+    assert recipe.depths == sorted(recipe.depths)
+    assert recipe.depths[0] <= layers / 4
+    assert recipe.depths[-1] <= 0.4 * layers
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_a_recipe_trains_two_steps_through_the_command(name, texts, tmp_path):
     words = settings(
         *(tmp_path / "base", texts, tmp_path / "ee"),
         **dict(steps=2, batch_size=2, text_column="text", head_blocks=1, lr=1e-4),
-        draft_vocab=min(recipe.draft_vocab, 200),
+        **dict(draft_vocab=min(recipe.draft_vocab, 200), states="null"),
     )
     command = LAUNCH if name == "smoke" else TRAIN
     done = run(*command, f"recipe={name}", *words[1:])
