@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -31,8 +32,13 @@ class DraftSteps:
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._chain: Chain | None = None
-        self._chain_known = False
+
+    @cached_property
+    def _chain(self) -> Chain | None:
+        """What drafts whole chains; None where scores are sampled from, processed or observed."""
+        decode = self._decode
+        greedy = decode.config.temperature == 0 and not decode.processors
+        return decode.build_chain() if greedy and not decode.drafter.observes else None
 
     def token(
         self, tokens_BN: np.ndarray, length_B: np.ndarray, rows_B: np.ndarray, threshold: float
@@ -85,15 +91,9 @@ class DraftSteps:
         """A whole chain of drafts behind the first `length` tokens of the only row; None where it
         has to be drafted token by token."""
         began = time.perf_counter()
-        decode = self._decode
-        if not self._chain_known:
-            self._chain_known = True
-            free = decode.config.temperature == 0 and not decode.processors
-            if free and not decode.drafter.observes:
-                self._chain = decode.build_chain()
         if self._chain is None:
             return None
-        drafts = self._chain.draft(tokens_N, length, most, threshold, decode.state.eos)
+        drafts = self._chain.draft(tokens_N, length, most, threshold, self._decode.state.eos)
         if drafts is not None:
             self._count(began, len(drafts))
         return drafts

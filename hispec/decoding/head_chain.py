@@ -74,7 +74,7 @@ class HeadChain:
         cache.show(length + most)
         step.bind(cache)
         slots_1T = torch.arange(first - 1, length - 1)[None]
-        step.before_1TH[:, :count] = ladder._state_before(0, full, slots_1T)
+        step.before_1TH[:, :count] = ladder.state_before(0, full, slots_1T)
         step.embedding_1TH[:, :count] = self.model.embed(
             torch.from_numpy(tokens_N[None, first:length])
         )

@@ -286,11 +286,11 @@ class Ladder:
             known_BT = (before_BT >= 0) & (before_BT < length_B1)
             if not known_BT.any():
                 continue
-            state_BTH = self._state_before(rung, segment, slots_BT)
+            state_BTH = self.state_before(rung, segment, slots_BT)
             found_BTH = torch.where(known_BT[..., None], state_BTH, found_BTH)
         return found_BTH
 
-    def _state_before(self, rung: int, segment: Segment, slots_BT: torch.Tensor) -> torch.Tensor:
+    def state_before(self, rung: int, segment: Segment, slots_BT: torch.Tensor) -> torch.Tensor:
         """What the head at `rung` reads [B, T, H] of the tokens in some slots, by what a segment
         says of them: the full model's, or the one that stands in for it."""
         depth, of = self.depths[rung], self.depths[segment[1]]
