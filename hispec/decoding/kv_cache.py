@@ -208,13 +208,17 @@ class KVCache:
     def update(
         self, keys_BATE: torch.Tensor, values_BATE: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the KV of the tokens announced by `place`; return all that is visible to them."""
+        """Store the KV of the tokens announced by `place`; return all that is visible to them.
+
+        Tokens beyond those announced are padding.
+        """
         heads, size = keys_BATE.shape[1], keys_BATE.shape[3]
         if layer_idx not in self._stack_of:
             self.buffers([layer_idx], heads, size)
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         stack = self._kv(layer_idx)
         for buffer, new_BATE in zip(stack, (keys_BATE, values_BATE), strict=True):
+            new_BATE = new_BATE[:, :, : self._slots_BT.shape[1]]
             self._put(buffer[None], self._slots_BT, new_BATE[None].to(self.dtype))
         keys, values = stack[:, :, :, : self.visible].to(keys_BATE.dtype)
         return keys, values

@@ -21,11 +21,19 @@ _ALIKE_TOKENS = 27
 _ALIKE_ROWS = 32
 # Without AMX, attention rounds the last rows of a pass differently unless rows come in fours.
 _ROWS_AT_ONCE = 4
+# With AVX-512 and without AMX, `F.linear` of more than 1,024 inputs rounds a single row differently.
+FEWEST_TOKENS = 2
 
 
 def rounds_alike(tokens: int, like: torch.Tensor) -> bool:
     """Whether the tokens of a pass of that size get the same bits as in any other small pass."""
     return tokens <= _ALIKE_TOKENS and like.dtype == torch.bfloat16 and like.device.type == "cpu"
+
+
+def needs_company(states: torch.Tensor) -> bool:
+    """Whether states [..., H] are those of one token, which gets the bits that it has in any small
+    pass only beside another row: see `FEWEST_TOKENS`."""
+    return states.numel() == states.shape[-1] and rounds_alike(1, states)
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,19 @@ from hispec.config import ExitConfig
 from hispec.models import eagle3
 from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
 from hispec.models.attention import (
+    FEWEST_TOKENS,
     NAME,
     PassCache,
     Reach,
     attention_by,
-    padded_rows,
-    rounds_alike,
+    needs_company,
 )
 from hispec.models.engine import DRAFTING, WHOLE, Engine
 from hispec.models.exit_heads import ExitHead, Gather, build_head
 from hispec.models.layer_inputs import (
     LayerInputs,
-    additive_mask,
     all_positions,
+    cached_inputs,
     documents,
     text_mask,
 )
@@ -251,6 +251,9 @@ class ExitModel(nn.Module):
         """
         if head_VH is None and self.engine is not None and self.engine.takes(normed):
             return self.engine.project(normed, WHOLE)
+        if needs_company(normed):
+            twice = normed.expand(FEWEST_TOKENS, *normed.shape)
+            return self.project(twice, head_VH)[0]
         return self.scale_logits(
             self.hf.lm_head(normed) if head_VH is None else F.linear(normed, head_VH)
         )
@@ -330,6 +333,9 @@ class ExitModel(nn.Module):
                 assert positions_BT is not None
                 return self.engine.run(layers, hidden_BTH, positions_BT, cache)
             hidden_BTH = hidden_BTH.to(self.hf.dtype)  # what the cache keeps may be in another one
+        if cache is not None and positions_BT is not None and needs_company(hidden_BTH):
+            twice = hidden_BTH.expand(-1, FEWEST_TOKENS, -1), positions_BT.expand(-1, FEWEST_TOKENS)
+            return self._run_layers(layers, *twice, cache, inputs, keys)[:, :1]
         inputs, document_BT = dict(inputs or {}), None
         if positions_BT is None:
             positions_BT = all_positions(hidden_BTH)
@@ -385,14 +391,4 @@ class ExitModel(nn.Module):
         reach = self.reach(kind)
         if cache is None:
             return LayerInputs(text_mask(hidden_BTH, positions_BT, document_BT, reach), rope)
-        if (lengths := cache.whole_texts(reach)) is not None:
-            return LayerInputs(None, rope, lengths=lengths)
-
-        def mask(seen_BTS: torch.Tensor) -> torch.Tensor:
-            return padded_rows(additive_mask(seen_BTS, hidden_BTH.dtype, self._heads_per_kv))
-
-        if rounds_alike(positions_BT.numel(), hidden_BTH):
-            branches = cache.branches(reach, mask)
-            if branches:
-                return LayerInputs(None, rope, branches)
-        return LayerInputs(mask(cache.seen(reach)), rope)
+        return cached_inputs(hidden_BTH, rope, cache, reach, self._heads_per_kv)

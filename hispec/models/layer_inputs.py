@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hispec.models.attention import Branch, Reach
+from hispec.models.attention import Branch, PassCache, Reach, padded_rows, rounds_alike
 
 
 @dataclass
@@ -78,6 +78,33 @@ def text_mask(
     if document_BT is not None:
         seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
     return additive_mask(seen, hidden_BTH.dtype)
+
+
+def cached_inputs(
+    hidden_BTH: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    cache: PassCache,
+    reach: Reach,
+    heads_per_kv: int,
+) -> LayerInputs:
+    """The inputs of a pass that was announced to the cache.
+
+    Args:
+        hidden_BTH: size and dtype matter; one announced token may stand twice, see
+            `needs_company`.
+    """
+    if (lengths := cache.whole_texts(reach)) is not None:
+        return LayerInputs(None, rope, lengths=lengths)
+
+    def mask(seen_BTS: torch.Tensor) -> torch.Tensor:
+        return padded_rows(additive_mask(seen_BTS, hidden_BTH.dtype, heads_per_kv))
+
+    rows, tokens, _ = hidden_BTH.shape
+    if rounds_alike(rows * tokens, hidden_BTH):
+        branches = cache.branches(reach, mask)
+        if branches:
+            return LayerInputs(None, rope, branches)
+    return LayerInputs(mask(cache.seen(reach).expand(-1, tokens, -1)), rope)
 
 
 def additive_mask(seen_BTS: torch.Tensor, dtype: torch.dtype, repeats: int = 1) -> torch.Tensor:

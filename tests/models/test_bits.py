@@ -80,6 +80,14 @@ def test_a_tree_gets_the_bits_of_plain_decoding(family, head):
         assert differing(model, [size], [length], seed)[0] == 0, (size, length)
 
 
+def test_a_single_token_gets_the_bits_of_larger_passes():
+    """`F.linear` of more than 1,024 inputs rounds a single row differently with AVX-512 bf16."""
+    wide = dict(hidden_size=1152, intermediate_size=2048, head_dim=32)
+    model = tiny_model("llama", exits=(2,), **wide).bfloat16()
+    for seed, (size, length) in enumerate([(3, 30), (1, 61)]):
+        assert differing(model, [size], [length], seed)[0] == 0, (size, length)
+
+
 def test_rows_of_unlike_trees_and_lengths_get_the_bits_that_they_get_alone(family, head):
     """With AMX, rare columns of passes over several rows round differently (docs/decisions.md)."""
     model = tiny_model(family, exits=(2,), head=head, **WIDE).bfloat16()
