@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
-from hispec.decoding.sampling import gumbel_noise, to_log_probs
+from hispec.decoding.sampling import NucleusWarper, gumbel_noise, to_log_probs
 from hispec.decoding.verification import MatchSampler, verify_match
 
 
@@ -37,6 +38,21 @@ def test_laws_by_hand(law, expected):
     logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()
     law = to_log_probs(logits, config(**law)).exp()
     torch.testing.assert_close(law, torch.tensor([expected]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.95])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_top_p_keeps_what_transformers_keeps(top_p, spread):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 4096, generator=generator) * spread
+    scores[1, :4000] = -torch.inf  # as top-k leaves them
+    kept = NucleusWarper(top_p)(None, scores)
+    if spread:
+        assert torch.equal(kept, TopPLogitsWarper(top_p)(None, scores))
+    else:  # tokens of the same score stay together
+        assert torch.equal(kept, scores)
+    alone = [NucleusWarper(top_p)(None, row[None]) for row in scores]
+    assert torch.equal(kept, torch.cat(alone))
 
 
 def test_choices_follow_the_law():
