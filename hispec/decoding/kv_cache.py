@@ -71,7 +71,8 @@ class KVCache:
         self._index: torch.Tensor | None = None
         """Rows [B * T] of the hidden states of the announced slots."""
         self._tree: _PlacedTree | None = None
-        self._whole_B: np.ndarray | None = None
+        self._whole = False
+        self.counts: list[int] = []
         self.of_prompts = False
         self.visible = 0
         """Slots of a row that the current pass may see."""
@@ -93,7 +94,8 @@ class KVCache:
         tree: DraftTree | None = None,
         base_B: np.ndarray | None = None,
         *,
-        whole_B: np.ndarray | None = None,
+        count_B: np.ndarray | None = None,
+        whole: bool = False,
     ) -> torch.Tensor:
         """Announce a pass over the tokens in `slots`; returns their positions [B, T].
 
@@ -101,14 +103,15 @@ class KVCache:
         side by side in the tree share a position, and see their own ancestors only.
 
         Args:
-            whole_B: lengths of the texts, if the pass reads all of them from their first tokens on.
-                Plain causal attention is enough then.
+            count_B: tokens of each row, what follows them is padding; default: all.
+            whole: the pass reads whole texts. Plain causal attention is enough then.
         """
         visible = int(slots_BT.max()) + 1
         self._slots_BT = torch.from_numpy(slots_BT).to(self.device)
         self._index = (self._slots_BT + self._offsets_B1).reshape(-1)
         self._tree = None
-        self._whole_B = whole_B
+        count_B = np.full(len(slots_BT), slots_BT.shape[1]) if count_B is None else count_B
+        self.counts, self._whole = count_B.tolist(), whole
         if tree is not None and not tree.chain:
             assert base_B is not None
             self._tree = _PlacedTree(tree, base_B, self.device)
@@ -133,11 +136,11 @@ class KVCache:
     def whole_texts(self, reach: Reach) -> list[int] | None:
         """Lengths of the texts that the announced pass reads from their first tokens on, where
         plain causal attention over each is enough; None for any other pass."""
-        if self._whole_B is None or reach.first:
+        if not self._whole or reach.first:
             return None
-        if reach.window is not None and int(self._whole_B.max()) > reach.window:
+        if reach.window is not None and max(self.counts) > reach.window:
             return None
-        return self._whole_B.tolist()
+        return self.counts
 
     def previous_slots(self) -> torch.Tensor:
         """Slots [B, T] of the tokens before those of the announced pass; -1 for none."""
@@ -245,10 +248,10 @@ class KVCache:
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
         self._put(self._stacks[tuple(layers)], self._slots_BT, new_NBATE)
 
-    def put(self, layers: Sequence[int], first: int, new_NBATE: torch.Tensor) -> None:
-        """Store the KV of the only row's tokens in the slots from `first` on."""
-        stack = self._stacks[tuple(layers)]
-        stack[..., first : first + new_NBATE.shape[3], :] = new_NBATE
+    def put(self, layers: Sequence[int], first: int, new_N1ATE: torch.Tensor, row: int = 0) -> None:
+        """Store the KV of a row's tokens in the slots from `first` on."""
+        stop = first + new_N1ATE.shape[3]
+        self._stacks[tuple(layers)][:, row : row + 1, :, first:stop] = new_N1ATE
 
     def put_hidden(self, segment: Segment, first: int, hidden_TH: torch.Tensor) -> None:
         """Keep hidden states of the only row in the slots from `first` on."""

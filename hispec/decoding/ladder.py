@@ -76,7 +76,9 @@ class Ladder:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
         self.cache.of_prompts = True
         longest = int(upto_B.max())
-        for stop in range(_FIRST_PREFILL, max(longest, 1) + _FIRST_PREFILL, _PREFILL):
+        engine = self.model.engine
+        first, step = (_FIRST_PREFILL, _PREFILL) if engine is None else [engine.prompt_tokens] * 2
+        for stop in range(first, max(longest, 1) + first, step):
             block_B = np.minimum(stop, upto_B)
             self.bring(len(self.depths) - 1, tokens_BN, block_B)
             for rung in range(len(self.depths)):
@@ -230,8 +232,9 @@ class Ladder:
         base_B: np.ndarray | None,
     ) -> torch.Tensor:
         """Announce a pass to the cache; returns the positions [B, T] of its tokens."""
-        whole_B = None if start_B.any() or tree is not None else upto_B
-        return self.cache.place(slots_BT, tree, base_B, whole_B=whole_B)
+        whole = tree is None and not start_B.any()
+        count_B = np.maximum(upto_B - start_B, 0)
+        return self.cache.place(slots_BT, tree, base_B, count_B=count_B, whole=whole)
 
     def _run_segment(
         self,
@@ -244,17 +247,23 @@ class Ladder:
         if rung == 0:
             tokens_BT = np.take_along_axis(tokens_BN, slots_BT, axis=1)
             hidden_BTH = self.model.embed(torch.from_numpy(tokens_BT).to(self.model.device))
-            from_depth = 0
         else:
             hidden_BTH = self.cache.placed_hidden(("segment", rung - 1))
-            from_depth = self.depths[rung - 1]
-        stops = [depth for depth in self.read_depths if from_depth < depth < self.depths[rung]]
-        for to_depth in (*stops, self.depths[rung]):
-            hidden_BTH = self.model.run(hidden_BTH, from_depth, to_depth, positions_BT, self.cache)
-            if to_depth in self.read_depths:
-                self.cache.store_hidden(("depth", to_depth), hidden_BTH)
-            from_depth = to_depth
+        hidden_BTH = self.run_layers(rung, hidden_BTH, positions_BT, self.cache)
         self.cache.store_hidden(("segment", rung), hidden_BTH)
+
+    def run_layers(
+        self, rung: int, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor, cache: KVCache
+    ) -> torch.Tensor:
+        """States [B, T, H] at a rung from those at the rung before it; the cache keeps what heads
+        read on the way."""
+        start, stop = self.depths[rung - 1] if rung else 0, self.depths[rung]
+        depths = [depth for depth in self.read_depths if start < depth < stop] + [stop]
+        found = self.model.run_each(hidden_BTH, start, depths, positions_BT, cache)
+        for depth, states_BTH in zip(depths, found, strict=True):
+            if depth in self.read_depths:
+                cache.store_hidden(("depth", depth), states_BTH)
+        return found[-1]
 
     def _run_head(self, rung: int, positions_BT: torch.Tensor) -> None:
         """Run the blocks of a rung's exit head over the announced slots, and keep the states."""

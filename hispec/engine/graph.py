@@ -95,12 +95,17 @@ class LayerGraph(nn.Module):
     Inputs: hidden states [B, T, H], `parts` times as wide; for every attention type among the
     layers cos and sin [B, T, head size] and the mask [B, 1, heads per KV head * T, S + T]; for
     every layer its keys
-    and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H]; for every layer the
-    new keys and values [B, kv heads, T, head size].
+    and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H], those before each of
+    `reads` [B, T, H]; for every layer the new keys and values [B, kv heads, T, head size].
+
+    Args:
+        layers: each with its attention type.
+        reads: numbers of layers whose input is an output too.
     """
 
-    def __init__(self, layers: Sequence[tuple[nn.Module, str]]) -> None:
+    def __init__(self, layers: Sequence[tuple[nn.Module, str]], reads: Sequence[int] = ()) -> None:
         super().__init__()
+        self.reads = list(reads)
         self.layers = nn.ModuleList(layer for layer, _ in layers)
         self.kinds = [kind for _, kind in layers]
         self.indices = [layer_index(layer) for layer, _ in layers]
@@ -114,7 +119,7 @@ class LayerGraph(nn.Module):
 
     def extra_repr(self) -> str:
         """What the weights do not tell: where the layers lie, and their attention types."""
-        return f"{self.indices} {self.kinds}"
+        return f"{self.indices} {self.kinds} {self.reads}"
 
     def forward(self, hidden_BTH: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         kinds = self.used_kinds
@@ -123,7 +128,10 @@ class LayerGraph(nn.Module):
         cache = TracedCache(
             {index: (buffers[2 * i], buffers[2 * i + 1]) for i, index in enumerate(self.indices)}
         )
-        for layer, kind in zip(self.layers, self.kinds, strict=True):
+        read = []
+        for number, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            if number in self.reads:
+                read.append(hidden_BTH + 0.0)  # an output of its own
             cos, sin, mask = per_kind[kind]
             hidden_BTH = layer(
                 hidden_BTH,
@@ -132,7 +140,8 @@ class LayerGraph(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-        return (hidden_BTH, *(new for index in self.indices for new in cache.new[index]))
+        new = [tensor for index in self.indices for tensor in cache.new[index]]
+        return (hidden_BTH, *read, *new)
 
     def example(self, shape: Shape, rows: int = 2) -> list[torch.Tensor]:
         """Inputs to trace with."""

@@ -8,6 +8,7 @@ stay where they are, and what changes from step to step is written into them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ class HeadStep:
         example = layers.example(shape, 1)[1:]
         given = [torch.randn(1, 3, shape.hidden) for _ in range(2)]
         with attention_by(engine.model.hf.config, NAME):
-            (self.graph,) = engine._compiled(module, [*given, *example], [[state, state, *rest]])
+            traced = engine.traced(module, [*given, *example])
+        self._path = traced.path
+        self.graph = traced.graph([state, state, *rest])
         self.kinds = layers.used_kinds
         self.embedding_1TH, self.before_1TH = torch.zeros(state), torch.zeros(state)
         size = 1, tokens, shape.head_size
@@ -111,6 +114,10 @@ class HeadStep:
             size = shape.heads_per_kv, self.tokens, stack.shape[3] + self.tokens
             self.mask[kind] = torch.full(size, -torch.inf)
             self.graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
+
+    def load(self) -> Path:
+        """The file that keeps it; it is compiled already."""
+        return self._path
 
     def run(self) -> None:
         """Compute the outputs from the inputs."""

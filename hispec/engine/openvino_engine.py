@@ -1,18 +1,18 @@
 """The layers and the LM head as OpenVINO graphs: the engine for CPUs.
 
-The trunk is cut where exits are, so any ladder runs the same graphs. A piece is compiled twice. One
-graph is for up to four tokens of one row: OpenVINO's kernels take as long for four as for one, and
-twice as long for five (docs/benchmarks.md), so plain decoding and short drafts run it, padded to
-four. The other one is for any number of rows and tokens. When sizes differ from those of the pass
-before, OpenVINO plans a graph anew, which takes 18 ms for 30 layers; so passes are padded to the
-size of the pass before if that is a little larger.
+The trunk is cut where exits are, so any ladder runs the same graphs; states that heads read on the
+way are outputs. A piece is compiled three times. One graph is for up to four tokens of one row:
+OpenVINO's kernels take as long for four as for one, and twice as long for five
+(docs/benchmarks.md), so plain decoding and short drafts run it, padded to four. One is for any
+number of rows and tokens. When sizes differ from those of the pass before, OpenVINO plans a graph
+anew, which takes 18 ms for 30 layers; so passes are padded to the size of the pass before if that
+is a little larger. One is for prompts, which a model in bf16 reads in bf16.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,21 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hispec.engine.graph import NAME, LayerGraph, Shape, layer_index
+from hispec.engine.graph import Shape, layer_index
 from hispec.engine.head_step import HeadStep
-from hispec.engine.openvino_graph import Graph, Sizes, compile_module
-from hispec.models.attention import PassCache, attention_by
+from hispec.engine.openvino_graph import Graph, Traced
+from hispec.engine.pieces import FEW, Layers, PassInputs, Piece
+from hispec.models.attention import PassCache, causal
 from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import additive_mask
 from hispec.utils.console import Progress
-from hispec.utils.threads import torch_threads
 
-Layers = Sequence[tuple[nn.Module, str]]
-_FEW, _ANY = (1, 4), (-1, -1)
-"""(rows, tokens) that a graph is compiled for."""
 _MOST = 32
 """States that it turns into logits; the LM head reads more as fast (docs/benchmarks.md)."""
+_PROMPT_BLOCK = 64
+"""Passes over prompts have whole blocks of so many tokens: OpenVINO plans each size anew, the first
+time for a tenth of a second."""
 _PADDING = 6
 """Tokens over all rows that a pass is padded by at most: so many take as long as a new size."""
 
@@ -45,30 +45,33 @@ _PADDING = 6
 class OpenVinoEngine:
     """Runs the cached passes of a model as compiled graphs.
 
-    Pieces are compiled, or loaded from disk, when they are first run.
+    Pieces are traced, or loaded from disk, and compiled when they are first run.
 
     Args:
         model: on the CPU, in float32 or half precision. Graphs of either compute in float32: a
             token has the same states up to float32's rounding in passes of any size, so texts do
-            not depend on these. The modules read the prompt, in the dtype of the weights.
+            not depend on these. Prompts of a model in bf16 are read in bf16, at twice the speed.
     """
 
     name = "openvino"
-    few = _FEW[1]
+    few = FEW[1]
     dtype = torch.float32
     block = 128
+    prompt_tokens = 512
 
     def __init__(self, model: ExitModel) -> None:
         self.model = model
+        half = model.hf.dtype == torch.bfloat16
+        self.prompt_dtype = torch.bfloat16 if half else torch.float32
         self.shape = Shape.of(model.hf.config)
         self._weights = _versions(model)
-        self._pieces: dict[tuple[int, int], _Piece] = {}
+        self._pieces: dict[tuple[int, int], Piece] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         """(rows, tokens) of the last pass by its first layer, padding included."""
-        self._lm_heads: dict[int, tuple[list[Graph], int]] = {}
-        """LM heads with the number of their rows, see `Engine.project`."""
+        self._lm_heads: dict[int, _CompiledLMHead] = {}
+        """See `Engine.project`."""
         self._head_steps: dict[int, HeadStep] = {}
-        self._inputs: _Inputs | None = None
+        self._inputs: PassInputs | None = None
         self.threads = torch.get_num_threads()
         self._core = ov.Core()
         self.say: Callable[[str], None] = logging.getLogger(__name__).warning
@@ -94,8 +97,11 @@ class OpenVinoEngine:
         hidden_BTH: torch.Tensor,
         positions_BT: torch.Tensor,
         cache: PassCache,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, H] after some layers of the trunk, or after blocks of a head."""
+        reads: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """Hidden states [B, T, H] after some layers, see `Engine.run`."""
+        if cache.of_prompts:
+            return self._read(layers, hidden_BTH, positions_BT, cache, reads)
         rows, tokens, _ = hidden_BTH.shape
         more = self._size(layer_index(layers[0][0]), rows, tokens) - tokens
         hidden_BTH = hidden_BTH.to(self.dtype)
@@ -103,35 +109,73 @@ class OpenVinoEngine:
             hidden_BTH = F.pad(hidden_BTH, (0, 0, 0, more))
         known = self._inputs
         if known is None or not known.of(cache, positions_BT, more):
-            known = self._inputs = _Inputs(cache, positions_BT, more)
+            known = self._inputs = PassInputs(cache, positions_BT, more)
         inputs = known.by_kind
         for kind in {kind for _, kind in layers} - set(inputs):
             positions = F.pad(positions_BT, (0, more)) if more else positions_BT
             rope = self.model.rope(kind, hidden_BTH, positions)
             inputs[kind] = *rope, self._mask(kind, cache, more)
+        found: dict[int, torch.Tensor] = {}
         for part in self._cut(layers):
-            hidden_BTH = self._piece(part).run(hidden_BTH, inputs, cache, tokens)
-        return hidden_BTH[:, :tokens].clone()
+            found |= self._piece(part).run(hidden_BTH, inputs, cache, tokens)
+            hidden_BTH = found[max(found)]
+        return [found[depth][:, :tokens].clone() for depth in (*reads, max(found))]
+
+    def _read(
+        self,
+        layers: Layers,
+        hidden_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        cache: PassCache,
+        reads: Sequence[int],
+    ) -> list[torch.Tensor]:
+        """`run` for prompts: every row alone, padded to whole blocks, so the bits of a text depend
+        on nothing else."""
+        depths = *reads, layer_index(layers[-1][0]) + 1
+        size = *hidden_BTH.shape[:2], self.shape.hidden
+        found = [torch.zeros(size, dtype=self.dtype) for _ in depths]
+        for row, count in enumerate(cache.counts):
+            if not count:
+                continue
+            start = int(positions_BT[row, 0])
+            states = self._read_row(layers, hidden_BTH[row : row + 1, :count], cache, row, start)
+            for all_BTH, depth in zip(found, depths, strict=True):
+                all_BTH[row, :count] = states[depth][0, :count]
+        return found
+
+    def _read_row(
+        self, layers: Layers, hidden_1TH: torch.Tensor, cache: PassCache, row: int, start: int
+    ) -> dict[int, torch.Tensor]:
+        """States [1, T, H], padding included, of one row from position `start` on, by depth."""
+        count = hidden_1TH.shape[1]
+        tokens = -(-count // _PROMPT_BLOCK) * _PROMPT_BLOCK
+        hidden_1TH = F.pad(hidden_1TH.to(self.dtype), (0, 0, 0, tokens - count))
+        slots_S = torch.arange(start + tokens)
+        positions_1T = slots_S[None, start:]
+        # some families' rotary frequencies change where a text is longer than it may be
+        real_1T = positions_1T.clamp_max(start + count - 1)
+        inputs = {}
+        for kind in {kind for _, kind in layers}:
+            seen_1TS = causal(positions_1T, slots_S, self.model.reach(kind))
+            mask = additive_mask(seen_1TS, torch.float32, self.shape.heads_per_kv)
+            inputs[kind] = *self.model.rope(kind, hidden_1TH, real_1T), mask
+        found: dict[int, torch.Tensor] = {}
+        for part in self._cut(layers):
+            found |= self._piece(part).read(hidden_1TH, inputs, cache, row, start, count)
+            hidden_1TH = found[max(found)]
+        return found
 
     def project(self, normed: torch.Tensor, head: int) -> torch.Tensor:
         """Logits of normed states [..., H], see `Engine.project`."""
-        flat = normed.reshape(-1, normed.shape[-1])
-        count, (graphs, vocab_size) = len(flat), self._project(head)
-        few = count <= _FEW[1]
-        if few:
-            flat = F.pad(flat, (0, 0, 0, _FEW[1] - count))
-        graph = graphs[0 if few else 1]
-        graph.copy_input(0, flat)
-        logits = graph.output(0, len(flat), vocab_size)
-        graph.infer()
-        return logits[:count].clone().view(*normed.shape[:-1], -1)
+        logits_NV = self._lm_head(head).logits(normed.reshape(-1, normed.shape[-1]))
+        return logits_NV.view(*normed.shape[:-1], -1)
 
     def head_step(self, depth: int) -> HeadStep:
         """The step of a chain of drafts, see `Engine.head_step`."""
         if depth not in self._head_steps:
             own = self.model.head(depth).lm_head is not None
             lm_head = _LMHead(self.model, depth if own else DRAFTING)
-            self._head_steps[depth] = HeadStep(self, depth, lm_head, _FEW[1])
+            self._head_steps[depth] = HeadStep(self, depth, lm_head, FEW[1])
         return self._head_steps[depth]
 
     def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:
@@ -151,19 +195,19 @@ class OpenVinoEngine:
             head = model.head(depth)
             if len(head.blocks):
                 pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
-        todo: list[Callable[[], list[Graph]]] = [partial(self._graphs, piece) for piece in pieces]
+        todo: list[Callable[[], Path]] = [partial(_load, self._piece, piece) for piece in pieces]
         lm_heads = [WHOLE] if model.draft_tokens is None else [WHOLE, DRAFTING]
         lm_heads += [d for d in model.exits.depths if model.head(d).lm_head is not None]
-        todo += [partial(self._head_graphs, head) for head in lm_heads]
+        todo += [partial(_load, self._lm_head, head) for head in lm_heads]
         chains = [depth for depth in model.exits.depths if depth == 0 and model.reads_before(depth)]
-        todo += [partial(self._step_graphs, depth) for depth in chains]
-        paths = [graph.path for graphs in progress(todo, "compiling") for graph in graphs()]
+        todo += [partial(_load, self.head_step, depth) for depth in chains]
+        paths = [load() for load in progress(todo, "compiling")]
         return list(dict.fromkeys(paths))
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
         """Tokens to run a pass with, from this layer on."""
-        if rows == _FEW[0] and tokens <= _FEW[1]:
-            return _FEW[1]
+        if rows == FEW[0] and tokens <= FEW[1]:
+            return FEW[1]
         before = self._sizes.get(first, (0, 0))
         if before[0] != rows or not 0 <= rows * (before[1] - tokens) <= _PADDING:
             self._sizes[first] = rows, tokens
@@ -181,13 +225,10 @@ class OpenVinoEngine:
         seen = torch.cat([slots_BTS, own_BTT], dim=-1)
         return additive_mask(seen, torch.float32, self.shape.heads_per_kv)
 
-    def _compiled(
-        self, module: nn.Module, example: Sequence[torch.Tensor], variants: Sequence[Sizes]
-    ) -> list[Graph]:
-        """Graphs of a module for inputs of several sizes."""
-        with torch_threads(self.threads):
-            config = self.model.hf.config
-            return compile_module(self._core, module, config, example, variants, self._announce)
+    def traced(self, module: nn.Module, example: Sequence[torch.Tensor]) -> Traced:
+        """A module, traced or loaded, to compile graphs from."""
+        config, before = self.model.hf.config, self._announce
+        return Traced(self._core, module, config, example, threads=self.threads, before=before)
 
     def _announce(self) -> None:
         """Say once that graphs are compiled."""
@@ -195,39 +236,25 @@ class OpenVinoEngine:
             self._said = True
             self.say("compiling for this machine, once; `hispec compile` does it ahead")
 
-    def _project(self, head: int) -> tuple[list[Graph], int]:
+    def _lm_head(self, head: int) -> _CompiledLMHead:
         if head not in self._lm_heads:
-            config = self.model.hf.config
-            example = torch.zeros(2, config.hidden_size)
-            module = _LMHead(self.model, head).eval()
-            sizes = [[[count, config.hidden_size]] for count in (_FEW[1], -1)]
-            graphs = self._compiled(module, [example], sizes)
-            self._lm_heads[head] = graphs, module.lm_head.out_features
+            self._lm_heads[head] = _CompiledLMHead(_LMHead(self.model, head).eval(), self)
         return self._lm_heads[head]
-
-    def _head_graphs(self, head: int) -> list[Graph]:
-        return self._project(head)[0]
-
-    def _step_graphs(self, depth: int) -> list[Graph]:
-        return [self.head_step(depth).graph]
 
     def _cut(self, layers: Layers) -> list[Layers]:
         """Layers of the trunk cut where states are read; the blocks of a head stay together."""
         first = layer_index(layers[0][0])
         if first >= self.model.num_layers:
             return [layers]
-        cuts = [depth - first for depth in self.model.cuts()]
+        cuts = [depth - first for depth in self.model.exits.depths]
         ends = [cut for cut in cuts if 0 < cut < len(layers)]
         return [layers[a:b] for a, b in pairwise([0, *ends, len(layers)])]
 
-    def _piece(self, layers: Layers) -> _Piece:
+    def _piece(self, layers: Layers) -> Piece:
         key = layer_index(layers[0][0]), layer_index(layers[-1][0])
         if key not in self._pieces:
-            self._pieces[key] = _Piece(layers, self)
+            self._pieces[key] = Piece(layers, self)
         return self._pieces[key]
-
-    def _graphs(self, layers: Layers) -> list[Graph]:
-        return [bound.graph for bound in self._piece(layers).bound.values()]
 
 
 class _LMHead(nn.Module):
@@ -248,84 +275,42 @@ class _LMHead(nn.Module):
         return self._scale(self.lm_head(normed_NH))
 
 
-class _Piece:
-    """A run of layers, compiled for few tokens and for any number of rows and tokens."""
+class _CompiledLMHead:
+    """An LM head, compiled for few states and for any number of them."""
 
-    def __init__(self, layers: Layers, engine: OpenVinoEngine) -> None:
-        config = engine.model.hf.config
-        self.shape = engine.shape
-        self.layers = LayerGraph(layers).eval()
-        example, sizes = self.layers.example(self.shape), (_FEW, _ANY)
-        variants = [self.layers.sizes(self.shape, *size) for size in sizes]
-        with attention_by(config, NAME):
-            graphs = engine._compiled(self.layers, example, variants)
-        self.bound = {size: _Bound(graph) for size, graph in zip(sizes, graphs, strict=True)}
+    def __init__(self, lm_head: _LMHead, engine: OpenVinoEngine) -> None:
+        self._width, self._count = engine.shape.hidden, lm_head.lm_head.out_features
+        self._traced = engine.traced(lm_head, [torch.zeros(2, self._width)])
+        self._graphs: dict[int, Graph] = {}
 
-    def run(
-        self,
-        hidden_BTH: torch.Tensor,
-        inputs: Mapping[str, Sequence[torch.Tensor]],
-        cache: PassCache,
-        real: int,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, H] after the layers; the KV of the `real` first tokens goes to the
-        cache."""
-        rows, tokens, _ = hidden_BTH.shape
-        bound, shape = self.bound[_FEW if (rows, tokens) == _FEW else _ANY], self.shape
-        given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
-        for i, tensor in enumerate(given):
-            bound.graph.copy_input(i, tensor)
-        indices = self.layers.indices
-        if not bound.holds(cache):
-            stack = cache.buffers(indices, shape.kv_heads, shape.head_size)
-            for i, buffer in enumerate(stack, len(given)):
-                bound.graph.set_input(i, buffer)
-        out_BTH = bound.graph.output(0, rows, tokens, shape.hidden)
-        size = 2 * len(indices), rows, shape.kv_heads, tokens, shape.head_size
-        new_NBATE = bound.outputs(size)
-        bound.graph.infer()
-        cache.write(indices, new_NBATE[..., :real, :])
-        return out_BTH
+    def load(self) -> Path:
+        """Compile what plain decoding runs; returns the file that keeps it."""
+        self._graph(FEW[1])
+        return self._traced.path
+
+    def _graph(self, count: int) -> Graph:
+        """For so many states, -1 for any number."""
+        if count not in self._graphs:
+            self._graphs[count] = self._traced.graph([[count, self._width]])
+        return self._graphs[count]
+
+    def logits(self, normed_NH: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V or W] of normed states."""
+        count = len(normed_NH)
+        if few := count <= FEW[1]:
+            normed_NH = F.pad(normed_NH, (0, 0, 0, FEW[1] - count))
+        graph = self._graph(FEW[1] if few else -1)
+        graph.copy_input(0, normed_NH)
+        logits_NV = graph.output(0, len(normed_NH), self._count)
+        graph.infer()
+        return logits_NV[:count].clone()
 
 
-class _Inputs:
-    """Rotary embeddings and masks of one announced pass, by attention type; the pieces of a trunk
-    share them."""
-
-    def __init__(self, cache: PassCache, positions_BT: torch.Tensor, padding: int) -> None:
-        self._cache = weakref.ref(cache)
-        self._positions_BT, self._padding = positions_BT, padding
-        self.by_kind: dict[str, tuple[torch.Tensor, ...]] = {}
-
-    def of(self, cache: PassCache, positions_BT: torch.Tensor, padding: int) -> bool:
-        """Whether they are those of this pass: every pass has its own tensor of positions."""
-        same = self._cache() is cache and self._positions_BT is positions_BT
-        return same and self._padding == padding
-
-
-class _Bound:
-    """A graph and the tensors that it stays bound to from pass to pass."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self._cache: weakref.ref[Any] | None = None
-        self._visible = 0
-        self._new: torch.Tensor | None = None
-
-    def holds(self, cache: PassCache) -> bool:
-        """Whether the graph reads the slots that the pass may see; if not, it is about to."""
-        if self._cache is not None and self._cache() is cache and self._visible == cache.visible:
-            return True
-        self._cache, self._visible = weakref.ref(cache), cache.visible
-        return False
-
-    def outputs(self, size: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of that size that the new keys and values are written to."""
-        if self._new is None or self._new.shape != size:
-            self._new = torch.empty(size)
-            for i, part in enumerate(self._new, 1):
-                self.graph.set_output(i, part)
-        return self._new
+def _load(build: Callable[[Any], Any], of: Any) -> Path:
+    """Build a piece, an LM head or a step and compile what plain decoding or a chain runs; returns
+    the file that keeps it."""
+    path: Path = build(of).load()
+    return path
 
 
 def _versions(model: ExitModel) -> list[tuple[int, int]]:

@@ -17,58 +17,70 @@ from torch import nn
 from hispec.engine.artifacts import artifact_path, module_digest, read_artifact, write_artifact
 from hispec.engine.tracing import Tracing
 from hispec.utils.console import one_line
+from hispec.utils.threads import torch_threads
 
 Sizes = Sequence[Sequence[int]]
 """Sizes of the inputs of a graph, -1 for those that vary."""
+_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MARK = "language model"
 _LENGTH, _PAGE = 8, 4096
 
 
-def compile_module(
-    core: ov.Core,
-    module: nn.Module,
-    config: Any,
-    example: Sequence[torch.Tensor],
-    variants: Sequence[Sizes],
-    before: Callable[[], None] = lambda: None,
-) -> list[Graph]:
-    """Graphs of a module, one for each variant.
+class Traced:
+    """A module traced for OpenVINO; compiles graphs for inputs of some sizes when asked to.
 
-    Tracing the module takes the time, so what was traced is kept on disk, once for all variants;
-    compiling it takes a tenth of that.
+    Tracing takes the time, so what was traced is kept on disk; compiling takes a tenth of that.
+    Every graph packs the weights for its own kernels when it first runs.
 
     Args:
         module: a function of tensors alone.
         config: the transformers config of its model.
         example: inputs to trace it with.
-        variants: sizes of the inputs.
+        threads: that graphs run on.
         before: called before anything is traced.
     """
-    settings = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # int8 weights, float32 states
-    }
-    path = artifact_path(module_digest(module, config), {"openvino": ov.get_version()})
-    content = read_artifact(path)
-    traced = None if content is None else _load(core, path, content)
-    if traced is None:
-        before()
-        content = None
-        with torch.inference_mode(), Tracing(module, example):
-            traced = _marked(ov.convert_model(module, example_input=tuple(example)))
-        try:
-            write_artifact(path, _packed(traced))
-        except (OSError, RuntimeError) as error:  # no room for temporary files
-            warnings.warn(f"the graph is not kept: {one_line(error)[:80]}", stacklevel=2)
-    graphs = []
-    for sizes in variants:
-        model = traced.clone()
+
+    def __init__(
+        self,
+        core: ov.Core,
+        module: nn.Module,
+        config: Any,
+        example: Sequence[torch.Tensor],
+        *,
+        threads: int,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._core, self._threads = core, threads
+        self.path = artifact_path(module_digest(module, config), {"openvino": ov.get_version()})
+        self._content = read_artifact(self.path)
+        known = None if self._content is None else _load(core, self.path, self._content)
+        if known is None:
+            before()
+            self._content = None
+            with torch_threads(threads), torch.inference_mode(), Tracing(module, example):
+                known = _marked(ov.convert_model(module, example_input=tuple(example)))
+            try:
+                write_artifact(self.path, _packed(known))
+            except (OSError, RuntimeError) as error:  # no room for temporary files
+                warnings.warn(f"the graph is not kept: {one_line(error)[:80]}", stacklevel=2)
+        self._model = known
+
+    def graph(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> Graph:
+        """A graph for inputs of these sizes.
+
+        Args:
+            dtype: to compute in: float32 or, where the CPU can, bf16.
+        """
+        model = self._model.clone()
         model.reshape({i: ov.PartialShape(list(size)) for i, size in enumerate(sizes)})
-        graphs.append(Graph(core.compile_model(model, "CPU", settings), path, content))
-    return graphs
+        settings = {
+            "INFERENCE_NUM_THREADS": self._threads,
+            "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # int8 weights, float32 states
+        }
+        return Graph(self._core.compile_model(model, "CPU", settings), self._content)
 
 
 def _marked(model: ov.Model) -> ov.Model:
@@ -91,12 +103,11 @@ class Graph:
     caller's, or those that the graph keeps from pass to pass while their sizes stay.
 
     Args:
-        path: the file that keeps what it was compiled from.
-        content: that file in memory, if it was loaded; OpenVINO goes on reading it.
+        content: what it was compiled from, if it lies in a file in memory; OpenVINO goes on reading
+            it.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, path: Path, content: np.ndarray | None) -> None:
-        self.path = path
+    def __init__(self, compiled: ov.CompiledModel, content: np.ndarray | None) -> None:
         self._content = content
         self._request = compiled.create_infer_request()
         self._inputs: dict[int, torch.Tensor] = {}

@@ -21,7 +21,7 @@ _ALIKE_TOKENS = 27
 _ALIKE_ROWS = 32
 # Without AMX, attention rounds the last rows of a pass differently unless rows come in fours.
 _ROWS_AT_ONCE = 4
-# With AVX-512 and without AMX, `F.linear` of more than 1,024 inputs rounds a single row differently.
+# With AVX-512 but no AMX, `F.linear` of more than 1,024 inputs rounds a single row differently.
 FEWEST_TOKENS = 2
 
 
@@ -92,7 +92,9 @@ class PassCache(Protocol):
     visible: int
     """Slots of a row that the announced pass may see."""
     of_prompts: bool
-    """Whether passes read prompts: the modules run them, in the dtype of the weights."""
+    """Whether passes read prompts: an engine may compute them in the dtype of the weights."""
+    counts: list[int]
+    """Tokens of each row in the announced pass; what follows them is padding."""
 
     def buffers(self, layers: Sequence[int], heads: int, size: int) -> torch.Tensor:
         """Keys and values of some layers in turn, [2 * layers, B, heads, S, size], for an engine:
@@ -101,8 +103,8 @@ class PassCache(Protocol):
     def write(self, layers: Sequence[int], new_NBATE: torch.Tensor) -> None:
         """Store the KV of the announced tokens, in the order of `buffers`."""
 
-    def put(self, layers: Sequence[int], first: int, new_NBATE: torch.Tensor) -> None:
-        """Store the KV of the only row's tokens in the slots from `first` on."""
+    def put(self, layers: Sequence[int], first: int, new_N1ATE: torch.Tensor, row: int = 0) -> None:
+        """Store the KV of a row's tokens in the slots from `first` on."""
 
     def seen_apart(self, reach: Reach) -> tuple[torch.Tensor, torch.Tensor]:
         """Which slots the tokens attend to besides those of the pass, bool [B, T, S], and which

@@ -52,6 +52,8 @@ class Engine(Protocol):
     cores wait for each other, 6 ms at a time."""
     dtype: torch.dtype
     """Of the states that it computes with, whatever the dtype of the weights."""
+    prompt_tokens: int
+    """Tokens of a pass over prompts, at most."""
     block: int
     """The cache shows slots in multiples of this."""
     say: Callable[[str], None]
@@ -75,9 +77,14 @@ class Engine(Protocol):
         hidden_BTH: torch.Tensor,
         positions_BT: torch.Tensor,
         cache: PassCache,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, H] after these layers, each with its attention type; passes that
-        read prompts are left to the modules."""
+        reads: Sequence[int] = (),
+    ) -> list[torch.Tensor]:
+        """Hidden states [B, T, H] at the depths of `reads`, then those after all of these layers,
+        each with its attention type.
+
+        Args:
+            reads: depths between the layers that heads of the model read, increasing.
+        """
 
     def head_step(self, depth: int) -> HeadStep:
         """The step of a chain of drafts from the head at a depth, which reads the token before."""

@@ -1,15 +1,8 @@
-"""ExitModel: run any stretch of layers of an unmodified transformers model and read any depth.
-
-This is the only file that knows the insides of transformers' models. It calls their own embedding,
-decoder layers, norm and LM head; nothing is copied or patched, so an upgrade of transformers is
-either picked up or fails by name.
-"""
+"""ExitModel: run any stretch of layers of an unmodified transformers model and read any depth."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
@@ -19,29 +12,16 @@ from transformers import PreTrainedModel
 
 from hispec.config import ExitConfig
 from hispec.models import eagle3
-from hispec.models.architectures import SLIDING, check_supported, layer_types, longest_text
-from hispec.models.attention import (
-    FEWEST_TOKENS,
-    NAME,
-    PassCache,
-    Reach,
-    attention_by,
-    needs_company,
-)
-from hispec.models.engine import DRAFTING, WHOLE, Engine
+from hispec.models.attention import FEWEST_TOKENS, PassCache, Reach, needs_company
+from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_heads import ExitHead, Gather, build_head
-from hispec.models.layer_inputs import (
-    LayerInputs,
-    all_positions,
-    cached_inputs,
-    documents,
-    text_mask,
-)
+from hispec.models.layer_inputs import LayerInputs
 from hispec.models.quantization import FULL
+from hispec.models.trunk import Trunk
 from hispec.utils.settings import check
 
 
-class ExitModel(nn.Module):
+class ExitModel(Trunk):
     """A causal LM whose hidden states can be entered, left and read at any depth.
 
     Args:
@@ -59,13 +39,8 @@ class ExitModel(nn.Module):
         exits: ExitConfig | None = None,
         gather: Gather = nullcontext,
     ) -> None:
-        super().__init__()
-        check_supported(hf.config)
-        self.hf = hf
-        self.num_layers: int = hf.config.num_hidden_layers
+        super().__init__(hf)
         self.vocab_size: int = hf.lm_head.out_features
-        self.layer_types = layer_types(hf.config)
-        self.longest_text = longest_text(hf.config)
         self.exits = exits or ExitConfig()
         if self.exits.exits:
             self.exits.validate(self.num_layers)
@@ -82,35 +57,13 @@ class ExitModel(nn.Module):
             index += len(head.blocks)
         self.draft_tokens: torch.Tensor | None
         self.register_buffer("draft_tokens", torch.arange(size) if size else None)
-        self._rope_by_type = "layer_type" in signature(hf.model.rotary_emb.forward).parameters
-        self._heads_per_kv = hf.config.num_attention_heads // hf.config.num_key_value_heads
         self._untrained = ExitHead()
         self.weights = FULL
         """`full`, or `int8` where `quantization` has rounded them."""
-        self.engine: Engine | None = None
-        """Runs cached passes in place of the modules, where it takes them."""
 
-    def cuts(self) -> list[int]:
-        """Depths whose states an exit or a head reads, increasing, below the full depth."""
-        read = {depth for exit in self.exits.depths for depth in self.head(exit).reads}
-        return sorted({*self.exits.depths, *read} - {self.num_layers})
-
-    @property
-    def device(self) -> torch.device:
-        return self.hf.device
-
-    @property
-    def backend(self) -> str:
-        """The name of what runs cached passes."""
-        return "eager" if self.engine is None else self.engine.name
-
-    def cache_layout(self) -> tuple[torch.dtype, int | None]:
-        """(dtype, slots of a block) of a new KV cache as the engine wants it; (the model's dtype,
-        None) without an engine."""
-        if self.engine is None:
-            return self.hf.dtype, None
-        self.engine.refresh()
-        return self.engine.dtype, self.engine.block
+    def read_depths(self) -> list[int]:
+        """Depths whose states of the token before a head reads, increasing."""
+        return sorted({depth for exit in self.exits.depths for depth in self.head(exit).reads})
 
     def head(self, depth: int) -> ExitHead:
         """The trained head at `depth`, or the LayerSkip reading where there is none."""
@@ -119,67 +72,6 @@ class ExitModel(nn.Module):
         head = self.heads[str(depth)]
         assert isinstance(head, ExitHead)
         return head
-
-    def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, H] at depth 0."""
-        hidden_BTH = self.hf.model.embed_tokens(tokens_BT)
-        factor = getattr(self.hf.model, "embedding_multiplier", None)  # Granite
-        return hidden_BTH if factor is None else hidden_BTH * factor
-
-    def run(
-        self,
-        hidden_BTH: torch.Tensor,
-        from_depth: int,
-        to_depth: int,
-        positions_BT: torch.Tensor | None = None,
-        cache: PassCache | None = None,
-        inputs: dict[str, LayerInputs] | None = None,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, H] at `to_depth` from those at `from_depth`, before any norm.
-
-        Without a cache the tokens are whole sequences from position 0 on (training), or, with
-        `positions_BT`, packed documents: where the position is 0 one begins, and a token attends to
-        those of its own document alone. With a cache they continue what it holds, at
-        `positions_BT`; `KVCache.place` was called for them.
-
-        Args:
-            inputs: what `layer_inputs` gave for these tokens, if the caller runs one stretch of
-                layers after another: the masks are then built once.
-        """
-        # a slice of a ModuleList is a new ModuleList, which takes 0.5 ms for 30 layers
-        layers = list(zip(self.hf.model.layers, self.layer_types, strict=True))
-        layers = layers[from_depth:to_depth]
-        return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs)
-
-    def layer_inputs(
-        self, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor | None = None
-    ) -> dict[str, LayerInputs]:
-        """Masks and rotary embeddings of whole sequences or packed documents, by attention type."""
-        document_BT = None
-        if positions_BT is None:
-            positions_BT = all_positions(hidden_BTH)
-        else:
-            document_BT = documents(positions_BT)
-        return {
-            kind: self._layer_inputs(kind, hidden_BTH, positions_BT, None, document_BT)
-            for kind in dict.fromkeys(self.layer_types)
-        }
-
-    def states(
-        self,
-        tokens_BT: torch.Tensor,
-        depths: Iterable[int],
-        positions_BT: torch.Tensor | None = None,
-    ) -> dict[int, torch.Tensor]:
-        """Hidden states [B, T, H] of whole sequences or packed documents by depth, before any norm.
-
-        Every layer up to the deepest of `depths` runs once.
-        """
-        hidden_BTH, at, found = self.embed(tokens_BT), 0, {}
-        for depth in sorted(depths):
-            hidden_BTH, at = self.run(hidden_BTH, at, depth, positions_BT), depth
-            found[depth] = hidden_BTH
-        return found
 
     def set_draft_tokens(self, tokens_W: torch.Tensor) -> None:
         """Let exits draft from these token ids [W], increasing; for fresh heads.
@@ -218,7 +110,7 @@ class ExitModel(nn.Module):
         head = self.head(depth)
         hidden_BTH = head.enter(hidden_BTH, previous_BTH)
         layers = list(zip(head.blocks, head.layer_types, strict=True))
-        return self._run_layers(layers, hidden_BTH, positions_BT, cache, inputs, keys)
+        return self.run_layers(layers, hidden_BTH, positions_BT, cache, inputs, keys)
 
     def reads_before(self, depth: int) -> bool:
         """Whether the head at a depth reads the token before; the full model does not."""
@@ -317,78 +209,19 @@ class ExitModel(nn.Module):
             hidden_BTH = self.run_head(depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH)
         return self.read(depth, hidden_BTH)
 
-    def _run_layers(
-        self,
-        layers: Sequence[tuple[nn.Module, str]],
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor | None,
-        cache: PassCache | None,
-        inputs: dict[str, LayerInputs] | None = None,
-        keys: Any = None,
-    ) -> torch.Tensor:
-        if not layers:
-            return hidden_BTH
-        if cache is not None and self.engine is not None:
-            if not cache.of_prompts:
-                assert positions_BT is not None
-                return self.engine.run(layers, hidden_BTH, positions_BT, cache)
-            hidden_BTH = hidden_BTH.to(self.hf.dtype)  # what the cache keeps may be in another one
-        if cache is not None and positions_BT is not None and needs_company(hidden_BTH):
-            twice = hidden_BTH.expand(-1, FEWEST_TOKENS, -1), positions_BT.expand(-1, FEWEST_TOKENS)
-            return self._run_layers(layers, *twice, cache, inputs, keys)[:, :1]
-        inputs, document_BT = dict(inputs or {}), None
-        if positions_BT is None:
-            positions_BT = all_positions(hidden_BTH)
-        elif cache is None and not inputs:
-            document_BT = documents(positions_BT)
-        config = self.hf.config
-        with nullcontext() if cache is None else attention_by(config, NAME):
-            for layer, kind in layers:
-                if kind not in inputs:
-                    inputs[kind] = self._layer_inputs(
-                        kind, hidden_BTH, positions_BT, cache, document_BT
-                    )
-                hidden_BTH = layer(
-                    hidden_BTH,
-                    attention_mask=inputs[kind].attention_mask,
-                    position_embeddings=inputs[kind].position_embeddings,
-                    position_ids=positions_BT,
-                    past_key_values=keys if cache is None else cache,
-                    use_cache=cache is not None or keys is not None,
-                    **(inputs[kind].of_cache() if cache is not None else {}),
-                )
-        return hidden_BTH
-
     def rope(
         self, kind: str, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) [B, T, head size] of an attention type."""
-        rotary = self.hf.model.rotary_emb
-        if kind == eagle3.KIND:
-            own = self.head(0).rotary
-            if own is not None:
-                return own(hidden_BTH, positions_BT)
-            cos, sin = self.rope(self.layer_types[-1], hidden_BTH, positions_BT)
-            return cos.to(hidden_BTH.dtype), sin.to(hidden_BTH.dtype)  # OLMo 2 has float32
-        return rotary(hidden_BTH, positions_BT, *([kind] if self._rope_by_type else []))
+        if kind != eagle3.KIND:
+            return super().rope(kind, hidden_BTH, positions_BT)
+        own = self.head(0).rotary
+        if own is not None:
+            return own(hidden_BTH, positions_BT)
+        cos, sin = super().rope(self.layer_types[-1], hidden_BTH, positions_BT)
+        return cos.to(hidden_BTH.dtype), sin.to(hidden_BTH.dtype)  # OLMo 2 has float32
 
     def reach(self, kind: str) -> Reach:
         """Which tokens before it a token attends to in layers of an attention type."""
-        window = self.hf.config.sliding_window if kind == SLIDING else None
         # EAGLE-3 pairs a token with the one before it, so there is no pair for the first
-        return Reach(window, first=int(kind == eagle3.KIND))
-
-    def _layer_inputs(
-        self,
-        kind: str,
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        cache: PassCache | None,
-        document_BT: torch.Tensor | None,
-    ) -> LayerInputs:
-        """Args: document_BT: without a cache, the number of each token's document in its row."""
-        rope = self.rope(kind, hidden_BTH, positions_BT)
-        reach = self.reach(kind)
-        if cache is None:
-            return LayerInputs(text_mask(hidden_BTH, positions_BT, document_BT, reach), rope)
-        return cached_inputs(hidden_BTH, rope, cache, reach, self._heads_per_kv)
+        return Reach(first=1) if kind == eagle3.KIND else super().reach(kind)

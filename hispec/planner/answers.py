@@ -199,10 +199,9 @@ class Answers:
     def _run(self, segment: Segment, nodes: Sequence[int]) -> None:
         kind, rung = segment
         slots_1T = np.array([[self._slot[node] for node in nodes]])
-        depth = self.rungs.depths[rung]
-        before = self.rungs.depths[rung - 1] if rung else 0
         positions_1T = self._forest.place(slots_1T)
         if kind == "head":
+            depth = self.rungs.depths[rung]
             hidden_1TH = self._forest.placed_hidden(("segment", rung))
             hidden_1TH = self.model.run_head(depth, hidden_1TH, positions_1T, self._forest)
         else:
@@ -211,12 +210,7 @@ class Answers:
             else:
                 tokens_T = torch.tensor([self._token[node] for node in nodes])
                 hidden_1TH = self.model.embed(tokens_T[None].to(self.model.device))
-            stops = [d for d in self.rungs.read_depths if before < d < depth]
-            for stop in (*stops, depth):
-                hidden_1TH = self.model.run(hidden_1TH, before, stop, positions_1T, self._forest)
-                if stop in self.rungs.read_depths:
-                    self._forest.store_hidden(("depth", stop), hidden_1TH)
-                before = stop
+            hidden_1TH = self.rungs.run_layers(rung, hidden_1TH, positions_1T, self._forest)
         self._forest.store_hidden(segment, hidden_1TH)
         self._held[segment][slots_1T[0]] = True
 

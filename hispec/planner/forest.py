@@ -44,7 +44,8 @@ class Forest(KVCache):
         tree: Any = None,
         base_B: Any = None,
         *,
-        whole_B: Any = None,
+        count_B: Any = None,
+        whole: bool = False,
     ) -> torch.Tensor:
         super().place(slots_BT)
         self.show(self.used)

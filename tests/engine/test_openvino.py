@@ -18,7 +18,7 @@ from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
 from hispec.engine.build import build_engine
 from hispec.engine.openvino_engine import OpenVinoEngine
-from hispec.engine.openvino_graph import compile_module
+from hispec.engine.openvino_graph import Traced
 from hispec.engine.tracing import exact_copy
 from hispec.models.architectures import FAMILIES
 from hispec.models.engine import DRAFTING
@@ -93,9 +93,9 @@ def test_exits_at_depth_0_run_as_graphs(family, kind, prompts):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     expected = texts(model, prompts, {"ladder": [6]})
     assert texts(model, prompts, {"ladder": [0, 6], "draft_length": 3}) == expected
-    cuts = len(model.cuts()) + 1 - (0 in model.cuts())
+    pieces = len(set(model.exits.depths) - {0}) + 1
     lm_heads = 3 if kind == "eagle3" else 2
-    assert len(model.engine.compile()) == cuts + 1 + lm_heads + 1  # the last one is for chains
+    assert len(model.engine.compile()) == pieces + 1 + lm_heads + 1  # the last one is for chains
 
 
 def halved(model, dtype=torch.bfloat16):
@@ -202,8 +202,9 @@ def test_graphs_hold_weights_in_the_fewest_bits_that_lose_nothing(tmp_path, monk
     values = {4: full, 2: full.bfloat16().float(), 1: int8_values(full)}
     for bytes_each, weight in values.items():
         linear.weight.data = weight
-        (graph,) = compile_module(ov.Core(), linear, config, [states], [[[-1, 256]]])
-        assert graph.path.stat().st_size == pytest.approx(bytes_each * weight.numel(), rel=0.15)
+        traced = Traced(ov.Core(), linear, config, [states], threads=1)
+        graph = traced.graph([[-1, 256]])
+        assert traced.path.stat().st_size == pytest.approx(bytes_each * weight.numel(), rel=0.15)
         graph.set_input(0, states)
         graph.set_output(0, out := torch.empty(3, 512))
         graph.infer()
@@ -228,7 +229,7 @@ linear = torch.nn.Linear(1024, 32768, bias=False)
 linear.weight.data = linear.weight.detach().bfloat16().float()
 states, out, core = torch.randn(1, 1024), torch.empty(1, 32768), ov.Core()
 before = used()
-(graph,) = openvino_graph.compile_module(core, linear, config, [states], [[[-1, 1024]]])
+graph = openvino_graph.Traced(core, linear, config, [states], threads=1).graph([[-1, 1024]])
 graph.set_input(0, states)
 graph.set_output(0, out)
 graph.infer()
