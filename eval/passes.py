@@ -1,11 +1,11 @@
 """What a pass of the full model costs: `python eval/passes.py checkpoint=DIR`.
 
-A pass reads some tokens after a text and ends with the argmax of their logits. transformers'
-forward, our modules (`eager`) and the compiled graphs (`openvino`, where they can run the model)
-take turns, so that a slow spell of the machine affects all of them; so does a chain of three drafts
-where the checkpoint has a head at depth 0. Beside them stands what the bytes of a pass would take
-at the memory bandwidth measured in the same run: weights once, in as many bits as the graphs hold
-them, keys and values once. Prints a table of medians in ms, and ends with one JSON line.
+A pass reads a whole prompt, or some tokens after a text with the argmax of their logits at the end.
+transformers' forward, our modules (`eager`) and the compiled graphs (`openvino`, where they can run
+the model) take turns, so that a slow spell of the machine affects all of them; so does a chain of
+three drafts where the checkpoint has a head at depth 0. Beside them stands what the bytes of a pass
+would take at the memory bandwidth measured in the same run: weights once, in as many bits as the
+graphs hold them, keys and values once. Prints a table of medians in ms; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import MISSING
 from pydantic import Field
@@ -51,6 +51,8 @@ class Settings:
     """Tokens of a pass."""
     lengths: list[_Count] = field(default_factory=lambda: [128, 1024])
     """Tokens of the text before it."""
+    prompts: list[_Count] = field(default_factory=lambda: [128, 512])
+    """Tokens of prompts that are read whole."""
     repeats: Annotated[int, Field(ge=1), at_most(10_000, "each repeat runs every pass")] = 15
     dtype: str = "auto"
     weights: str = "full"
@@ -79,7 +81,19 @@ def main(words: Sequence[str]) -> None:
     engines = {"eager": None}
     if (engine := build_engine(model, AUTO)) is not None:
         engines[engine.name] = engine
-    rows, weight_bytes = [], _weight_bytes(model, held=engine is not None)
+    weight_bytes = _weight_bytes(model, held=engine is not None)
+
+    def measured(jobs: dict[str, Callable[[], float]], length: int, tokens: int) -> dict[str, Any]:
+        found, bandwidth = _medians(jobs, settings.repeats, f"{tokens} after {length}")
+        size = weight_bytes + _kv_bytes(model, length, engine)
+        alone = {"bytes_alone_ms": 1e3 * size / bandwidth, "gigabytes_per_second": bandwidth / 1e9}
+        return {"length": length, "tokens": tokens, "ms": found, "bytes": size, **alone}
+
+    rows, prompts = [], []
+    for tokens in settings.prompts:
+        jobs = {"generate's forward": _prompt_forward(model, tokens)}
+        jobs |= {name: _prompt(model, of, tokens) for name, of in engines.items()}
+        prompts.append(measured(jobs, 0, tokens))
     for length in settings.lengths:
         for tokens in settings.tokens:
             jobs = {"generate's forward": _forward(model, length, tokens)}
@@ -87,23 +101,25 @@ def main(words: Sequence[str]) -> None:
                 jobs[name] = _own(model, of, length, tokens)
             if (chain := _chain(model, engine, length)) is not None:
                 jobs["chain of 3 drafts"] = chain
-            found, bandwidth = _medians(jobs, settings.repeats, f"{tokens} after {length}")
-            size = weight_bytes + _kv_bytes(model, length, engine)
-            rows.append({"length": length, "tokens": tokens, "ms": found, "bytes": size})
-            rows[-1]["gigabytes_per_second"] = bandwidth / 1e9
-            rows[-1]["bytes_alone_ms"] = 1e3 * size / bandwidth
-    table = Table(*("after", "tokens", *rows[0]["ms"], "bytes alone", "GB/s"))
-    for row in rows:
+            rows.append(measured(jobs, length, tokens))
+    ways = list(dict.fromkeys(name for row in (*prompts, *rows) for name in row["ms"]))
+    table = Table(*("after", "tokens", *ways, "bytes alone", "GB/s"))
+    for row in (*prompts, *rows):
         first = row["ms"]["generate's forward"]
-        shown = [f"{ms:.1f} ({first / ms:.2f}x)" for ms in row["ms"].values()]
+        times = [row["ms"].get(way) for way in ways]
+        shown = ["" if ms is None else f"{ms:.1f} ({first / ms:.2f}x)" for ms in times]
         table.add_row(
-            *(str(row["length"]), str(row["tokens"]), *shown),
+            *(str(row["length"] or "prompt"), str(row["tokens"]), *shown),
             *(f"{row['bytes_alone_ms']:.1f}", f"{row['gigabytes_per_second']:.1f}"),
         )
     out.print(table)
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     machine["dtype"] = str(model.hf.dtype).removeprefix("torch.")
-    print(json.dumps({"settings": asdict(settings), "machine": machine, "passes": rows}))
+    print(
+        json.dumps(
+            {"settings": asdict(settings), "machine": machine, "passes": rows, "prompts": prompts}
+        )
+    )
 
 
 def _medians(
@@ -206,6 +222,43 @@ def _own(model: ExitModel, engine: Engine | None, length: int, tokens: int) -> C
         with torch_threads(threads):
             began = time.perf_counter()
             ladder.logits(0, text, held, upto).argmax(-1)
+            return time.perf_counter() - began
+
+    return run
+
+
+def _prompt_forward(model: ExitModel, tokens: int) -> Callable[[], float]:
+    """Times how transformers reads a prompt."""
+    import torch
+
+    text = _tokens(model, tokens)
+
+    @torch.inference_mode()
+    def run() -> float:
+        began = time.perf_counter()
+        model.hf(text, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        return time.perf_counter() - began
+
+    return run
+
+
+def _prompt(model: ExitModel, engine: Engine | None, tokens: int) -> Callable[[], float]:
+    """Times how the ladder that has the full model alone reads a prompt."""
+    import numpy as np
+    import torch
+
+    from hispec.decoding.ladder import Ladder
+    from hispec.utils.threads import torch_threads
+
+    text, upto = _tokens(model, tokens).numpy(), np.array([tokens])
+    threads = torch.get_num_threads() if engine is None else 1
+
+    @torch.inference_mode()
+    def run() -> float:
+        model.engine = engine
+        with torch_threads(threads):
+            began = time.perf_counter()
+            Ladder(model, [model.num_layers], 1, tokens).prefill(text, upto)
             return time.perf_counter() - began
 
     return run

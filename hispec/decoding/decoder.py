@@ -167,10 +167,10 @@ class Decode:
         state = self.state
         before_B = state.committed_B
         all_new = len(self._unread) == state.rows
-        if self._unread:
-            self._read_prompts()
-        if not (all_new or self.done):
-            with nullcontext() if self.model.engine is None else torch_threads(1):
+        with nullcontext() if self.model.engine is None else torch_threads(1):
+            if self._unread:
+                self._read_prompts()
+            if not (all_new or self.done):
                 self._round()
         committed = state.committed_since(before_B)
         new_tokens = sum(len(part.tokens) for part in committed)

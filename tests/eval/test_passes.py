@@ -11,11 +11,15 @@ from hispec.utils.command_line import run_cleanly
 
 
 def test_every_way_is_timed_for_every_size(ee, capsys):
-    eval.passes.main([f"checkpoint={ee}", "tokens=[1,3]", "lengths=[5,40]", "repeats=1"])
+    eval.passes.main(
+        [f"checkpoint={ee}", "tokens=[1,3]", "lengths=[5,40]", "prompts=[7]", "repeats=1"]
+    )
     said = capsys.readouterr().out.splitlines()
     found = json.loads(said[-1])["passes"]
+    (prompt,) = json.loads(said[-1])["prompts"]
+    assert (prompt["length"], prompt["tokens"]) == (0, 7)
     assert [(row["length"], row["tokens"]) for row in found] == [(5, 1), (5, 3), (40, 1), (40, 3)]
-    for row in found:
+    for row in (prompt, *found):
         assert set(row["ms"]) == {"generate's forward", "eager"}  # too small to be compiled
         assert all(ms > 0 for ms in (*row["ms"].values(), row["bytes_alone_ms"]))
     # 6 layers of 4 matrices of attention, 3 of the MLP and 2 norms; LM head; keys and values
