@@ -27,7 +27,7 @@ from hispec.utils.threads import torch_threads
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Tokens of a row in one pass for which it is measured; in between is interpolated."""
-_MOST = 256  # tokens of one pass, all rows together: more of them take in proportion
+_MOST = 128  # tokens of a pass over several rows: from there on they take in proportion
 
 
 class Costs(Protocol):
@@ -57,9 +57,13 @@ class Latency:
         return False
 
     def of(self, part: str, tokens: int, length: int) -> float:
-        """Seconds of a part for so many tokens of every row in texts of so many, interpolated."""
+        """Seconds of a part for so many tokens of every row in texts of so many, interpolated.
+
+        More tokens than were measured take in proportion, a longer text takes as the longest.
+        """
         by_length = [np.interp(tokens, self.tokens, row) for row in self.seconds[part]]
-        return float(np.interp(length, self.lengths, by_length))
+        beyond = max(1.0, tokens / self.tokens[-1])
+        return beyond * float(np.interp(length, self.lengths, by_length))
 
 
 def segment(from_depth: int, to_depth: int, tree: bool = False) -> str:
@@ -106,7 +110,7 @@ def measure_latency(
     """
     taken: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     bench: _Bench | None = None
-    counts = [n for n in TOKENS if n * rows <= _MOST or n <= 8] if rows > 1 else list(TOKENS)
+    counts = [n for n in TOKENS if rows == 1 or n * rows <= _MOST]
     threads = torch.get_num_threads() if model.engine is None else 1  # as in `Decode.step`
     for length in progress(
         [length for length in lengths for _ in range(repeats)], "timing the parts"
@@ -117,6 +121,9 @@ def measure_latency(
             for _, call in bench.parts(1) if fresh else ():  # warm-up
                 call()
             for tokens in counts:
+                if rows > 1:  # an engine takes longer for the first pass of another size
+                    for _, call in bench.parts(tokens):
+                        call()
                 for part, call in bench.parts(tokens):
                     began = now(model.device)
                     call()

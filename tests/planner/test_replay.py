@@ -215,4 +215,4 @@ def test_latency_is_interpolated():
     latency.seconds = {"x": [[1.0, 2.0, 4.0], [3.0, 4.0, 6.0]]}
     assert latency.of("x", 2, 4) == 2.0
     assert latency.of("x", 3, 12) == 4.0
-    assert latency.of("x", 9, 100) == 6.0  # past what was measured: the nearest
+    assert latency.of("x", 6, 100) == 9.0  # past what was measured: in proportion, the longest
