@@ -105,8 +105,8 @@ class EarlyExitLM:
         check(isinstance(depths, list), "ladder", ladder, f"depths, {AUTO!r} or {PLAIN!r}")
         return depths
 
-    def planned(self) -> tuple[Setting | None, str]:
-        """Look for a plan that was made for this model and machine.
+    def planned(self, rows: int = 1) -> tuple[Setting | None, str]:
+        """Look for a plan for this model and machine, of several that for the nearest `rows`.
 
         Returns:
             (its setting, or None without such a plan; a sentence that says which).
@@ -119,18 +119,19 @@ class EarlyExitLM:
         here = Machine.of(self.model)
         if differences := self.plan.machine.differences(here):
             return None, f"the plan is not for this machine ({'; '.join(differences)})"
-        rate = f"{self.plan.tokens_per_second:.1f} tokens/s, {self.plan.speedup:.2f}x plain"
-        return self.plan.setting, f"planned: {shown(self.plan.setting)} ({rate})"
+        plan = self.plan.for_rows(rows)
+        gain = f"{plan.tokens_per_second:.1f} tokens/s, {plan.speedup:.2f}x plain{plan.together}"
+        return plan.setting, f"planned: {shown(plan.setting)} ({gain})"
 
     def choose(
-        self, ladder: str | Sequence[int] | None, settings: Mapping[str, Any]
+        self, ladder: str | Sequence[int] | None, settings: Mapping[str, Any], rows: int = 1
     ) -> tuple[dict[str, Any], str]:
         """Choose what the caller left open.
 
         A ladder that was given stays. Without one, and if nothing else was given that a plan
-        chooses, the plan's setting is taken if it was made for this model and machine; without a
-        plan, the full model verifies prompt lookups, and greedy drafts of a head at depth 0 that
-        is compiled. Settings of exits without a ladder mean all
+        chooses, the setting planned for the nearest number of rows is taken if there is a plan for
+        this model and machine; without one, the full model verifies prompt lookups, and greedy
+        drafts of a head at depth 0 that is compiled. Settings of exits without a ladder mean all
         trained exits.
 
         Returns:
@@ -147,7 +148,7 @@ class EarlyExitLM:
         default = {"ladder": self.ladder(PLAIN), "drafter": "lookup", "lookup_length": 3}
         if named:
             return {**default, **settings}, ""
-        setting, words = self.planned()
+        setting, words = self.planned(rows)
         if setting is not None:
             trees = "recycle" in setting.get("drafter", "") or setting.get("draft_width", 1) > 1
             if not trees or settings.get("verification", "match") == "match":
@@ -229,14 +230,12 @@ class EarlyExitLM:
         """A decode that has not run yet.
 
         Args:
-            ladder: depths, `plain`, or `auto`, the same as None: the plan's setting if there is
-                one for this model and machine, else the full model with prompt lookup; all exits
-                if `settings` holds any that concern exits (see `choose`).
+            ladder: depths, `plain`, or `auto`, the same as None: what was planned or is the
+                default, see `choose`; all exits if `settings` holds any that concern exits.
             chat: see `encode`.
             stop_strings: a text ends with the token that completes one of them.
             seeds: one of each prompt, in place of `seed`: equal prompts get texts of their own.
-            logits_processor: more processors of transformers, see `Decode`.
-            stopping_criteria: more criteria of transformers, see `Decode`.
+            logits_processor, stopping_criteria: more of them, of transformers, see `Decode`.
             settings: the other fields of `DecodeConfig`.
 
         Raises:
@@ -265,7 +264,8 @@ class EarlyExitLM:
         stopping = StoppingCriteriaList(stopping_criteria or [])
         if arguments.stop_strings:
             stopping.append(StopStringCriteria(self.tokenizer, arguments.stop_strings))
-        config = DecodeConfig(**{"eos": self.eos(), **self.choose(ladder, settings)[0]})
+        chosen = self.choose(ladder, settings, len(arguments.prompts) or 1)[0]
+        config = DecodeConfig(**{"eos": self.eos(), **chosen})
         return Decode(
             self.model,
             [self.encode(prompt, chat) for prompt in arguments.prompts],

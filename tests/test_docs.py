@@ -36,6 +36,7 @@ SCRIPTS = {
     "eval/rounds.py": "eval.rounds",
     "eval/lossless.py": "eval.lossless",
     "eval/quality.py": "eval.quality",
+    "eval/hierarchy.py": "eval.hierarchy",
 }
 COMMANDS = typer.main.get_command(app).commands
 OTHER_OPTIONS = {"--plan", "--strict"}

@@ -258,7 +258,11 @@ def _plan(content: dict[str, Any], layers: int) -> str:
         plan = parse(content, PLAN, layers)
     except ValueError as error:
         return f"plan: {error}"
-    return f"plan: {shown(plan.setting)}, {plan.speedup:.2f}x plain decoding on {plan.machine}"
+    lines = [
+        f"{shown(of.setting)}, {of.speedup:.2f}x plain decoding{of.together}"
+        for of in (plan, *plan.other_rows)
+    ]
+    return f"plan: {'; '.join(lines)} on {plan.machine}"
 
 
 def _megabytes(size: int) -> str:

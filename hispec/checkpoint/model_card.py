@@ -171,8 +171,8 @@ def _plan(plan: Plan, pictured: bool) -> list[str]:
     lines = [
         "## Plan",
         "",
-        f"The fastest setting on {plan.machine}, over {text['prompts']} prompts with "
-        f"{text['new_tokens']} new tokens of each: **{shown(plan.setting)}**, "
+        f"The fastest setting on {plan.machine}, over {text['prompts']} prompts{plan.together}, "
+        f"with {text['new_tokens']} new tokens of each: **{shown(plan.setting)}**, "
         f"{plan.tokens_per_second:.1f} tokens/s, {plan.speedup:.2f}x plain decoding. There it is "
         "what `auto` means; `hispec plan` finds the one for another machine.",
         "",

@@ -141,40 +141,83 @@ def generate(
 def plan(
     checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a plain model's folder")],
     data: Data = None,
-    prompts: Annotated[int, typer.Option(help="how many of them, evenly over their tasks")] = 6,
+    prompts: Annotated[
+        int | None,
+        typer.Option(help="how many of them, evenly over their tasks; default: 6, or the rows"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="new tokens per prompt")] = 32,
+    rows: Annotated[
+        int, typer.Option(help="prompts decoded together, 1 to 16; each number has its plan")
+    ] = 1,
     exits: Annotated[
         str | None, typer.Option(help="depths to try, e.g. 4,8,12; default: the trained exits")
     ] = None,
     confirm: Annotated[int, typer.Option(help="settings that are really decoded")] = 4,
     repeats: Annotated[int, typer.Option(help="how often; the median counts")] = 2,
+    device_model: Annotated[
+        Path | None,
+        typer.Option(
+            help="simulate other hardware or another model's shape, no plan: a YAML file such as "
+            "those in recipes/devices"
+        ),
+    ] = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,
     backend: Backend = "auto",
     weights: Weights = "full",
     output: Annotated[
-        Path | None, typer.Option(help="folder of plan.json and plan.png; default: CHECKPOINT")
+        Path | None,
+        typer.Option(
+            help="folder of plan.json and plan.png, default: CHECKPOINT; or of simulated.json, "
+            "default: none is written"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON line at the end")] = False,
 ) -> None:
     """Find the fastest setting for this model, machine and kind of text."""
+    import json
+
     from hispec.cli import planning
     from hispec.data.prompts import some
+    from hispec.planner.device_model import read_device_model
+    from hispec.planner.planner import MOST_ROWS
 
     quiet_transformers()
     folder = output or Path(checkpoint)
-    allowed = "an existing folder" if output else "no folder of that name: name one with --output"
-    check(folder.is_dir(), "output", str(folder), allowed)
-    planning.check_output(folder)
+    simulated = None if device_model is None else read_device_model(device_model)
+    if simulated is None:
+        allowed = (
+            "an existing folder" if output else "no folder of that name: name one with --output"
+        )
+        check(folder.is_dir(), "output", str(folder), allowed)
+        planning.check_output(folder)
+    elif output is not None:
+        planning.check_simulation_output(output)
     check(max_new_tokens >= 2, "max_new_tokens", max_new_tokens, "2 or more")
+    check(1 <= rows <= MOST_ROWS, "rows", rows, f"1 to {MOST_ROWS}")
     check(confirm >= 1, "confirm", confirm, "1 or more")
     check(repeats >= 1, "repeats", repeats, "1 or more")
     depths = parse_depths("exits", exits)
-    chosen, source = some(data, prompts)
+    chosen, source = some(data, max(6, rows) if prompts is None else prompts)
     lm = load_model(
         checkpoint, dtype=dtype, device=device, base=base, backend=backend, weights=weights
     )
+    if simulated is not None:
+        simulation = planning.simulate_checkpoint(
+            out,
+            lm,
+            simulated,
+            chosen,
+            source,
+            exits=depths,
+            new_tokens=max_new_tokens,
+            rows=rows,
+            folder=output,
+        )
+        if as_json:
+            print(json.dumps(simulation.as_dict()))
+        return
     found = planning.plan_checkpoint(
         out,
         lm,
@@ -185,6 +228,7 @@ def plan(
         new_tokens=max_new_tokens,
         confirm=confirm,
         repeats=repeats,
+        rows=rows,
     )
     if as_json:
         print(planning.json_line(found))

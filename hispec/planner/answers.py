@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from hispec.decoding.draft_tree import DraftTree
 from hispec.decoding.drafters.recycle import CANDIDATES
 from hispec.decoding.kv_cache import Segment
 from hispec.decoding.ladder import Ladder
@@ -122,13 +121,20 @@ class Answers:
                 break
         return np.stack(found + [found[-1]] * (len(nodes) - len(found)))
 
-    def verify_tree(self, depth: int, nodes: Sequence[int], tree: DraftTree) -> np.ndarray:
+    def verify_tree(
+        self, depth: int, nodes: Sequence[int], tokens_N: np.ndarray, parent_N: np.ndarray
+    ) -> np.ndarray:
         """Answers [N, 2 + 2 K] of a depth along the path of a tree that it accepts; no rejected
-        token is run. The first answer is repeated for all other columns."""
+        token is run. The first answer is repeated for all other columns.
+
+        Args:
+            tokens_N: the tree's tokens, and for each one the column of the token before it, see
+                `DraftTree`.
+        """
         found = self.answers((depth, False), nodes[:1]).repeat(len(nodes), axis=0)
         column = 0
         while True:
-            fits_N = (tree.parent_BN[0] == column) & (tree.tokens_BN[0] == found[column, 0])
+            fits_N = (parent_N == column) & (tokens_N == found[column, 0])
             if not fits_N.any():
                 return found
             column = int(fits_N.argmax()) + 1

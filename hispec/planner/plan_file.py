@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -190,7 +192,33 @@ class Plan:
     """See `Timings`."""
     seconds: Annotated[float, Field(ge=0)] = 0.0
     """How long planning took."""
+    rows: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Prompts that were decoded together; figures per second are of all of them."""
+    other_rows: list[Annotated[Plan, BeforeValidator(lambda v: _to(Plan)(v))]] = field(
+        default_factory=list
+    )
+    """Plans of the same machine for more rows, by these; none of them has others."""
     format_version: int = FORMAT
+
+    def for_rows(self, rows: int) -> Plan:
+        """The plan for the nearest number of rows, by ratio; for the fewer ones of two."""
+        return min((self, *self.other_rows), key=lambda plan: abs(math.log(plan.rows / rows)))
+
+    def beside(self, older: Plan | None) -> Plan:
+        """This plan and an older file's plans for other numbers of rows, if they hold for the same
+        machine and exits; the one for the fewest rows holds the others."""
+        plans = {self.rows: self}
+        if older is not None and older.exits == self.exits:
+            for plan in (older, *older.other_rows):
+                if not plan.machine.differences(self.machine):
+                    plans.setdefault(plan.rows, plan)
+        first, *others = [replace(plans[rows], other_rows=[]) for rows in sorted(plans)]
+        return replace(first, other_rows=others)
+
+    @property
+    def together(self) -> str:
+        """How many prompts were decoded together, in words; nothing for one."""
+        return "" if self.rows == 1 else f", {self.rows} at a time"
 
     @property
     def speedup(self) -> float:
@@ -245,6 +273,14 @@ def parse(content: dict[str, Any], name: str, num_layers: int | None = None) -> 
 
 def _check_ladders(plan: Plan) -> None:
     """Raise ValueError unless every setting can be decoded, and all are comparable."""
+    rows = [of.rows for of in (plan, *plan.other_rows)]
+    rising = all(a < b for a, b in pairwise(rows))
+    check(rising, "rows", rows, "increasing numbers, that of the first plan first")
+    for other in plan.other_rows:
+        check(not other.other_rows, "other_rows", "...", "plans that have no others")
+        check(other.exits == plan.exits, "exits", other.exits, f"those of all, {plan.exits}")
+        check(other.num_layers == plan.num_layers, "num_layers", other.num_layers, "as of all")
+        _check_ladders(other)
     check_depths("exits", plan.exits, plan.num_layers, at_least=0, lowest=0)
     settings = [plan.setting, *(tried.setting for tried in [*plan.confirmed, *plan.settings])]
     for setting in settings:

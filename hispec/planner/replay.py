@@ -29,7 +29,7 @@ from hispec.planner.latency import (
     CONFIDENCE,
     KEEPING,
     RANKING,
-    Latency,
+    Costs,
     chain,
     head,
     reading,
@@ -41,16 +41,16 @@ from hispec.planner.latency import (
 class Clock:
     """Seconds that the model's work would have taken, and those that looking it up took."""
 
-    latency: Latency | None
+    latency: Costs | None
     prefill: float = 0.0
-    """Seconds that reading the prompt takes."""
+    """Seconds that reading the prompts takes, until it is added."""
     modelled: float = 0.0
     spent: float = 0.0
     length: int = 0
-    """Tokens of the text so far."""
+    """Tokens of the longest text so far."""
 
     def add(self, part: str, tokens: int) -> None:
-        """Some part of the model runs."""
+        """Some part of the model runs over so many tokens of every row."""
         if self.latency is not None:
             self.modelled += self.latency.of(part, tokens, self.length)
 
@@ -64,12 +64,17 @@ def can_replay(model: ExitModel, ladder: Sequence[int]) -> bool:
 
 
 class Replay(Decode):
-    """A greedy decode of one prompt that runs no layer that was run before.
+    """A greedy decode of one or more prompts that runs no layer that was run before.
+
+    Rows decode together as they really do: a pass runs all rows, and takes what it takes for the
+    row that needs most. A row whose text has ended stays idle until `admit` puts another prompt
+    there.
 
     Args:
-        answers: of the prompt.
-        latency: the cost of each part; None to count only.
-        prefill: seconds that reading the prompt takes on the config's ladder.
+        answers: of each prompt. Equal prompts may share theirs.
+        latency: the cost of each part for so many rows; None to count only.
+        prefill: seconds that reading the prompts takes on the config's ladder.
+        later: answers of the prompts that will be admitted; reading them takes no time.
 
     Raises:
         ValueError: a config that is not greedy, or whose scores depend on the text in other ways;
@@ -79,28 +84,36 @@ class Replay(Decode):
 
     def __init__(
         self,
-        answers: Answers,
+        answers: Sequence[Answers],
         config: DecodeConfig,
-        latency: Latency | None = None,
+        latency: Costs | None = None,
         prefill: float = 0.0,
+        later: Sequence[Answers] = (),
     ) -> None:
         plain = config.temperature == 0 and config.repetition_penalty == 1
         if not plain or config.no_repeat_ngram_size:
             raise ValueError("only greedy decodes without processors can be replayed")
         if config.adaptive:
             raise ValueError("adaptive drafts follow the clock, so they cannot be replayed")
-        if not can_replay(answers.model, config.ladder):
+        model = answers[0].model
+        if not can_replay(model, config.ladder):
             raise ValueError("a deeper exit that reads the token before cannot be replayed")
-        self.answers = answers
+        self.answers = {tuple(known.prompt): known for known in (*answers, *later)}
         self.clock = Clock(latency, prefill)
-        super().__init__(answers.model, [answers.prompt], config)
+        longest = max(map(len, self.answers))
+        super().__init__(model, [known.prompt for known in answers], config, max_prompt=longest)
 
     def _build_ladder(self, capacity: int) -> Ladder:
         observed = self.drafter.observes > 0
-        return _KnownLadder(self.answers, self.config, capacity, self.clock, observed=observed)
+        state = self.state
+        answers = [
+            self.answers[tuple(state.tokens_BN[row, : state.prompt_B[row]].tolist())]
+            for row in range(state.rows)
+        ]
+        return _KnownLadder(answers, self.config, capacity, self.clock, observed=observed)
 
     def _build_sampler(self, seeds: Any) -> Sampler:
-        return _KnownSampler(self.config, self.clock)
+        return _KnownSampler(self.config, self.clock, self.state.rows)
 
     def build_chain(self) -> Chain | None:
         possible = HeadChain.possible(self.ladder)
@@ -108,49 +121,65 @@ class Replay(Decode):
 
     @property
     def seconds(self) -> float:
-        """Seconds of the decode: the model's parts as measured, the loop as it just ran."""
-        return self.stats.seconds - self.clock.spent + self.clock.modelled
+        """Seconds of the decode: the model's parts by their costs, and the loop as it just ran,
+        unless the costs are those of another machine."""
+        clock = self.clock
+        if clock.latency is not None and clock.latency.simulated:
+            return clock.modelled
+        return self.stats.seconds - clock.spent + clock.modelled
 
 
 class _KnownLadder(Ladder):
     """A ladder that keeps the lengths of its rungs like any other, and looks their logits up.
 
     Args:
+        answers: of each row.
         observed: whether the drafter sees every logit, so that those after the first rejected
             draft token are needed too.
     """
 
     def __init__(
         self,
-        answers: Answers,
+        answers: Sequence[Answers],
         config: DecodeConfig,
         capacity: int,
         clock: Clock,
         *,
         observed: bool,
     ) -> None:
-        super().__init__(answers.model, config.ladder, 1, 0, draft_vocab=config.draft_vocab)
-        self.cache = _NoCache(1, capacity, answers.model.device, torch.float32)
+        model, rows = answers[0].model, len(answers)
+        super().__init__(model, config.ladder, rows, 0, draft_vocab=config.draft_vocab)
+        self.cache = _NoCache(rows, capacity, model.device, torch.float32)
         self.cache.clock = self.clock = clock
-        self.answers = answers
+        self.answers = list(answers)
         self.observed = observed
-        self._nodes = np.zeros(self.cache.capacity, dtype=np.int64)
-        """For each slot of the text, its node in the trie."""
-        self._known = 0
+        self._nodes_BN = np.zeros((rows, self.cache.capacity), dtype=np.int64)
+        """For each slot of a text, its node in the trie."""
+        self._known_B = np.zeros(rows, dtype=np.int64)
         """Slots whose token is still the one that its node stands for."""
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         began = time.perf_counter()
         for rung in range(len(self.depths)):
             self.cache.lengths["segment", rung] = upto_B
-            self.segment_tokens[rung] = int(upto_B[0])
+            self.segment_tokens[rung] += int(upto_B.sum())
             if self.head_layers(rung):
                 self.cache.lengths["head", rung] = upto_B
-                self.head_tokens[rung] = int(upto_B[0])
-        self._known = len(self.answers.prompt)
-        self._nodes[: self._known] = np.arange(self._known)  # the first nodes are the prompt's
+                self.head_tokens[rung] += int(upto_B.sum())
+        self._known_B = upto_B.copy()
+        self._nodes_BN[:] = np.arange(self.cache.capacity)  # the first nodes are the prompt's
         self.clock.modelled += self.clock.prefill
+        self.clock.prefill = 0.0
         self.clock.spent += time.perf_counter() - began
+
+    def take(self, rows: Sequence[int], other: Ladder) -> None:
+        assert isinstance(other, _KnownLadder)
+        super().take(rows, other)
+        longest = int(other._known_B.max())
+        self._nodes_BN[rows, :longest] = other._nodes_BN[:, :longest]
+        self._known_B[rows] = other._known_B
+        for row, answers in zip(rows, other.answers, strict=True):
+            self.answers[row] = answers
 
     def logits(
         self,
@@ -163,46 +192,68 @@ class _KnownLadder(Ladder):
         skip: int = 0,
         drafting: bool = False,
     ) -> torch.Tensor:
-        """Answers [1, C, 2 + 2 K] in place of logits, see `Answers`."""
+        """Answers [B, C, 2 + 2 K] in place of logits, see `Answers`; 0 where a row has fewer."""
         began = time.perf_counter()
-        first, upto = int(first_B[0]), int(upto_B[0])
-        self.clock.length = first
+        self.clock.length = int(first_B.max())
         self.bring_all(rung, tokens_BN, upto_B, tree, first_B + 1)
-        read = int(self.cache.length(("segment", len(self.depths) - 1))[0])
-        reduced = drafting and self.draft_vocab and self.model.draft_tokens is not None
-        depth = self.depths[rung]
-        self.clock.add(reading(depth, reduced), upto - first - skip)
-        nodes = self._nodes_of(tokens_BN[0], first, upto, tree)
-        if drafting or self.observed or self.model.reads_before(depth):
-            known_CK = self.answers.answers((depth, reduced), nodes[skip:], read)
-        elif tree is not None:
-            known_CK = self.answers.verify_tree(depth, nodes, tree)
-        else:
-            known_CK = self.answers.verify(depth, nodes, tokens_BN[0, first + 1 : upto].tolist())
+        columns = int((upto_B - first_B).max()) - skip
+        self.clock.add(reading(self.depths[rung], self._reduced(drafting)), columns)
+        known_BCK = np.zeros((len(self.answers), columns, 2 + 2 * self.answers[0].candidates))
+        for row, (first, upto) in enumerate(zip(first_B.tolist(), upto_B.tolist(), strict=True)):
+            if (count := upto - first - skip) > 0:
+                known_BCK[row, :count] = self._looked_up(
+                    row, rung, tokens_BN[row], first, upto, tree, skip, drafting
+                )
         self.clock.spent += time.perf_counter() - began
-        return torch.from_numpy(known_CK)[None]
+        return torch.from_numpy(known_BCK)
+
+    def _looked_up(
+        self,
+        row: int,
+        rung: int,
+        tokens_N: np.ndarray,
+        first: int,
+        upto: int,
+        tree: DraftTree | None,
+        skip: int,
+        drafting: bool,
+    ) -> np.ndarray:
+        """Answers [C, 2 + 2 K] of one row."""
+        answers, depth = self.answers[row], self.depths[rung]
+        nodes = self._nodes_of(row, tokens_N, first, upto, tree)
+        if drafting or self.observed or self.model.reads_before(depth):
+            read = int(self.cache.length(("segment", len(self.depths) - 1))[row])
+            return answers.answers((depth, self._reduced(drafting)), nodes[skip:], read)
+        if tree is not None:
+            return answers.verify_tree(depth, nodes, tree.tokens_BN[row], tree.parent_BN[row])
+        return answers.verify(depth, nodes, tokens_N[first + 1 : upto].tolist())
+
+    def _reduced(self, drafting: bool) -> bool:
+        """Whether the reduced draft vocabulary is read."""
+        return drafting and self.draft_vocab and self.model.draft_tokens is not None
 
     def truncate(self, length_B: np.ndarray) -> None:
         super().truncate(length_B)
-        self._known = min(self._known, int(length_B[0]))
+        self._known_B = np.minimum(self._known_B, length_B)
 
     def _nodes_of(
-        self, tokens_N: np.ndarray, first: int, upto: int, tree: DraftTree | None
+        self, row: int, tokens_N: np.ndarray, first: int, upto: int, tree: DraftTree | None
     ) -> list[int]:
-        """The nodes of the tokens in slots `first` to `upto - 1`."""
+        """The nodes of the tokens in slots `first` to `upto - 1` of a row."""
+        answers, nodes_N = self.answers[row], self._nodes_BN[row]
         stop = first + 1 if tree is not None else upto
-        for slot in range(self._known, stop):
-            self._nodes[slot] = self.answers.child(int(self._nodes[slot - 1]), int(tokens_N[slot]))
-        self._known = max(self._known, stop)
+        for slot in range(int(self._known_B[row]), stop):
+            nodes_N[slot] = answers.child(int(nodes_N[slot - 1]), int(tokens_N[slot]))
+        self._known_B[row] = max(self._known_B[row], stop)
         if tree is None:
-            return self._nodes[first:upto].tolist()
-        nodes = [int(self._nodes[first])]
+            return nodes_N[first:upto].tolist()
+        nodes = [int(nodes_N[first])]
         for parent, token in zip(
-            tree.parent_BN[0, : upto - first - 1].tolist(),
-            tree.tokens_BN[0, : upto - first - 1].tolist(),
+            tree.parent_BN[row, : upto - first - 1].tolist(),
+            tree.tokens_BN[row, : upto - first - 1].tolist(),
             strict=True,
         ):
-            nodes.append(self.answers.child(nodes[parent], token))
+            nodes.append(answers.child(nodes[parent], token))
         return nodes
 
     def _place(self, slots_BT: Any, start_B: Any, upto_B: Any, tree: Any, base_B: Any) -> Any:
@@ -257,19 +308,22 @@ class _NoCache(KVCache):
 class _KnownSampler(MatchSampler):
     """Reads answers as `MatchSampler` reads logits."""
 
-    def __init__(self, config: DecodeConfig, clock: Clock) -> None:
+    def __init__(self, config: DecodeConfig, clock: Clock, rows: int) -> None:
         super().__init__(config)
-        self.clock = clock
+        self.clock, self.rows = clock, rows
+
+    def of(self, rows: Sequence[int]) -> Sampler:
+        return _KnownSampler(self.config, self.clock, len(rows))
 
     def _choose(self, scores_NV: torch.Tensor, positions_N: Any, rows_N: Any) -> np.ndarray:
         return scores_NV[:, 0].numpy().astype(np.int64)
 
     def confidence(self, scores: torch.Tensor) -> np.ndarray:
-        self.clock.add(CONFIDENCE, scores[..., 0].numel())
+        self.clock.add(CONFIDENCE, scores[..., 0].numel() // self.rows)
         return scores[..., 1].numpy()
 
     def candidates(self, scores_NV: torch.Tensor, k: int) -> np.ndarray:
-        self.clock.add(RANKING, len(scores_NV))
+        self.clock.add(RANKING, len(scores_NV) // self.rows)
         return scores_NV[:, 2 : 2 + k].numpy().astype(np.int64)
 
     def best(

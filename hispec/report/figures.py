@@ -95,7 +95,7 @@ def _planned(found: Plan) -> Figures:
         "machine": str(found.machine),
         "text": f"{text['prompts']} prompts of {lengths} tokens from {text['source']} "
         f"({', '.join(filter(None, text['tasks'])) or 'no tasks named'}), "
-        f"{text['new_tokens']} new tokens of each",
+        f"{text['new_tokens']} new tokens of each{found.together}",
         "prompts": text["prompts"],
         "tried": len(found.settings),
         "seconds": found.seconds,

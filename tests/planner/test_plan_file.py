@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,6 +166,67 @@ def test_every_value_changed_to_an_odd_one(content):
 def test_messages(content, key, value, message):
     with pytest.raises(ValueError, match=rf"p.json: .*{message}.*; {AGAIN}"):
         parse({**content, key: value}, "p.json")
+
+
+LOOKUP = {"ladder": [6], "drafter": "lookup"}
+RECYCLE = {"ladder": [6], "drafter": "recycle", "tree_tokens": 7}
+
+
+def test_plans_for_several_rows_are_one_file(tmp_path):
+    """Each number of rows has one plan, the fewest first; the newest of a number counts."""
+    plan = plan_of(LOOKUP, rows=4).beside(None)
+    assert (plan.rows, plan.other_rows) == (4, [])
+    plan = PLAN.beside(plan)
+    assert [of.rows for of in (plan, *plan.other_rows)] == [1, 4]
+    assert plan.setting == PLAN.setting
+    plan = plan_of(RECYCLE, rows=4).beside(plan)
+    plan = plan_of(LOOKUP, rows=16).beside(plan)
+    plan.save(tmp_path)
+    again = read_plan(tmp_path, 6)
+    assert again == plan
+    assert [(of.rows, of.setting) for of in (again, *again.other_rows)] == [
+        (1, PLAN.setting),
+        (4, RECYCLE),
+        (16, LOOKUP),
+    ]
+    assert not any(of.other_rows for of in again.other_rows)
+
+
+def test_plans_of_another_machine_or_other_exits_are_dropped():
+    there = Machine(**{**vars(PLAN.machine), "device": "abacus"})
+    assert not PLAN.beside(plan_of(LOOKUP, rows=4, here=there)).other_rows
+    assert not PLAN.beside(replace(plan_of(LOOKUP, rows=4), exits=[2])).other_rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "taken"), [(1, 1), (2, 1), (3, 4), (4, 4), (7, 4), (8, 4), (9, 16), (64, 16)]
+)
+def test_the_plan_for_the_nearest_number_of_rows(rows, taken):
+    plan = plan_of(LOOKUP, rows=16).beside(plan_of(RECYCLE, rows=4).beside(PLAN))
+    assert plan.for_rows(rows).rows == taken
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 4}, r"rows=\[4, 4\] is not possible: increasing numbers"),
+        ({"rows": 0}, "rows=0 is not possible: 1 or more"),
+        ({"other_rows": [{}]}, r"other_rows\[0\]=\{\} is not possible: .* is missing"),
+        ({"exits": [4], "setting": {"ladder": [4, 6]}}, "not possible"),
+    ],
+)
+def test_plans_for_other_rows_are_checked(change, message, tmp_path):
+    path = plan_of(RECYCLE, rows=4).beside(PLAN).save(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        parse({**json.loads(path.read_text()), **change}, "p.json")
+
+
+def test_a_plan_within_a_plan_has_none_itself(tmp_path):
+    path = plan_of(RECYCLE, rows=4).beside(PLAN).save(tmp_path)
+    content = json.loads(path.read_text())
+    content["other_rows"][0]["other_rows"] = [{**content["other_rows"][0], "rows": 8}]
+    with pytest.raises(ValueError, match=r"other_rows='...' is not possible: plans that have no"):
+        parse(content, "p.json")
 
 
 JSON = st.recursive(

@@ -49,6 +49,8 @@ class LayersCost:
     """A latency table in which every layer costs a second, from 4 tokens on one more for each 4,
     and a reading a tenth of one."""
 
+    simulated = False
+
     def of(self, part: str, tokens: int, length: int) -> float:
         words = part.replace(",", "").split()
         if words[0] == "layers":
@@ -60,9 +62,9 @@ class LayersCost:
 def planned(monkeypatch):
     """Plans on made-up costs, with a confirmation that confirms, so that no clock decides."""
 
-    def run(model, prompts=([5, 6, 7, 8], [9, 4, 3])):
+    def run(model, prompts=([5, 6, 7, 8], [9, 4, 3]), rows=1):
         lm = EarlyExitLM(model, tiny_tokenizer())
-        planner = Planner(lm.model, prompts, new_tokens=12, eos=lm.eos())
+        planner = Planner(lm.model, prompts, new_tokens=12, eos=lm.eos(), rows=rows)
         monkeypatch.setattr(plan, "measure_latency", lambda *_, **__: LayersCost())
         monkeypatch.setattr(plan, "asdict", lambda _: {})
         monkeypatch.setattr(planner, "_prefill", lambda _: dict.fromkeys((2, 4, 6), 0.0))
@@ -95,6 +97,50 @@ def test_exits_that_are_always_right_are_used(planned):
     assert lm.plan.setting["ladder"][0] == 2
     # n drafts of 2 layers and the 4 layers above make n + 1 tokens, instead of 6 each
     assert lm.plan.speedup > 1.5
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_plan_for_rows(planned, rows):
+    """Batches of unlike prompts, filled up with the first ones; figures are those of all rows."""
+    model = tiny_model("llama", exits=(2, 4), head="shared", vocab_size=320)
+    prompts = [[5, 6, 7, 8], [9, 4, 3], [8, 8, 9, 8, 8], [4, 7]]
+    lm, alone = planned(model, prompts, rows), planned(model, prompts)
+    assert (lm.plan.rows, alone.plan.rows) == (rows, 1)
+    assert lm.plan.text["prompts"] == {2: 4, 3: 6}[rows]
+    plain, plain_alone = (of.plan.plain_tokens_per_second for of in (lm, alone))
+    # a pass costs the same for all rows here, so as many tokens more come out of it
+    assert plain == pytest.approx(rows * plain_alone, rel=0.2)
+    passes = [t.tokens_per_target_pass for t in lm.plan.settings]
+    assert max(passes) < 12  # of each row
+    assert min(passes) > 0.7
+
+
+def test_batches_take_prompts_in_turns():
+    model = tiny_model("llama", exits=(2,), vocab_size=320)
+    prompts = [[n] * n for n in range(3, 8)]
+    planner = Planner(model, prompts, rows=2)
+    assert [[len(p) for p in batch] for batch in planner.batches] == [[3, 6], [4, 7], [5, 3]]
+    assert planner.text({})["prompts"] == 6
+    for rows in (0, 17):
+        with pytest.raises(ValueError, match=f"rows={rows} is not possible: 1 to 16"):
+            Planner(model, prompts, rows=rows)
+
+
+def test_a_batch_takes_the_plan_for_its_rows(lm):
+    alone, many = {"ladder": [6], "drafter": "lookup"}, {"ladder": [2, 6], "drafter": "exit"}
+    lm.plan = plan_of(many, rows=8).beside(plan_of(alone))
+    try:
+        assert lm.decode([PROMPT], max_new_tokens=4).config.drafter == "lookup"
+        run = lm.decode([PROMPT] * 6, max_new_tokens=4)
+        assert (run.config.ladder, run.config.drafter) == ([2, 6], "exit")
+        assert lm.generate([PROMPT] * 6, max_new_tokens=4).text == [
+            *(lm.generate(PROMPT, max_new_tokens=4, ladder="plain").text * 6)
+        ]
+        assert lm.planned(6)[1].endswith("8 at a time)")
+        with pytest.raises(ValueError, match="prompts"):
+            lm.decode([])
+    finally:
+        lm.plan = None
 
 
 def test_plain_wins_unless_something_is_clearly_faster(monkeypatch):
@@ -279,8 +325,18 @@ def test_the_command(checkpoint, tiny_base, tmp_path):
     assert "planned: " + shown(plan.setting) in call(*asked).stdout
     assert "planned" not in call(*asked, "--ladder", "2,6").stdout
 
+    done = call("plan", checkpoint, *base, *small, "--rows", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rows"] == 2
+    both = read_plan(checkpoint)
+    assert [of.rows for of in (both, *both.other_rows)] == [1, 2]
+    assert both.setting == plan.setting
+    assert all(t.same_text == 2 for of in (both, *both.other_rows) for t in of.confirmed)
+    assert "2 at a time" in call("inspect", checkpoint, "--base", tiny_base).stdout
+
     for words, named in (
         (("--prompts", 0), "prompts=0"),
+        (("--rows", 0), "rows=0"),
         (("--exits", "2,9"), "exits=(2, 9)"),
         (("--confirm", 0), "confirm=0"),
         (("--data", tmp_path / "none.jsonl"), "none.jsonl"),

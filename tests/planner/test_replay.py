@@ -18,6 +18,7 @@ from hispec.planner.latency import measure_latency
 from hispec.planner.replay import Replay
 
 SETTINGS = 50  # of each model
+ROW_SETTINGS = 8  # of each model, for several rows
 
 
 def random_config(chance: random.Random, vocab: int, depths, full=6) -> DecodeConfig:
@@ -87,21 +88,63 @@ def test_counts_and_text_are_those_of_the_real_decode(name):
     accepted = 0
     for _ in range(SETTINGS):
         config = random_config(chance, vocab, depths)
-        real, replay = Decode(model, [prompt], config), Replay(answers, config)
+        real, replay = Decode(model, [prompt], config), Replay([answers], config)
         assert replay.finish() == real.finish(), config
         assert counted(replay) == counted(real), config
         accepted += sum(rung.accepted for rung in real.stats.rungs) + real.stats.free.accepted
     assert accepted > SETTINGS or vocab != VOCAB  # there was something to count
 
 
+def finished(run: Decode, queue: list[list[int]]) -> list[list[int]]:
+    """Decode all prompts: as soon as a text has ended, the next one takes its row."""
+    queue, texts = list(queue), []
+    while not run.done:
+        run.step()
+        for row in run.ended_rows() if queue else ():
+            texts.append(run.output(row)[0])
+            if queue:
+                run.admit(row, queue.pop(0))
+    return [*texts, *(tokens for tokens, _ in run.outputs())]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_together_count_as_the_real_decode(name):
+    """Three rows of unlike prompts, one of which is read apart, and two prompts that come later."""
+    model, vocab = MODELS[name]()
+    chance = random.Random(name)
+    prompts = [
+        [chance.randrange(3, vocab) for _ in range(length)] * 2 for length in (150, 9, 4, 12, 7)
+    ]
+    depths = model.exits.depths
+    answers = [Answers(model, prompt, [*depths, 6]) for prompt in prompts]
+    for number in range(ROW_SETTINGS):
+        config = random_config(chance, vocab, depths)
+        later = 2 * (number % 2)
+        real = Decode(model, prompts[:3], config, max_prompt=300)
+        replay = Replay(answers[:3], config, later=answers[3 : 3 + later])
+        queue = prompts[3 : 3 + later]
+        assert finished(replay, queue) == finished(real, queue), config
+        assert counted(replay) == counted(real), config
+
+
+def test_rows_that_share_answers():
+    model = agreeing("llama", "block")
+    answers = Answers(model, [3, 4, 5, 3, 4], [2, 4, 6])
+    config = DecodeConfig([2, 4, 6], draft_length=3, max_new_tokens=20)
+    alone, both = Replay([answers], config), Replay([answers] * 2, config)
+    assert both.finish() == alone.finish() * 2
+    assert both.stats.rungs[-1].passes == alone.stats.rungs[-1].passes
+    assert both.stats.rungs[-1].tokens_run == 2 * alone.stats.rungs[-1].tokens_run
+
+
 def test_nothing_is_computed_twice():
     model = agreeing("llama", "block")
     answers = Answers(model, [3, 4, 5, 3, 4], [2, 4, 6])
     config = DecodeConfig([2, 4, 6], drafter="recycle+exit", max_new_tokens=20)
-    first = Replay(answers, config)
+    first = Replay([answers], config)
     first.finish()
     done = answers.computed
-    again = Replay(answers, config)
+    again = Replay([answers], config)
     assert again.finish() == first.finish()
     assert answers.computed == done > 0
 
@@ -115,7 +158,7 @@ def test_little_room_costs_time_and_changes_nothing():
         DecodeConfig([4, 6], drafter="recycle", max_new_tokens=30),
         DecodeConfig([2, 4, 6], max_new_tokens=30),
     ):
-        runs = [Replay(answers, config) for answers in (wide, narrow)]
+        runs = [Replay([answers], config) for answers in (wide, narrow)]
         assert runs[0].finish() == runs[1].finish()
         assert counted(runs[0]) == counted(runs[1])
 
@@ -129,7 +172,7 @@ def test_drafts_made_known_in_one_go_are_those_of_the_decode():
     answers.answers((6, False), nodes)
     answers.draft(2, nodes, 4)
     done = answers.computed
-    Replay(answers, DecodeConfig([2, 6], draft_length=4, max_new_tokens=12)).finish()
+    Replay([answers], DecodeConfig([2, 6], draft_length=4, max_new_tokens=12)).finish()
     assert answers.computed == done
 
 
@@ -142,7 +185,7 @@ def test_seconds_are_those_of_the_parts():
     for rows in latency.seconds.values():
         rows[:] = [[1.0] * len(row) for row in rows]
     config = DecodeConfig([2, 6], draft_length=3, max_new_tokens=17)
-    replay = Replay(Answers(model, prompt, [2, 6]), config, latency, prefill=100.0)
+    replay = Replay([Answers(model, prompt, [2, 6])], config, latency, prefill=100.0)
     replay.finish()
     shallow, full = replay.stats.rungs
     # Each pass of a rung runs its segment and reads logits; the exit's head runs too, and the
@@ -156,14 +199,14 @@ def test_seconds_are_those_of_the_parts():
 def test_what_cannot_be_replayed_is_refused():
     model = ExitModel(tiny_hf(), ExitConfig.of([2, 4], "block", blocks=1, previous=True)).eval()
     answers = Answers(model, [3, 4], [2, 4, 6])
-    Replay(answers, DecodeConfig([2, 6]))
+    Replay([answers], DecodeConfig([2, 6]))
     with pytest.raises(ValueError, match="cannot be replayed"):
-        Replay(answers, DecodeConfig([2, 4, 6]))
+        Replay([answers], DecodeConfig([2, 4, 6]))
     with pytest.raises(ValueError, match="follow the clock"):
-        Replay(answers, DecodeConfig([2, 6], adaptive=True))
+        Replay([answers], DecodeConfig([2, 6], adaptive=True))
     for setting in ({"temperature": 0.5}, {"repetition_penalty": 1.2}):
         with pytest.raises(ValueError, match="greedy"):
-            Replay(answers, DecodeConfig([6], **setting))
+            Replay([answers], DecodeConfig([6], **setting))
 
 
 def test_latency_is_interpolated():
@@ -172,4 +215,4 @@ def test_latency_is_interpolated():
     latency.seconds = {"x": [[1.0, 2.0, 4.0], [3.0, 4.0, 6.0]]}
     assert latency.of("x", 2, 4) == 2.0
     assert latency.of("x", 3, 12) == 4.0
-    assert latency.of("x", 9, 100) == 6.0  # past what was measured: the nearest
+    assert latency.of("x", 6, 100) == 9.0  # past what was measured: in proportion, the longest
