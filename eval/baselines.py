@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationConfig
 
 from eval.presets import ladder_text
-from eval.timing import FREE, Method, Outcome
+from eval.timing import FREE, Method, Outcome, counting_passes
 from hispec.config import check_depths
 from hispec.decoding.stats import DraftStats
 from hispec.export.draft_model import draft_model
@@ -145,7 +145,7 @@ def _by_hf(
     length = {"num_assistant_tokens": limits.draft_length} if assisted else {}
 
     def decode(prompt: list[int]) -> Outcome:
-        with _same_depth(hf), _passes(hf) as passes:
+        with _same_depth(hf), counting_passes(hf) as passes:
             tokens = hf_generate(
                 hf, prompt, limits.max_new_tokens, limits.eos, assisted=assisted, **length
             )
@@ -176,28 +176,12 @@ def _by_economize(
 
     def decode(prompt: list[int]) -> Outcome:
         ids_T = torch.tensor(prompt, device=hf.device)
-        with _passes(hf) as passes:
+        with counting_passes(hf) as passes:
             result = model.decode(ids_T, limits.max_new_tokens, stop=limits.eos or None)
         proposed, accepted = map(sum, zip((0, 0), *result.acceptance, strict=True))
         return Outcome(result.tokens.tolist(), passes(), {drafts: DraftStats(proposed, accepted)})
 
     return Method(name, decode, external=True)
-
-
-@contextmanager
-def _passes(hf: Any) -> Iterator[Callable[[], int]]:
-    """Yield a function that returns how many passes have called the last layer so far."""
-    count = 0
-
-    def one_more(*_: Any) -> None:
-        nonlocal count
-        count += 1
-
-    hook = hf.model.layers[-1].register_forward_hook(one_more)
-    try:
-        yield lambda: count
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -12,14 +12,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import torch
 
 from eval.baselines import Limits
-from eval.engine_worker import ENGINES
+from eval.engine_worker import ENGINES, Asked
 from eval.settings import Name
 from eval.timing import Method, Outcome
 from hispec.utils.limits import one_of
@@ -27,6 +27,7 @@ from hispec.utils.schema import STRICT, filled, validate
 from hispec.utils.settings import check
 
 _WORKER = Path(__file__).with_name("engine_worker.py")
+_WITH_DRAFTS = ("llama.cpp", "vllm")
 
 
 @dataclass
@@ -39,9 +40,14 @@ class Engine:
     python: Name
     """The interpreter of an environment that has its package."""
     model: Name
-    """What it loads: a folder of OpenVINO's, a GGUF file."""
+    """What it loads: a folder of OpenVINO's, a GGUF file, for vLLM a folder of transformers'."""
     lookup: bool = False
     """Whether it drafts with its own prompt lookup, of as many tokens as ours."""
+    draft: Name | None = None
+    """What drafts for it, as many tokens as our exits: a draft model's folder or GGUF; for vLLM
+    also the folder of an EAGLE-3 head."""
+    dtype: Annotated[str, one_of("auto", "float32")] = "auto"
+    """What it computes in; for llama.cpp, which takes the dtype of the GGUF, that of its cache."""
 
 
 @contextmanager
@@ -55,22 +61,36 @@ def running(settings: Sequence[dict[str, Any]], limits: Limits) -> Iterator[list
     engines = [filled(Engine, setting, "engines") for setting in settings]
     for engine in engines:
         validate(Engine, engine)
-        for key in ("python", "model"):
-            there = Path(getattr(engine, key)).exists()
-            check(there, f"engines.{key}", getattr(engine, key), "a file or folder that exists")
+        for key in ("python", "model", "draft"):
+            named = getattr(engine, key)
+            there = named is None or Path(named).exists()
+            check(there, f"engines.{key}", named, "a file or folder that exists")
+        check(
+            engine.draft is None or (not engine.lookup and engine.engine in _WITH_DRAFTS),
+            "engines.draft",
+            engine.draft,
+            f"only without lookup, and of {' or '.join(_WITH_DRAFTS)}",
+        )
     with ExitStack() as stack:
         yield [stack.enter_context(_running(engine, limits)) for engine in engines]
 
 
 @contextmanager
 def _running(engine: Engine, limits: Limits) -> Iterator[Method]:
-    lookup = limits.lookup_length if engine.lookup else 0
-    numbers = str(torch.get_num_threads()), str(lookup)
+    given = Asked(
+        engine=engine.engine,
+        model=engine.model,
+        draft=engine.draft,
+        draft_length=limits.draft_length,
+        lookup=limits.lookup_length if engine.lookup else 0,
+        dtype=engine.dtype,
+        threads=torch.get_num_threads(),
+    )
     with ExitStack() as stack:
         said = stack.enter_context(tempfile.TemporaryFile("w+"))
         process = stack.enter_context(
             subprocess.Popen(
-                [engine.python, str(_WORKER), engine.engine, engine.model, *numbers],
+                [engine.python, str(_WORKER), json.dumps(asdict(given))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
@@ -87,9 +107,12 @@ def _running(engine: Engine, limits: Limits) -> Iterator[Method]:
                 "eos": list(limits.eos),
             }
             _ask(process, asked)
-            return Outcome(_answer(engine, process, said)["tokens"], 0)
+            answer = _answer(engine, process, said)
+            return Outcome(answer["tokens"], answer["target_passes"])
 
         name = f"{engine.engine} {version}" + " with lookup" * engine.lookup
+        if engine.draft is not None:
+            name += f" with {Path(engine.draft).name}"
         yield Method(name, decode, external=True)
 
 

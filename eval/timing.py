@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +153,22 @@ def measure(
             outcome = method.decode(prompts[p].tokens)
             timing.add(repeat, time.perf_counter() - began, outcome)
     return timings
+
+
+@contextmanager
+def counting_passes(hf: Any) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how many passes have called the last layer so far."""
+    count = 0
+
+    def one_more(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    hook = hf.model.layers[-1].register_forward_hook(one_more)
+    try:
+        yield lambda: count
+    finally:
+        hook.remove()
 
 
 def machine_of(lm: EarlyExitLM) -> dict[str, Any]:

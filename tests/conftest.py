@@ -47,6 +47,8 @@ RECIPE = {"data": "/home/someone/books.jsonl", "steps": 7, "head": "block", "thr
 
 # Tests of GPUs are collected where there is one; elsewhere they would be a page of skips.
 collect_ignore = [] if torch.cuda.is_available() else ["decoding/test_cuda.py"]
+if "HISPEC_ENGINES" not in os.environ:  # set by `make test-interop`
+    collect_ignore.append("interop")
 
 # Not the user's own; removed when the process ends.
 _GRAPHS = tempfile.TemporaryDirectory(prefix="hispec-graphs-")

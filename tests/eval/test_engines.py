@@ -6,11 +6,15 @@ import json
 import sys
 
 import pytest
-from conftest import run, tiny_hf, tiny_tokenizer
+import torch
+from conftest import disturbed, run, tiny_hf, tiny_model, tiny_tokenizer
 
 from eval.baselines import Limits
 from eval.engines import running
 from hispec.base_models.local import find_base
+from hispec.config import DecodeConfig
+from hispec.decoding.decoder import Decode
+from hispec.export.draft_model import draft_model
 from hispec.export.gguf import export_gguf
 from hispec.metrics.equivalence import hf_generate
 
@@ -44,7 +48,31 @@ def test_llama_cpp_decodes_the_same_text(base):
         for method in methods:
             for _ in range(2):
                 outcome = method.decode(PROMPT)
-                assert (outcome.tokens, outcome.target_passes) == (expected, 0)
+                assert (outcome.tokens, outcome.target_passes) == (expected, len(expected))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_an_exit_drafts_in_llama_cpp(family, base, tmp_path):
+    """The text of `generate`, with as many passes of the full model as our own decode has."""
+    more = {} if family == "llama" else dict(use_sliding_window=False)
+    model = disturbed(tiny_model(family, exits=(4,), vocab_size=330, **more))
+    with torch.no_grad():  # the last layers change little, so that the exit is often right
+        for layer in model.hf.model.layers[4:]:
+            layer.self_attn.o_proj.weight.mul_(0.05)
+            layer.mlp.down_proj.weight.mul_(0.05)
+    tokenizer = find_base(str(base[1]))
+    export_gguf(model.hf, tokenizer, tmp_path / "full.gguf")
+    export_gguf(draft_model(model, 4), tokenizer, tmp_path / "draft.gguf")
+    own = Decode(model, [PROMPT], DecodeConfig([4, 6], draft_length=3, max_new_tokens=12, eos=(2,)))
+    expected = own.finish()[0]
+    assert expected == hf_generate(model.hf, PROMPT, 12, (2,))
+    passes = own.stats.rungs[-1].passes
+    assert passes < len(expected)
+    setting = llama_cpp(tmp_path / "full.gguf", draft=str(tmp_path / "draft.gguf"))
+    with running([{**setting, "dtype": "float32"}], LIMITS) as (method,):
+        assert method.name.endswith("with draft.gguf")
+        outcome = method.decode(PROMPT)
+    assert (outcome.tokens, outcome.target_passes) == (expected, passes)
 
 
 def test_speed_shows_it_among_the_others(base, tmp_path):
@@ -63,7 +91,7 @@ def test_speed_shows_it_among_the_others(base, tmp_path):
     assert names[:3] == ["HF generate", "plain (6)", "exit draft_width=3 (2, 6)"]
     assert names[3].startswith("llama.cpp")
     assert rows[3]["outside"]
-    assert rows[3]["tokens_per_target_pass"] is None
+    assert rows[3]["tokens_per_target_pass"] == 1
     assert all(row["same_as_generate"] == 1 for row in rows)
 
 
@@ -74,6 +102,11 @@ def test_speed_shows_it_among_the_others(base, tmp_path):
         (dict(python="/no/python"), r"engines.python='/no/python' is not possible: a file"),
         (dict(model="/no/model"), r"engines.model='/no/model' is not possible: a file"),
         (dict(speed=3), "speed"),
+        (dict(dtype="int4"), r"dtype='int4' is not possible: one of auto, float32"),
+        (dict(draft="/no/draft"), r"engines.draft='/no/draft' is not possible: a file"),
+        (dict(draft=__file__, lookup=True), r"engines.draft=.* is not possible: only without loo"),
+        (dict(draft=__file__, engine="openvino-genai"), "draft=.* of llama.cpp or vllm"),
+        (dict(engine="vllm"), "vllm with python=.* ended; the last that it said: "),
         (dict(engine="openvino-genai"), "ended; the last that it said: ModuleNotFoundError"),
         (dict(model=__file__), "ended; the last that it said: "),
     ],
