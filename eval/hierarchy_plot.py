@@ -53,6 +53,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]], title: str) -> None:
             axes.legend(fontsize=8)
     by_rows.set_xticks([of["rows"] for of in results], [of["rows"] for of in results])
     by_rows.set_xlabel("rows")
+    by_costs.xaxis.set_major_formatter("{x:g}")
     by_costs.set_xlabel("seconds of a full pass of three tokens over those of a draft step")
     by_costs.set_title("what if the layers above the deepest exit took longer (dots: as they are)")
     by_costs.title.set_fontsize(9)
