@@ -38,6 +38,7 @@ from hispec.models.layer_inputs import (
     text_mask,
 )
 from hispec.models.quantization import FULL
+from hispec.models.sharding import whole
 from hispec.utils.settings import check
 
 
@@ -269,7 +270,7 @@ class ExitModel(nn.Module):
         """Rows [W, H] of the LM head that exits draft with; None for all of them."""
         if self.draft_tokens is None:
             return None
-        rows: torch.Tensor = self.hf.lm_head.weight.index_select(0, self.draft_tokens)
+        rows: torch.Tensor = whole(self.hf.lm_head.weight)[self.draft_tokens]
         return rows
 
     def draft(
