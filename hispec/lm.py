@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from hispec.base_models.local import find_base, load_base
 from hispec.base_models.model_folder import load_tokenizer
 from hispec.checkpoint.format import is_checkpoint
-from hispec.checkpoint.io import load_checkpoint
+from hispec.checkpoint.io import attach_exits, load_checkpoint
 from hispec.config import EAGER, DecodeConfig, ExitConfig, current_names
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
@@ -166,21 +166,24 @@ class EarlyExitLM:
         cls,
         hf: PreTrainedModel,
         tokenizer: Any,
-        exits: Sequence[int] = (),
+        exits: Sequence[int] | str | Path = (),
         backend: str = AUTO,
     ) -> EarlyExitLM:
         """Wrap a loaded transformers model, every depth read through its final norm (LayerSkip).
 
         Args:
-            exits: the depths that `ladder()` returns, besides the full model's.
+            exits: the depths that `ladder()` returns, besides the full model's; or the folder of an
+                EE checkpoint of this model, whose exits are put on it.
             backend: see `load`.
 
         Raises:
-            ValueError: an architecture that is not supported, depths that it does not have, or a
-                backend that cannot run it.
+            ValueError: an architecture that is not supported, depths that it does not have, a
+                checkpoint of another model, or a backend that cannot run it.
         """
-        model = ExitModel(hf, ExitConfig.of(_as_list(exits), head="shared")).eval()
-        model.engine = build_engine(model, backend)
+        trained = isinstance(exits, str | Path)
+        own = None if trained else ExitConfig.of(_as_list(exits), head="shared")
+        model = attach_exits(hf, Path(str(exits))) if own is None else ExitModel(hf, own)
+        model.eval().engine = build_engine(model, backend)
         return cls(model, tokenizer)
 
     def encode(self, prompt: str, chat: bool | None = None) -> list[int]:
@@ -356,12 +359,9 @@ def load(
         HubError: nothing here, and the Hub refuses it or cannot be reached.
     """
     check(isinstance(path, str | Path) and str(path) != "", "path", path, "a folder or a name")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if isinstance(device, str):
-        device = parse_device(device)
-    if isinstance(dtype, str):
-        dtype = parse_dtype(dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = parse_device(device) if isinstance(device, str) else device
+    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     check(weights in WEIGHTS, "weights", weights, f"one of {', '.join(WEIGHTS)}")
     if dtype == "auto" and (weights == INT8 or not multiplies_half(torch.device(device))):
         dtype = torch.float32

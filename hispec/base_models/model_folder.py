@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from hispec.utils.console import few, one_line
-from hispec.utils.files import sha256
+from hispec.utils.files import sha256, write_json
 from hispec.utils.schema import STRICT, Schema, parse_json, validate
 
 EXITS = "exits.safetensors"
@@ -197,6 +197,25 @@ def check_model_files(folder: Path) -> None:
             raise ValueError(f"{index} names {few(absent)}, which is not there")
         if lost := sorted(listed.keys() - names):
             raise ValueError(f"{index} names {few(lost)}, which no weight file holds")
+
+
+def write_index(folder: Path) -> None:
+    """Write the list of a base's weight files where there is none.
+
+    Without it vLLM reads all safetensors of a folder, `EXITS` too, and refuses what it does not
+    know.
+    """
+    if (folder / INDEX).exists():
+        return
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in base_weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            weight_map |= dict.fromkeys(tensors.keys(), file.name)
+        with file.open("rb") as head:  # eight bytes: the length of the header that follows them
+            size += file.stat().st_size - 8 - int.from_bytes(head.read(8), "little")
+    about = {"total_size": size}
+    write_json(folder / INDEX, {"metadata": about, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def not_safetensors(file: Path, error: SafetensorError) -> ValueError:

@@ -37,6 +37,7 @@ from hispec.base_models.model_folder import (
     copy_model,
     load_tokenizer,
     weight_hashes,
+    write_index,
 )
 from hispec.checkpoint import custom_generate
 from hispec.checkpoint.exit_weights import DRAFT_TOKENS, load_exits
@@ -122,6 +123,8 @@ def save_checkpoint(
             _write_generate(temporary)
         if weights:
             save_torch_state_dict(weights, temporary, max_shard_size=SHARD)
+        if included:
+            write_index(temporary)
         config = {
             "format_version": FORMAT_VERSION,
             **asdict(model.exits),

@@ -8,6 +8,7 @@ import numpy as np
 
 from hispec.config import DecodeConfig
 from hispec.models.exit_model import ExitModel
+from hispec.models.sharding import is_sharded
 from hispec.utils.settings import check
 
 _SEEDS = "one per row needs verification 'match'"
@@ -29,6 +30,17 @@ def check_inputs(
         tuple(config.ladder),
         "depth 0 needs a trained exit there, and this model has none",
     )
+    places = getattr(model.hf, "hf_device_map", {})
+    check(
+        len(set(places.values())) <= 1,
+        "device_map",
+        places,
+        "one device, where the KV cache lies; tp_plan='auto' spreads a model over several",
+    )
+    # processes that part by their clocks would wait for each other forever
+    for key in ("adaptive", "max_time") if is_sharded(model.hf) else ():
+        value = getattr(config, key)
+        check(not value, key, value, "it goes by the clock, and each process has its own")
     check(len(prompts) > 0, "prompts", prompts, "give at least one prompt")
     for row, prompt in enumerate(prompts):
         check(len(prompt) > 0, f"prompts[{row}]", prompt, "a prompt needs at least one token")

@@ -9,6 +9,7 @@ import torch
 from hispec.config import AUTO, BACKENDS, EAGER
 from hispec.models.engine import Engine
 from hispec.models.exit_model import ExitModel
+from hispec.models.sharding import is_sharded
 from hispec.utils.settings import check
 
 HALF = torch.bfloat16, torch.float16
@@ -36,6 +37,7 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
         return None
     device, dtype = model.device.type, str(model.hf.dtype).removeprefix("torch.")
     fits = device == "cpu" and model.hf.dtype in (torch.float32, *HALF)
+    fits = fits and not is_sharded(model.hf)
     if backend == AUTO and sum(p.numel() for p in model.parameters()) < _WORTHWHILE:
         return None
     if not openvino_installed():
@@ -44,9 +46,8 @@ def build_engine(model: ExitModel, backend: str = AUTO) -> Engine | None:
         )
         return None
     if not fits:
-        allowed = (
-            f"it runs float32, bf16 and float16 on a CPU, and this model is in {dtype} on {device}"
-        )
+        where = f"{dtype} on {device}" + ", shared by several processes" * is_sharded(model.hf)
+        allowed = f"it runs float32, bf16 and float16 on a CPU, and this model is in {where}"
         check(backend == AUTO, "backend", backend, allowed)
         return None
     from hispec.engine.openvino_engine import OpenVinoEngine

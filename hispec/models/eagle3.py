@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from hispec.config import Eagle3
+from hispec.models.sharding import whole
 
 KIND = "eagle3"
 """The attention type of its layer: all tokens before but the first, and its own rotary embedding
@@ -107,7 +108,7 @@ def start(layer: Eagle3Layer, fc: nn.Linear, source: nn.Module, std: float) -> N
     with torch.no_grad():
         nn.init.zeros_(fc.weight)
         fc.weight[:, -width:] = torch.eye(width).to(fc.weight)
-        given = dict(source.named_parameters())
+        given = {name: whole(weight) for name, weight in source.named_parameters()}
         for name, weight in layer.named_parameters():
             like = given.get(name)
             if like is not None and like.shape == weight.shape:

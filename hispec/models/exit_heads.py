@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hispec.config import Eagle3, Exit
 from hispec.models import eagle3
+from hispec.models.sharding import whole
 
 
 class LowRank(nn.Module):
@@ -194,7 +195,7 @@ def build_head(
         # Built, not deep-copied: a deep copy would carry a copy of the config with it.
         block = type(layer)(hf.config, source).to(_place(layer))
         with gather(layer):
-            block.load_state_dict(layer.state_dict())
+            block.load_state_dict({key: whole(part) for key, part in layer.state_dict().items()})
         block.self_attn.layer_idx = first_index + offset
         blocks.append(block)
     mix = None
@@ -233,7 +234,7 @@ def _build_eagle3(
         assert head.lm_head is not None
         assert head.norm is not None
         head.norm.load_state_dict({"weight": hf.model.norm(ones)[0]})
-        head.lm_head.weight.copy_(hf.lm_head.weight[: head.lm_head.out_features])
+        head.lm_head.weight.copy_(whole(hf.lm_head.weight)[: head.lm_head.out_features])
     return head
 
 

@@ -17,6 +17,7 @@ from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_heads import ExitHead, Gather, build_head
 from hispec.models.layer_inputs import LayerInputs
 from hispec.models.quantization import FULL
+from hispec.models.sharding import whole
 from hispec.models.trunk import Trunk
 from hispec.utils.settings import check
 
@@ -161,7 +162,7 @@ class ExitModel(Trunk):
         """Rows [W, H] of the LM head that exits draft with; None for all of them."""
         if self.draft_tokens is None:
             return None
-        rows: torch.Tensor = self.hf.lm_head.weight.index_select(0, self.draft_tokens)
+        rows: torch.Tensor = whole(self.hf.lm_head.weight)[self.draft_tokens]
         return rows
 
     def draft(

@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import hispec
 from hispec.base_models.local import find_base, load_base, provenance
-from hispec.base_models.model_folder import MODEL_FILES, base_dtype, copy_model, is_model_file
+from hispec.base_models.model_folder import (
+    MODEL_FILES,
+    base_dtype,
+    check_model_files,
+    copy_model,
+    is_model_file,
+)
 from hispec.checkpoint.inspect import inspect, lines
 
 TOKENS = torch.tensor([[5, 9, 44]])
@@ -227,3 +233,13 @@ def test_a_fetched_base_is_found_although_a_folder_has_the_name_of_its_owner(
     (tmp_path / "org").mkdir()
     assert "a plain model" in "\n".join(lines(inspect("org/name")))
     assert hispec.load("org/name", device="cpu").model.num_layers == 6
+
+
+def test_a_full_checkpoint_lists_the_weights_of_its_base(full):
+    """Others would take the exits, which lie beside them, for weights of the base."""
+    listed = json.loads((full / "model.safetensors.index.json").read_text())
+    sizes = {name: t.nbytes for name, t in load_file(full / "model.safetensors").items()}
+    assert listed["weight_map"] == dict.fromkeys(sizes, "model.safetensors")
+    assert listed["metadata"]["total_size"] == sum(sizes.values())
+    assert (full / "exits.safetensors").is_file()
+    check_model_files(full)

@@ -104,10 +104,12 @@ def exports(home, tmp_path_factory) -> Path:
     load_base(home, torch.float32).save_pretrained(wide)
     for file in (*home.glob("tokenizer*"), *home.glob("chat_template*")):
         (wide / file.name).write_bytes(file.read_bytes())
+    (folder / "stored").symlink_to(home)
     (folder / "float32").mkdir()
     exit = ("--exit", str(EXIT))
     for words in (
-        (RELEASED, "full", "--full"),
+        (RELEASED, "released", "--full"),
+        (home, "full", "--full", "--exits", str(EXIT)),
         (RELEASED, "eagle3", "--as", "eagle3"),
         (RELEASED, "speculators", "--as", "speculators"),
         (home, "draft", "--as", "draft-model", *exit),
@@ -173,8 +175,8 @@ def decode_all(base, setting) -> tuple[str, list[Outcome]]:
         ("llama.cpp", "float32/full.gguf", dict(lookup=True), "lookup"),
         ("vllm", "full", {}, "plain"),
         ("vllm", "full", dict(draft="draft"), "exit"),
-        ("vllm", "full", dict(draft="eagle3"), "head"),
-        ("vllm", "full", dict(draft="speculators"), "head"),
+        ("vllm", "base", dict(draft="eagle3"), "head"),
+        ("vllm", "base", dict(draft="speculators"), "head"),
         ("vllm", "full", dict(lookup=True), "lookup"),
     ],
 )
@@ -190,7 +192,7 @@ def test_an_engine_in_float32(engine, model, settings, drafts, base, exports):
     [
         ("llama.cpp", "full.gguf", {}, "plain"),
         ("llama.cpp", "full.gguf", dict(draft="draft.gguf"), "exit"),
-        ("vllm", "full", dict(draft="eagle3"), "head"),
+        ("vllm", "stored", dict(draft="eagle3"), "head"),
     ],
 )
 def test_an_engine_as_it_comes(engine, model, settings, drafts, base, exports, home):
@@ -204,7 +206,7 @@ def test_an_engine_as_it_comes(engine, model, settings, drafts, base, exports, h
 def test_transformers(drafts, base, exports):
     """`assistant_model` with the draft folder; `custom_generate` with the full folder."""
     read = dict(dtype=torch.float32, local_files_only=True)
-    hf = AutoModelForCausalLM.from_pretrained(exports / "full", **read)
+    hf = AutoModelForCausalLM.from_pretrained(exports / "released", **read)
     if drafts == "exit":
         draft = AutoModelForCausalLM.from_pretrained(exports / "draft", **read)
         draft.generation_config = GenerationConfig(
@@ -215,7 +217,7 @@ def test_transformers(drafts, base, exports):
         way, assisted = "assistant_model", dict(assistant_model=draft)
     else:
         way, assisted = "custom_generate", dict(
-            custom_generate=str(exports / "full"), exits_from=str(exports / "full"),
+            custom_generate=str(exports / "released"), exits_from=str(exports / "released"),
             trust_remote_code=True, draft_length=DRAFT_LENGTH, backend="eager",
         )  # fmt: skip
     texts, passes = [], []
