@@ -14,9 +14,11 @@ export class Answer {
   /**
    * @param {import("./exits.js").Levels} levels
    * @param {string} title the setting that decodes it
+   * @param {?Answer} plain the answer of plain decoding that it is compared with
    */
-  constructor(levels, title) {
+  constructor(levels, title, plain = null) {
     this.levels = levels;
+    this.plain = plain;
     /** @type {Round[]} */
     this.rounds = [];
     this.text = "";
@@ -68,7 +70,9 @@ export class Answer {
   clock() {
     const tokens = this.usage?.completion_tokens ?? this.count;
     const seconds = this.usage?.hispec?.seconds ?? this.seconds;
-    return `${count(tokens, "token")} in ${seconds.toFixed(2)} s: ${this.speed.toFixed(1)} tokens/s`;
+    const rate = `${this.speed.toFixed(1)} tokens/s`;
+    const ratio = this.plain?.speed ? `, ${(this.speed / this.plain.speed).toFixed(2)}x plain` : "";
+    return `${count(tokens, "token")} in ${seconds.toFixed(2)} s: ${rate}${ratio}`;
   }
 
   /**

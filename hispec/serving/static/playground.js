@@ -45,9 +45,11 @@ async function connect() {
   }
 }
 
+/** The key is missing (nothing is wrong yet) or it is refused. */
 function askForKey(error) {
   show(byId("key-form"));
-  trouble(error.message);
+  byId("key-trouble").textContent = error.message;
+  show(byId("key-trouble"), state.key !== null);
   byId("key").focus();
 }
 
@@ -115,11 +117,13 @@ function keepUp(change) {
  */
 async function stream(answer, fields, messages, aloud) {
   let due = false;
+  let drawn = false;
   const draw = () => {
     due = false;
+    if (!drawn && answer.rounds.length) state.rounds.begin(answer);
+    drawn ||= answer.rounds.length > 0;
     if (state.rounds.answer === answer) state.rounds.follow();
   };
-  state.rounds.begin(answer);
   answer.start();
   for await (const chunk of chat(
     { model: state.model, messages, ...fields },
@@ -147,7 +151,8 @@ async function send(compare) {
   if (compare) chosen.seed ??= Math.floor(Math.random() * 2 ** 31); // both draw the same noise
   const runs = compare ? [settings.read(state.levels, true), chosen] : [chosen];
   if (compare) runs[0].seed = chosen.seed;
-  const made = runs.map((fields) => newAnswer(settings.name(fields)));
+  const made = [];
+  for (const fields of runs) made.push(newAnswer(settings.name(fields), made[0]));
   const turn = make(
     "article",
     { class: "turn" },
@@ -180,8 +185,8 @@ async function send(compare) {
   }
 }
 
-function newAnswer(title) {
-  const answer = new Answer(state.levels, title);
+function newAnswer(title, plain) {
+  const answer = new Answer(state.levels, title, plain);
   answers.set(answer.element, answer);
   return answer;
 }
@@ -189,7 +194,7 @@ function newAnswer(title) {
 /** The user has stopped the answer, or the server could not give it. */
 function failed(error, turn, answer, text) {
   const stopped = error.name === "AbortError";
-  keepUp(() => answer.end(stopped ? "stopped" : "broke off"));
+  keepUp(() => answer.end(stopped ? "stopped" : answer.text ? "broke off" : "no answer"));
   announcer.end(stopped ? "Stopped." : "");
   if (state.rounds.answer === answer) state.rounds.follow();
   for (const waiting of turn.querySelectorAll("[data-waiting]")) waiting.remove();

@@ -29,7 +29,6 @@ export class Rounds {
     this.stop();
     this.answer = answer;
     this.at = 0;
-    for (const id of ["rounds", "acceptance"]) show(byId(id), false);
     byId("history").replaceChildren();
     this.drawn = 0;
   }
@@ -37,6 +36,7 @@ export class Rounds {
   /** Draw what has come since the last time. */
   follow() {
     const { rounds } = this.answer;
+    this.bars();
     if (!rounds.length) return;
     show(byId("rounds"));
     byId("at").max = String(rounds.length);
@@ -44,7 +44,6 @@ export class Rounds {
     this.drawn = rounds.length;
     while (byId("history").childElementCount > SHOWN) byId("history").firstChild.remove();
     if (!this.timer) this.select(rounds.length - 1, false);
-    this.bars();
   }
 
   /** Draw the round with this number. */
@@ -54,6 +53,8 @@ export class Rounds {
     byId("at").value = String(number + 1);
     byId("at-number").textContent = `${number + 1} of ${this.answer.rounds.length}`;
     byId("round-words").textContent = this.words(round);
+    const cells = Math.max(round.drafts.length, round.tokens.length, 1);
+    byId("round").style.setProperty("--cells", String(cells));
     byId("round").replaceChildren(...this.lanes(round));
     byId("round").dataset.phase = String(PHASES);
     if (highlight) this.answer.highlight(number);
