@@ -123,7 +123,7 @@ export class Rounds {
     });
     byId("bars").replaceChildren(...(rows.length ? rows : [make("li", {}, "Nothing was drafted.")]));
     const perPass = this.answer.usage?.hispec?.tokens_per_target_pass;
-    const words = `${perPass?.toFixed(2)} tokens per pass of the full model (plain: 1).`;
+    const words = `${perPass?.toFixed(2)} tokens per full-model pass (plain: 1)`;
     byId("per-pass").textContent = perPass ? words : "";
   }
 
