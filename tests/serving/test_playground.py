@@ -6,7 +6,7 @@ import re
 
 import pytest
 from conftest import ROOT
-from playground_page import CHROMIUM, FLAGS, opened, traced
+from playground_page import CHROMIUM, FLAGS, opened, served, traced
 
 STATIC = ROOT / "hispec" / "serving" / "static"
 CLASSES = {-1: "free", 2: "exit0", 4: "exit1", 6: "full"}
@@ -26,6 +26,19 @@ def browser():
         found = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         yield found
         found.close()
+
+
+@pytest.fixture(scope="module")
+def url(ee):
+    with served(ee) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def locked(ee):
+    """(address, key) of a server that wants a key."""
+    with served(ee, "--api-key", "sk-hidden") as found:
+        yield found, "sk-hidden"
 
 
 @pytest.fixture
