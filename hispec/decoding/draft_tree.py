@@ -54,7 +54,7 @@ class DraftTree:
         """
         width = int(count_B.max(initial=0))
         parent_BN = chain_parents(count_B, width)
-        free_BN = None if free_B is None else np.broadcast_to(free_B[:, None], parent_BN.shape)
+        free_BN = None if free_B is None else free_B[:, None] & (parent_BN >= 0)
         return cls(tokens_BN[:, :width], parent_BN, chain=True, free_BN=free_BN)
 
     @classmethod

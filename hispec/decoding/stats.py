@@ -184,8 +184,8 @@ class RowStats:
         self.accepted_BR = np.zeros_like(self.proposed_BR)
         self.passes_B = np.zeros(rows, dtype=np.int64)
         """Passes of the full model."""
-        self.latest: dict[int, TargetPass] = {}
-        """By row, what the full model verified in the last step."""
+        self.latest: dict[int, list[TargetPass]] = {}
+        """By row, the passes of the full model in the last step: two where it read the prompt."""
 
     def begin(self, row: int) -> None:
         """A new text begins in a row."""
@@ -197,7 +197,7 @@ class RowStats:
             getattr(self, name)[rows] = getattr(other, name)[source]
         for row, their in zip(rows, source, strict=True):
             if their in other.latest:
-                self.latest[row] = other.latest[their]
+                self.latest[row] = [*other.latest[their]]
 
     def add(
         self, rung: int, proposed_B: np.ndarray, accepted_B: np.ndarray, free_B: np.ndarray,
@@ -229,7 +229,8 @@ class RowStats:
             drafters = made_BN[row, :count].tolist()
             if not draft.chain:
                 drafters = sorted(set(drafters))
-            self.latest[row] = TargetPass(drafters, count, int(verified.accepted_B[row]))
+            found = TargetPass(drafters, count, int(verified.accepted_B[row]))
+            self.latest.setdefault(row, []).append(found)
 
     def drafted(self, row: int) -> dict[int, int]:
         """Draft tokens of a row by the depth that made them, -1 for a free drafter; each counts

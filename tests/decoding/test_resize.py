@@ -68,7 +68,7 @@ def test_texts_do_not_depend_on_who_comes_and_goes(model, setting):
                                   max_new_tokens=limit)  # fmt: skip
             assert tokens == (alone[: len(tokens)] if cut else alone)
             drafted, accepted = run.by_row.drafted(row), run.by_row.accepted(row)
-            assert all(accepted[depth] <= drafted[depth] for depth in drafted)
+            assert all(0 <= accepted[depth] <= drafted[depth] for depth in drafted)
             assert 1 <= run.by_row.passes_B[row] <= len(tokens)
             if len(config.ladder) < 3:
                 # a pass adds one token of its own, except where an end of text was drafted
@@ -87,9 +87,9 @@ def test_counts_of_rows_add_up_to_those_of_the_decode(model):
     while not run.done:
         before = [len(tokens) for tokens, _ in run.outputs()]
         run.step()
-        for row, verified in run.by_row.latest.items():
+        for row, (verified,) in run.by_row.latest.items():
             passes[row].append(verified)
-            tokens, depths = run.output(row)
+            _, depths = run.output(row)
             new = depths[before[row] :]
             assert len(new) - verified.accepted in (0, 1)
             assert len(verified.drafters) == verified.drafted
