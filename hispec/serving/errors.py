@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_KEY = re.compile(r"(?:unknown key ')?([\w.\[\]]+)(?:=| is missing|')")
+_KEY = re.compile(r"([\w.\[\]]+)(?:=| is missing)")
+_UNKNOWN = re.compile(r"unknown key (['\"])(.*?)\1(?:$|;)", re.DOTALL)
+_LONGEST = 500  # characters of a message
 
 
 class ApiError(Exception):
@@ -34,8 +36,11 @@ class ApiError(Exception):
             prefix: put before that name.
         """
         message = str(error)
-        found = _KEY.match(message)
-        return cls(400, message, param=prefix + found[1] if found else None)
+        if unknown := _UNKNOWN.match(message):
+            param = unknown[2]
+        else:
+            param = found[1] if (found := _KEY.match(message)) else ""
+        return cls(400, message[:_LONGEST], param=(prefix + param)[:_LONGEST] if param else None)
 
     def body(self) -> dict[str, Any]:
         """The response as JSON."""

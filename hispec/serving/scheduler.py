@@ -83,8 +83,11 @@ class Scheduler:
         self._when_idle = when_idle
         threading.Thread(target=self._wake, daemon=True).start()  # a handler must not wait
 
-    def cancel_all(self) -> None:
-        """Give up all texts."""
+    def give_up(self) -> None:
+        """End all texts where they are. May be called from a signal handler."""
+        threading.Thread(target=self._give_up, daemon=True).start()
+
+    def _give_up(self) -> None:
         with self._changed:
             jobs = [*self._waiting, *(job for group in self._groups for job in group.jobs)]
         for job in jobs:
