@@ -21,9 +21,9 @@ class Gate:
     """ASGI middleware.
 
     Args:
-        keys: one of them must be sent as `Authorization: Bearer KEY`; with none, any request passes.
-        local: whether requests must name this machine in `Host`. A page of another site that has its
-            name point here (DNS rebinding) cannot.
+        keys: one of them must be sent as `Authorization: Bearer KEY`; with none, any may come.
+        local: whether requests must name this machine in `Host`. A page of another site whose
+            name points here (DNS rebinding) cannot.
         requests: counts answers by path and status.
     """
 
