@@ -30,14 +30,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def url(ee):
-    with served(ee) as found:
+    with served(ee, "--backend", "eager") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def locked(ee):
     """(address, key) of a server that wants a key."""
-    with served(ee, "--api-key", "sk-hidden") as found:
+    with served(ee, "--backend", "eager", "--api-key", "sk-hidden") as found:
         yield found, "sk-hidden"
 
 
@@ -151,6 +151,12 @@ def test_stop_ends_the_request_and_keeps_what_came(ui, lm):
     assert 0 < len(ui.answer()) < len(whole)
     assert whole.startswith(ui.answer())
     assert ui.page.evaluate("document.activeElement.id") == "prompt"
+    for _ in range(200):  # the server decodes it no more
+        if "hispec_rows_running 0.0" in ui.page.request.get(f"{ui.url}metrics").text():
+            break
+        ui.page.wait_for_timeout(50)
+    else:
+        raise AssertionError("the row still decodes")
     assert len(traced(ui.set(max_tokens=5).send("Go on."))) == 5
 
 
