@@ -35,8 +35,8 @@ def _nothing_but(*allowed: Any) -> BeforeValidator:
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
-Full = Annotated[Text, Field(min_length=1)]
-Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
+Full = Annotated[str, Field(min_length=1), AfterValidator(_utf8)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_utf8)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Off = Annotated[Any, _nothing_but(False)]
