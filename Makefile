@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 KERNELS := .venv/.kernels
+BROWSER := .venv/.browser
 DOCS := .venv/.docs
 # The checkpoint that comes with the repository, see `release-checkpoint`.
 RELEASED := checkpoints/smollm2-135m-ee
@@ -30,6 +31,11 @@ $(READY): pyproject.toml constraints.txt
 $(KERNELS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[liger]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps speculators loguru openai sniffio hs-connectors xllamacpp
+	touch $@
+
+# Only the tests of the playground need it; where apt-get cannot install it they are skipped, but not in CI.
+$(BROWSER): $(READY)
+	command -v chromium || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core; } || { test -z "$$CI" && echo "no Chromium: tests marked 'browser' will be skipped"; }
 	touch $@
 
 # Only `make docs` needs them: 60 MB.
@@ -68,10 +74,10 @@ bench: $(READY)
 	$(BIN)/python eval/rounds.py checkpoint=$(CHECKPOINT) prompts_from=builtin
 	$(BIN)/python eval/speed.py checkpoint=$(CHECKPOINT)
 
-test: $(READY) $(KERNELS)
+test: $(READY) $(KERNELS) $(BROWSER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-test-fast: $(READY) $(KERNELS)
+test-fast: $(READY) $(KERNELS) $(BROWSER)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m 'not slow'
 
 # vLLM loads texts only without the packages for pictures and sound, which want another torch.

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from tokenizers.decoders import DecodeStream
 from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
@@ -24,6 +23,7 @@ from hispec.base_models.model_folder import load_tokenizer
 from hispec.checkpoint.format import is_checkpoint
 from hispec.checkpoint.io import attach_exits, load_checkpoint
 from hispec.config import EAGER, DecodeConfig, ExitConfig, current_names
+from hispec.data.detokenizer import Detokenizer
 from hispec.decoding.decoder import Decode
 from hispec.decoding.stats import DecodeStats
 from hispec.engine.build import build_engine
@@ -311,19 +311,13 @@ class EarlyExitLM:
         """Yield the committed tokens of one prompt, with text as soon as it is whole characters."""
         run = prompt if isinstance(prompt, Decode) else self.decode([prompt], **settings)
         check(run.state.rows == 1, "prompt", f"{run.state.rows} rows", "one row only")
-        detokenizer = DecodeStream(skip_special_tokens=True)
-        tokens, shown = [], 0
+        detokenizer = Detokenizer(self.tokenizer)
         for committed in run.run():
             (part,) = committed
             for left, token, depth in zip(
                 range(len(part.tokens) - 1, -1, -1), part.tokens, part.depths, strict=True
             ):
-                tokens.append(token)
-                text = detokenizer.step(self.tokenizer.backend_tokenizer, token) or ""
-                if run.done and not left:
-                    # What the detokenizer holds back of a broken character will not be completed.
-                    text = self.tokenizer.decode(tokens, skip_special_tokens=True)[shown:]
-                shown += len(text)
+                text = detokenizer.step(token, last=run.done and not left)
                 yield Piece(token, depth, text)
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 ORDER = [
     *("utils", "config", "data", "base_models", "models", "engine", "decoding", "metrics"),
-    *("planner", "checkpoint", "hub", "lm", "generation", "export", "report", "cli"),
+    *("planner", "checkpoint", "hub", "lm", "generation", "export", "report", "serving", "cli"),
 ]
 """The packages and top-level modules of `hispec`; each may import those before it."""
 COPIED = "hispec.checkpoint.custom_generate"

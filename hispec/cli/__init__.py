@@ -15,6 +15,7 @@ from hispec.cli.checkpoints import (
 )
 from hispec.cli.decode import generate, plan
 from hispec.cli.hub import fetch, pull, push
+from hispec.cli.serve import serve
 from hispec.utils.command_line import run_cleanly
 
 __all__ = ["app", "main"]
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("compile")(compile_checkpoint)
-for command in (fetch, generate, plan, report, export, import_drafter, inspect, push, pull):
+for command in (fetch, generate, serve, plan, report, export, import_drafter, inspect, push, pull):
     app.command()(command)
 
 

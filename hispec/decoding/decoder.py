@@ -21,14 +21,14 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_steps import Chain, DraftSteps
-from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.draft_tree import DraftTree, real_columns
 from hispec.decoding.drafters.build import build_drafter
 from hispec.decoding.head_chain import HeadChain
-from hispec.decoding.inputs import check_admission, check_inputs, check_seed
+from hispec.decoding.inputs import check_admission, check_inputs, check_limit, check_seed
 from hispec.decoding.ladder import Ladder, similar
 from hispec.decoding.sampling import processors
 from hispec.decoding.state import FREE, Committed, DecodeState
-from hispec.decoding.stats import DecodeStats
+from hispec.decoding.stats import DecodeStats, RowStats
 from hispec.decoding.verification import Sampler, Verified, build_sampler
 from hispec.models.exit_model import ExitModel
 from hispec.utils.threads import torch_threads
@@ -82,7 +82,8 @@ class Decode:
         self.processors.extend(logits_processor or [])
         self.stopping = stopping_criteria or StoppingCriteriaList()
         self.stats = DecodeStats.of(self.ladder, rows, int(self.state.prompt_B.sum()))
-        self._unread = list(range(rows))
+        self.by_row = RowStats(self.ladder.depths, rows)
+        self.unread = list(range(rows))
         """Rows whose prompts no rung has read."""
 
     def _build_ladder(self, capacity: int) -> Ladder:
@@ -135,7 +136,21 @@ class Decode:
         """The rows whose committed text has ended: `admit` may replace them."""
         return np.flatnonzero(self.state.ends(self.state.committed_B)).tolist()
 
-    def admit(self, row: int, prompt: Sequence[int], *, seed: int | None = None) -> None:
+    def stop(self, row: int) -> None:
+        """End the text of a row where it is committed; nothing of it is run any more."""
+        if row in self.unread:
+            self.unread.remove(row)
+            self.state.begin(row, [0])  # a prompt that nobody will read
+        self.state.stop(row)
+
+    def admit(
+        self,
+        row: int,
+        prompt: Sequence[int],
+        *,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
         """Replace a text that has ended by a new prompt; take its output before.
 
         The next `step` reads it, together with all others that were admitted. Its text is the one
@@ -144,18 +159,22 @@ class Decode:
         Args:
             prompt: token ids.
             seed: instead of the config's, as in `seeds`.
+            max_new_tokens: instead of the config's, and not more.
 
         Raises:
             ValueError: there is no such row or its text has not ended, the prompt is empty or
-                longer than `max_prompt`, or a seed with verification `rejection`.
+                longer than `max_prompt`, too many new tokens, or a seed with verification
+                `rejection`.
         """
         state = self.state
         check_admission(row, state.ends(state.committed_B), prompt, self.max_prompt)
         check_seed(seed, self.config)
-        state.begin(row, prompt)
+        check_limit(max_new_tokens, self.config)
+        state.begin(row, prompt, max_new_tokens)
+        self.by_row.begin(row)
         self.sampler.reseed(row, seed)
         self.stats.add_text(len(prompt))
-        self._unread.append(row)
+        self.unread.append(row)
 
     @torch.inference_mode()
     def step(self) -> list[Committed]:
@@ -166,9 +185,10 @@ class Decode:
         began = time.perf_counter()
         state = self.state
         before_B = state.committed_B
-        all_new = len(self._unread) == state.rows
+        self.by_row.latest = {}
+        all_new = len(self.unread) == state.rows
         with nullcontext() if self.model.engine is None else torch_threads(1):
-            if self._unread:
+            if self.unread:
                 self._read_prompts()
             if not (all_new or self.done):
                 self._round()
@@ -191,7 +211,7 @@ class Decode:
     def _read_prompts(self) -> None:
         """Let all rungs read the new prompts, and the full model add the first token of each, which
         needs no draft: new rows then stand as the others do after a pass of the full model."""
-        rows, self._unread = self._unread, []
+        rows, self.unread = self.unread, []
         state = self.state
         groups = similar(state.prompt_B[rows].tolist())
         if len(groups) == 1 and len(rows) == state.rows:
@@ -202,8 +222,10 @@ class Decode:
                 some = [rows[number] for number in group]
                 new = self._newcomers(some)
                 new._read_first()
-                state.take(some, new.state)
-                self.ladder.take(some, new.ladder)
+                every = range(len(some))
+                state.take(some, new.state, every)
+                self.ladder.take(some, new.ladder, every)
+                self.by_row.take(some, new.by_row, every)
         self.drafter.begin(state.view(), rows)
 
     def _read_first(self) -> None:
@@ -220,6 +242,7 @@ class Decode:
         new.state = DecodeState(prompts, replace(self.config, max_new_tokens=1), first=state.first)
         new.ladder = new._build_ladder(new.state.tokens_BN.shape[1])
         new.sampler = self.sampler.of(rows)
+        new.by_row = RowStats(self.ladder.depths, len(rows))
         return new
 
     def _draft(self) -> DraftTree:
@@ -249,6 +272,9 @@ class Decode:
         scores_BCV = self.scores(rung, tokens_BN, base_B, upto_B, draft)
         positions_BC = base_B[:, None] + draft.depth_BC[:, : scores_BCV.shape[1]]
         verified = self.sampler.verify(scores_BCV, positions_BC, draft)
+        if rung == state.last:
+            made_BN = state.made(base_B, draft.parent_BN.shape[1])
+            self.by_row.add_target(~state.ends(base_B), made_BN, draft, verified)
         self.observe(tokens_BN, base_B, upto_B, scores_BCV, verified)
         if not draft.chain:
             self._keep(base_B, verified)
@@ -293,7 +319,7 @@ class Decode:
         )
         if not self.processors:
             return logits_BCV
-        rows_N, columns_N = _real_columns(logits_BCV, upto_B - base_B - skip)
+        rows_N, columns_N = real_columns(logits_BCV, upto_B - base_B - skip)
         scores_BCV = logits_BCV.float()
         length_N = base_B[rows_N] + draft.depth_BC[rows_N, columns_N + skip]
         for length in np.unique(length_N):  # processors take prefixes of one length at a time
@@ -320,7 +346,7 @@ class Decode:
         """
         if not self.drafter.observes:
             return
-        rows_N, columns_N = _real_columns(scores_BCV, upto_B - base_B - skip)
+        rows_N, columns_N = real_columns(scores_BCV, upto_B - base_B - skip)
         if verified is not None:
             on_path_N = verified.on_path(scores_BCV.shape[1])[rows_N, columns_N]
             order_N = np.argsort(on_path_N, kind="stable")
@@ -366,13 +392,7 @@ class Decode:
         on_path_BN = verified.on_path(draft.free_BN.shape[1] + 1)[:, 1:]
         accepted_free_B = (draft.free_BN & on_path_BN).sum(1)
         self.stats.free.add(free_B, accepted_free_B)
+        rest_B, accepted_B = draft.count_B - free_B, verified.accepted_B - accepted_free_B
         if rung > 0:
-            rest_B = verified.accepted_B - accepted_free_B
-            self.stats.rungs[rung - 1].add(draft.count_B - free_B, rest_B)
-
-
-def _real_columns(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, columns) [N] of the last verified token and `count` draft tokens; the other columns
-    are padding."""
-    rows_N, columns_N = np.nonzero(np.arange(scores_BCV.shape[1]) <= count_B[:, None])
-    return rows_N, columns_N
+            self.stats.rungs[rung - 1].add(rest_B, accepted_B)
+        self.by_row.add(rung, rest_B, accepted_B, free_B, accepted_free_B)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+import torch
 
 
 class DraftTree:
@@ -53,7 +54,7 @@ class DraftTree:
         """
         width = int(count_B.max(initial=0))
         parent_BN = chain_parents(count_B, width)
-        free_BN = None if free_B is None else np.broadcast_to(free_B[:, None], parent_BN.shape)
+        free_BN = None if free_B is None else free_B[:, None] & (parent_BN >= 0)
         return cls(tokens_BN[:, :width], parent_BN, chain=True, free_BN=free_BN)
 
     @classmethod
@@ -228,3 +229,10 @@ def chain_parents(count_B: np.ndarray, width: int) -> np.ndarray:
     """Parents [B, width] of chains with `count` draft tokens each."""
     columns = np.arange(width)
     return np.where(columns < count_B[:, None], columns, -1)
+
+
+def real_columns(scores_BCV: torch.Tensor, count_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) [N] of the last verified token and `count` draft tokens; the other columns
+    are padding."""
+    rows_N, columns_N = np.nonzero(np.arange(scores_BCV.shape[1]) <= count_B[:, None])
+    return rows_N, columns_N

@@ -75,3 +75,10 @@ def check_admission(row: int, ended_B: np.ndarray, prompt: Sequence[int], max_pr
 def check_seed(seed: int | None, config: DecodeConfig) -> None:
     """Raise ValueError if a row gets a seed of its own that verification cannot use."""
     check(seed is None or config.verification == "match", "seed", seed, _SEEDS)
+
+
+def check_limit(max_new_tokens: int | None, config: DecodeConfig) -> None:
+    """Raise ValueError unless a text of so many new tokens fits."""
+    most = config.max_new_tokens
+    fits = max_new_tokens is None or 1 <= max_new_tokens <= most
+    check(fits, "max_new_tokens", max_new_tokens, f"from 1 to {most}, the limit of this decode")

@@ -320,25 +320,26 @@ class KVCache:
         for states in self._hidden.values():
             states.index_copy_(0, target, states.index_select(0, source))
 
-    def take(self, rows: Sequence[int], other: KVCache) -> None:
-        """Copy all rows of another cache of the same layers into `rows`: KV, hidden states and
-        lengths."""
-        longest = max(int(length_B.max()) for length_B in other.lengths.values())
+    def take(self, rows: Sequence[int], other: KVCache, source: Sequence[int]) -> None:
+        """Copy the rows `source` of another cache of the same layers into `rows`: KV, hidden states
+        and lengths."""
+        longest = max(int(length_B[source].max()) for length_B in other.lengths.values())
         self._make_room(longest)
         for layer in other._stack_of:
             theirs = other._kv(layer)
             if layer not in self._stack_of:
                 self.buffers([layer], theirs.shape[2], theirs.shape[4])
-            self._kv(layer)[:, rows, :, :longest] = theirs[:, :, :, :longest]
+            self._kv(layer)[:, rows, :, :longest] = theirs[:, source, :, :longest]
         for segment, states in other._hidden.items():
             width = states.shape[-1]
             if segment not in self._hidden:
                 self._hidden[segment] = self._states(width)
             mine = self._hidden[segment].view(self.rows, self.capacity, width)
-            mine[rows, :longest] = states.view(other.rows, other.capacity, width)[:, :longest]
+            their = states.view(other.rows, other.capacity, width)
+            mine[rows, :longest] = their[source, :longest]
         for segment in {**self.lengths, **other.lengths}:
             length_B = self.length(segment).copy()
-            length_B[rows] = other.length(segment)
+            length_B[rows] = other.length(segment)[source]
             self.lengths[segment] = length_B
 
 

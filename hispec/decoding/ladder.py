@@ -137,10 +137,10 @@ class Ladder:
         """Roll every rung back to at most `length` tokens per row, KV and hidden states."""
         self.cache.truncate(length_B)
 
-    def take(self, rows: Sequence[int], other: Ladder) -> None:
-        """Put what another ladder of the same depths holds into `rows`, in place of what they
-        hold."""
-        self.cache.take(rows, other.cache)
+    def take(self, rows: Sequence[int], other: Ladder, source: Sequence[int]) -> None:
+        """Put what another ladder of the same depths holds in the rows `source` into `rows`, in
+        place of what they hold."""
+        self.cache.take(rows, other.cache, source)
         for mine, theirs in (
             (self.segment_tokens, other.segment_tokens),
             (self.head_tokens, other.head_tokens),

@@ -112,25 +112,33 @@ class DecodeState:
         ended_B = np.isin(tail_B, self.eos) & (length_B > self.prompt_B)
         return ended_B | (length_B >= self.end_B) | self.stopped_B
 
-    def begin(self, row: int, prompt: Sequence[int]) -> None:
+    def begin(self, row: int, prompt: Sequence[int], max_new_tokens: int | None = None) -> None:
         """Begin a new text in a row; nothing of it is verified but the prompt."""
         size = len(prompt)
+        most = self._max_new_tokens if max_new_tokens is None else max_new_tokens
         self.tokens_BN[row] = 0
         self.tokens_BN[row, :size] = prompt
         self.depth_BN[row] = 0
         self.prompt_B = _with(self.prompt_B, row, size)
-        self.end_B = _with(self.end_B, row, size + self._max_new_tokens)
+        self.end_B = _with(self.end_B, row, size + most)
         self.verified = [_with(length_B, row, size) for length_B in self.verified]
         self.unsure = [_with(unsure_B, row, False) for unsure_B in self.unsure]
         self.stopped_B = _with(self.stopped_B, row, False)
 
-    def take(self, rows: Sequence[int], other: DecodeState) -> None:
-        """Put texts of another decode, which the full model has verified, into `rows`."""
-        width = int(other.committed_B.max())
-        self.tokens_BN[rows, :width] = other.tokens_BN[:, :width]
-        self.depth_BN[rows, :width] = other.depth_BN[:, :width]
-        self.verified = [_with(length_B, rows, other.committed_B) for length_B in self.verified]
-        self.stopped_B = _with(self.stopped_B, rows, other.stopped_B)
+    def stop(self, row: int) -> None:
+        """End the text of a row with what is committed."""
+        self.stopped_B = _with(self.stopped_B, row, True)
+        held_B = self.committed_B
+        self.verified = [_with(length_B, row, held_B[row]) for length_B in self.verified]
+
+    def take(self, rows: Sequence[int], other: DecodeState, source: Sequence[int]) -> None:
+        """Put the texts of the rows `source` of another decode into `rows`."""
+        width = int(other.verified[self.first][source].max())
+        self.tokens_BN[rows, :width] = other.tokens_BN[source, :width]
+        self.depth_BN[rows, :width] = other.depth_BN[source, :width]
+        for mine, theirs in ((self.verified, other.verified), (self.unsure, other.unsure)):
+            mine[:] = [_with(a, rows, b[source]) for a, b in zip(mine, theirs, strict=True)]
+        self.stopped_B = _with(self.stopped_B, rows, other.stopped_B[source])
 
     def view(self) -> TextView:
         """The texts as a drafter sees them."""
@@ -153,6 +161,10 @@ class DecodeState:
         enough_B = pending_B >= self._buffer
         now_B = enough_B | self.ends(self.verified[before]) | self.unsure[before]
         return bool((now_B & (pending_B > 0)).any())
+
+    def made(self, base_B: np.ndarray, width: int) -> np.ndarray:
+        """Depths [B, width] of the rungs that produced the tokens in the slots from `base` on."""
+        return np.take_along_axis(self.depth_BN, base_B[:, None] + np.arange(width), axis=1)
 
     def write(
         self, rows_N: np.ndarray, slots_N: np.ndarray, tokens_N: np.ndarray, depth_N: np.ndarray

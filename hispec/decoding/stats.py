@@ -1,11 +1,16 @@
-"""Counts of a decode: passes, tokens, acceptance and time per rung."""
+"""Counts of a decode: passes, tokens, acceptance and time per rung, and counts of every row."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.state import FREE
+from hispec.decoding.verification import Verified
 
 if TYPE_CHECKING:
     from hispec.decoding.ladder import Ladder
@@ -148,3 +153,93 @@ class DecodeStats:
             "layer_token_runs": self.layer_token_runs,
             "extra_layer_token_runs": self.extra_layer_token_runs,
         }
+
+
+@dataclass
+class TargetPass:
+    """What one pass of the full model verified in one row."""
+
+    drafters: list[int]
+    """Depth of the rung that made each draft token, -1 for a free drafter; of a tree each depth
+    once, as its tokens have no order."""
+    drafted: int
+    """Draft tokens that it verified."""
+    accepted: int
+    """How many of them it accepted."""
+
+
+class RowStats:
+    """Draft tokens, accepted ones and passes of the full model, of the text of every row.
+
+    Args:
+        depths: of the rungs.
+        rows: texts decoded together.
+    """
+
+    def __init__(self, depths: Sequence[int], rows: int) -> None:
+        self._depths = (FREE, *depths)
+        self.proposed_BR = np.zeros((rows, len(self._depths)), dtype=np.int64)
+        """Draft tokens that the next deeper rung verified: first the free drafter's, then those of
+        each rung."""
+        self.accepted_BR = np.zeros_like(self.proposed_BR)
+        self.passes_B = np.zeros(rows, dtype=np.int64)
+        """Passes of the full model."""
+        self.latest: dict[int, list[TargetPass]] = {}
+        """By row, the passes of the full model in the last step: two where it read the prompt."""
+
+    def begin(self, row: int) -> None:
+        """A new text begins in a row."""
+        self.proposed_BR[row] = self.accepted_BR[row] = self.passes_B[row] = 0
+
+    def take(self, rows: Sequence[int], other: RowStats, source: Sequence[int]) -> None:
+        """Put the counts of the rows `source` of another decode into `rows`."""
+        for name in ("proposed_BR", "accepted_BR", "passes_B"):
+            getattr(self, name)[rows] = getattr(other, name)[source]
+        for row, their in zip(rows, source, strict=True):
+            if their in other.latest:
+                self.latest[row] = [*other.latest[their]]
+
+    def add(
+        self, rung: int, proposed_B: np.ndarray, accepted_B: np.ndarray, free_B: np.ndarray,
+        accepted_free_B: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Count what a rung verified.
+
+        Args:
+            proposed_B: draft tokens of the rung before, `accepted_B` of them accepted.
+            free_B: those of a free drafter.
+        """
+        self.proposed_BR[:, 0] += free_B
+        self.accepted_BR[:, 0] += accepted_free_B
+        if rung:
+            self.proposed_BR[:, rung] += proposed_B
+            self.accepted_BR[:, rung] += accepted_B
+
+    def add_target(self, active_B: np.ndarray, made_BN: np.ndarray, draft: DraftTree,
+                   verified: Verified) -> None:  # fmt: skip
+        """Count a pass of the full model.
+
+        Args:
+            active_B: rows whose text had not ended before it.
+            made_BN: depth of the rung that made each draft token.
+        """
+        self.passes_B += active_B
+        for row in np.flatnonzero(active_B).tolist():
+            count = int(draft.count_B[row])
+            drafters = made_BN[row, :count].tolist()
+            if not draft.chain:
+                drafters = sorted(set(drafters))
+            found = TargetPass(drafters, count, int(verified.accepted_B[row]))
+            self.latest.setdefault(row, []).append(found)
+
+    def drafted(self, row: int) -> dict[int, int]:
+        """Draft tokens of a row by the depth that made them, -1 for a free drafter; each counts
+        once for every rung that handed it on."""
+        return self._by_depth(self.proposed_BR[row])
+
+    def accepted(self, row: int) -> dict[int, int]:
+        """How many of `drafted` the next deeper rung accepted."""
+        return self._by_depth(self.accepted_BR[row])
+
+    def _by_depth(self, counts_R: np.ndarray) -> dict[int, int]:
+        return dict(zip(self._depths[:-1], counts_R.tolist()[:-1], strict=True))
