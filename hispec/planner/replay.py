@@ -172,14 +172,14 @@ class _KnownLadder(Ladder):
         self.clock.prefill = 0.0
         self.clock.spent += time.perf_counter() - began
 
-    def take(self, rows: Sequence[int], other: Ladder) -> None:
+    def take(self, rows: Sequence[int], other: Ladder, source: Sequence[int]) -> None:
         assert isinstance(other, _KnownLadder)
-        super().take(rows, other)
-        longest = int(other._known_B.max())
-        self._nodes_BN[rows, :longest] = other._nodes_BN[:, :longest]
-        self._known_B[rows] = other._known_B
-        for row, answers in zip(rows, other.answers, strict=True):
-            self.answers[row] = answers
+        super().take(rows, other, source)
+        longest = int(other._known_B[source].max())
+        self._nodes_BN[rows, :longest] = other._nodes_BN[source, :longest]
+        self._known_B[rows] = other._known_B[source]
+        for row, theirs in zip(rows, source, strict=True):
+            self.answers[row] = other.answers[theirs]
 
     def logits(
         self,
