@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT
-from playground_page import CHROMIUM, FLAGS, opened, served, traced
+from playground_page import CHROMIUM, FLAGS, opened, traced
+from serve_process import Served, served
 
 STATIC = ROOT / "hispec" / "serving" / "static"
 CLASSES = {-1: "free", 2: "exit0", 4: "exit1", 6: "full"}
@@ -29,16 +31,21 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def url(ee):
+def server(ee) -> Iterator[Served]:
     with served(ee, "--backend", "eager") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def locked(ee):
+def url(server) -> str:
+    return server.url
+
+
+@pytest.fixture(scope="module")
+def locked(ee) -> Iterator[tuple[str, str]]:
     """(address, key) of a server that wants a key."""
     with served(ee, "--backend", "eager", "--api-key", "sk-hidden") as found:
-        yield found, "sk-hidden"
+        yield found.url, "sk-hidden"
 
 
 @pytest.fixture
@@ -138,7 +145,7 @@ def test_a_replay_goes_through_the_phases_of_a_round(ui):
     assert ui.text("#replay") == "Replay"
 
 
-def test_stop_ends_the_request_and_keeps_what_came(ui, lm):
+def test_stop_ends_the_request_and_keeps_what_came(ui, server, lm):
     ui.set(max_tokens=400).page.fill("#prompt", "Count.")
     ui.page.click("#send")
     ui.page.wait_for_selector(".tokens .t >> nth=5", state="attached")
@@ -151,12 +158,7 @@ def test_stop_ends_the_request_and_keeps_what_came(ui, lm):
     assert 0 < len(ui.answer()) < len(whole)
     assert whole.startswith(ui.answer())
     assert ui.page.evaluate("document.activeElement.id") == "prompt"
-    for _ in range(200):  # the server decodes it no more
-        if "hispec_rows_running 0.0" in ui.page.request.get(f"{ui.url}metrics").text():
-            break
-        ui.page.wait_for_timeout(50)
-    else:
-        raise AssertionError("the row still decodes")
+    server.until(lambda: server.metric("rows_running") == 0)
     assert len(traced(ui.set(max_tokens=5).send("Go on."))) == 5
 
 
