@@ -94,7 +94,7 @@ def load_of(settings: Settings) -> list[Asked]:
 
     rng = random.Random(settings.seed)
     prompts, _ = some(None, 1000)
-    texts = [prompt.text for prompt in prompts]
+    texts = [prompt.messages[0]["content"] for prompt in prompts if prompt.messages]
     longest = max(settings.shortest, settings.longest)
     return [
         Asked(

@@ -36,6 +36,7 @@ SCRIPTS = {
     "eval/rounds.py": "eval.rounds",
     "eval/lossless.py": "eval.lossless",
     "eval/quality.py": "eval.quality",
+    "eval/serve_load.py": "eval.serve_load",
 }
 COMMANDS = typer.main.get_command(app).commands
 OTHER_OPTIONS = {"--plan", "--strict"}
