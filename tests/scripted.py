@@ -95,6 +95,14 @@ class ScriptedModel:
             hidden_BTH = torch.cat([tokens_BT[..., None], prefix_BTP], -1)
         return hidden_BTH
 
+    def run_each(self, hidden_BTH, from_depth, depths, positions_BT, cache):
+        found = []
+        for depth in depths:
+            hidden_BTH = self.run(hidden_BTH, from_depth, depth, positions_BT, cache)
+            found.append(hidden_BTH)
+            from_depth = depth
+        return found
+
     def read(self, depth, hidden):
         prefixes = hidden[..., 1:].reshape(-1, LONGEST).long().tolist()
         texts = ["".join(chr(min(token, 255)) for token in prefix) for prefix in prefixes]

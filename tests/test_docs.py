@@ -37,6 +37,7 @@ SCRIPTS = {
     "eval/lossless.py": "eval.lossless",
     "eval/quality.py": "eval.quality",
     "eval/hierarchy.py": "eval.hierarchy",
+    "eval/serve_load.py": "eval.serve_load",
 }
 COMMANDS = typer.main.get_command(app).commands
 OTHER_OPTIONS = {"--plan", "--strict"}

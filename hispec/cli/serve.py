@@ -73,6 +73,7 @@ def serve(
     )
     if lm.model.engine is not None:
         lm.model.engine.load(bar)
+        lm.generate("Hello", max_new_tokens=8)  # what is compiled at first use is compiled now
     limits = Limits(max_prompt, max_new_tokens, max_choices, max_body).fitted(lm)
     service = Service(lm, name or Path(checkpoint).resolve().name, limits)
     metrics = Metrics(max_rows)

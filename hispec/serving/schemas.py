@@ -26,7 +26,7 @@ def _nothing_but(*allowed: Any) -> BeforeValidator:
     """A value that asks for nothing: a field that is not implemented."""
 
     def check(value: Any) -> Any:
-        if not any(value == one and isinstance(value, type(one)) for one in (None, *allowed)):
+        if not any(type(value) is type(one) and value == one for one in (None, *allowed)):
             words = " or ".join(["null", *map(repr, allowed)])
             raise ValueError(f"not supported; leave it out ({words})")
         return value
