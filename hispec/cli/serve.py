@@ -55,9 +55,9 @@ def serve(
     check(all(api_key or ["-"]), "api_key", "''", "a key that is not empty")
 
     from hispec.serving.app import build_app
+    from hispec.serving.batching.scheduler import Scheduler
     from hispec.serving.gate import LOOPBACK
     from hispec.serving.metrics import Metrics
-    from hispec.serving.scheduler import Scheduler
     from hispec.serving.server import serve as run
     from hispec.serving.service import Limits, Service
 

@@ -11,12 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hispec.serving.batching.scheduler import Scheduler
 from hispec.serving.completion import Completion
 from hispec.serving.errors import ApiError
 from hispec.serving.gate import Gate
 from hispec.serving.playground import add_playground
 from hispec.serving.replies import EventReply, Json, error_reply, read_object, whole_reply
-from hispec.serving.scheduler import Scheduler
 from hispec.serving.schemas import ChatRequest, CompletionRequest
 from hispec.serving.service import Service
 from hispec.utils.schema import validate

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
+from hispec.serving.batching.jobs import Failure, Job, Update, Usage
+from hispec.serving.batching.scheduler import Scheduler
 from hispec.serving.errors import ApiError
-from hispec.serving.jobs import Failure, Job, Update, Usage
-from hispec.serving.scheduler import Scheduler
 from hispec.serving.schemas import ChatRequest, CompletionRequest
 from hispec.serving.service import Service
 

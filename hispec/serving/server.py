@@ -9,7 +9,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from hispec.serving.scheduler import Scheduler
+from hispec.serving.batching.scheduler import Scheduler
 
 
 class Server(uvicorn.Server):

@@ -13,10 +13,10 @@ from jinja2.exceptions import TemplateError
 
 from hispec.config import DRAFTERS, DecodeConfig
 from hispec.lm import AUTO, PLAIN, EarlyExitLM
+from hispec.serving.batching.jobs import Failure, Job, Update
+from hispec.serving.batching.text import RowText
 from hispec.serving.errors import ApiError
-from hispec.serving.jobs import Failure, Job, Update
 from hispec.serving.schemas import ChatRequest, CompletionRequest, Hispec, Request
-from hispec.serving.text import RowText
 
 Tell = Callable[[int, Update | Failure], None]
 """Receives the number of a choice and what is told of it; called by the decoding thread."""

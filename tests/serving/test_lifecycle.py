@@ -17,11 +17,11 @@ from conftest import tiny_model, tiny_tokenizer
 from serve_process import MODEL, served
 
 from hispec.config import DecodeConfig
+from hispec.serving.batching.jobs import Failure, Job, Update
+from hispec.serving.batching.scheduler import Scheduler
+from hispec.serving.batching.text import RowText
 from hispec.serving.errors import ApiError
-from hispec.serving.jobs import Failure, Job, Update
 from hispec.serving.metrics import Metrics
-from hispec.serving.scheduler import Scheduler
-from hispec.serving.text import RowText
 
 LONG = {"model": MODEL, "messages": [{"role": "user", "content": "Count."}], "temperature": 0,
         "max_tokens": 250}  # fmt: skip

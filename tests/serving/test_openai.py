@@ -8,7 +8,7 @@ import openai
 import pytest
 from serve_process import MODEL, served
 
-from hispec.serving.text import RowText
+from hispec.serving.batching.text import RowText
 
 CHAT = {"model": MODEL, "temperature": 0, "max_tokens": 30}
 

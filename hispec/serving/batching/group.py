@@ -10,7 +10,7 @@ from hispec.decoding.decoder import Decode
 from hispec.decoding.resize import resized
 from hispec.decoding.stats import TargetPass
 from hispec.models.exit_model import ExitModel
-from hispec.serving.jobs import Job, Update, Usage
+from hispec.serving.batching.jobs import Job, Update, Usage
 from hispec.serving.metrics import Metrics
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 from hispec.config import DecodeConfig
 from hispec.models.exit_model import ExitModel
+from hispec.serving.batching.group import Group
+from hispec.serving.batching.jobs import Failure, Job
 from hispec.serving.errors import ApiError
-from hispec.serving.group import Group
-from hispec.serving.jobs import Failure, Job
 from hispec.serving.metrics import Metrics
 
 _log = logging.getLogger("hispec.serving")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hispec.config import DecodeConfig
 from hispec.decoding.stats import TargetPass
-from hispec.serving.text import Piece, RowText
+from hispec.serving.batching.text import Piece, RowText
 
 
 @dataclass

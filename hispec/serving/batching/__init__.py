@@ -1,0 +1,1 @@
+"""Continuous batching: the texts of all requests in few decodes."""
