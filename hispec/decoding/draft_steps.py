@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +32,8 @@ class DraftSteps:
     """
 
     def __init__(self, decode: Decode) -> None:
-        self._decode = decode
+        # A circle of references would keep the KV cache of a dropped decode until it is collected.
+        self._decode: Decode = weakref.proxy(decode)
 
     @cached_property
     def _chain(self) -> Chain | None:

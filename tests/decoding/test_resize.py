@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import pytest
 from conftest import decode_tokens, disturbed, tiny_model
@@ -117,3 +119,17 @@ def test_what_cannot_be_is_refused(model):
     rejecting = DecodeConfig([6], temperature=1.0, verification="rejection")
     with pytest.raises(ValueError, match="verification"):
         resized(Decode(model, [[5]], rejecting), [], 1)
+
+
+def test_a_decode_that_is_dropped_frees_its_cache_at_once(model):
+    config = DecodeConfig([2, 4, 6], drafter="lookup+exit", max_new_tokens=9)
+    run = Decode(model, [[5], [6]], config, max_prompt=9)
+    gc.disable()
+    try:
+        run.step()
+        before = weakref.ref(run.ladder.cache)
+        run = resized(run, [1], 1)
+        assert before() is None
+        assert run.finish() == [decode_tokens(model, [6], [6], max_new_tokens=9)]
+    finally:
+        gc.enable()
