@@ -74,6 +74,11 @@ class Ladder:
 
     def prefill(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> None:
         """Bring every rung to `upto` tokens, in passes of the same shape for every ladder."""
+        for _ in self.prefill_passes(tokens_BN, upto_B):
+            pass
+
+    def prefill_passes(self, tokens_BN: np.ndarray, upto_B: np.ndarray) -> Iterator[None]:
+        """As `prefill`; yields between two passes, so that others can run."""
         self.cache.of_prompts = True
         longest = int(upto_B.max())
         engine = self.model.engine
@@ -86,6 +91,7 @@ class Ladder:
                     self._prefill_head(rung, block_B)
             if stop >= longest:
                 break
+            yield
         self.cache.of_prompts = False
 
     def _prefill_head(self, rung: int, upto_B: np.ndarray) -> None:

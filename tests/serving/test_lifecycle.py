@@ -17,6 +17,8 @@ from conftest import tiny_model, tiny_tokenizer
 from serve_process import MODEL, served
 
 from hispec.config import DecodeConfig
+from hispec.decoding.decoder import Decode
+from hispec.decoding.reading import Reading
 from hispec.serving.batching.jobs import Failure, Job, Update
 from hispec.serving.batching.scheduler import Scheduler
 from hispec.serving.batching.text import RowText
@@ -208,3 +210,23 @@ def test_settings_take_turns_and_every_text_has_its_own_length(scheduler):
     scheduler.submit(jobs)
     usages = [one.end().usage for one in told]
     assert [usage.new_tokens for usage in usages] == [1 + 5 * number for number in range(8)]
+
+
+def test_running_texts_have_a_round_between_two_passes_over_a_prompt(scheduler, monkeypatch):
+    monkeypatch.setattr("hispec.decoding.ladder._FIRST_PREFILL", 8)
+    monkeypatch.setattr("hispec.decoding.ladder._PREFILL", 4)
+    order: list[str] = []
+    reads, rounds = Reading.step, Decode.step
+    monkeypatch.setattr(Reading, "step", lambda r: (order.append("pass"), reads(r))[1])
+    monkeypatch.setattr(Decode, "step", lambda r: (order.append("round"), rounds(r))[1])
+    running, new, other = Told(), Told(), Told()
+    scheduler.submit([job_of([5, 6], running, 50)])
+    running.queue.get(timeout=30)
+    prompt = [3 + number for number in range(30)]
+    # one more of the same settings, and one of others
+    scheduler.submit([job_of(prompt, new, 3), job_of(prompt, other, 3, temperature=0.5)])
+    assert new.end().usage.new_tokens == other.end().usage.new_tokens == 3
+    assert running.end().usage.new_tokens == 50
+    words = " ".join(order)
+    assert order.count("pass") == 1 + 2 * 7  # the long ones: up to 8, 12, ..., 28 and 30 tokens
+    assert "pass pass pass" not in words  # one of each of two prompts at most

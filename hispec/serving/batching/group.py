@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
+from hispec.decoding.reading import Reading
 from hispec.decoding.resize import resized
 from hispec.decoding.stats import TargetPass
 from hispec.models.exit_model import ExitModel
@@ -31,43 +32,63 @@ class Group:
         self.running: dict[int, Job] = {}
         """By row."""
         self._run: Decode | None = None
+        self._reading: tuple[Job, Reading] | None = None
 
     @property
     def rows(self) -> int:
         """Texts that decode, or will from the next round on."""
-        return len(self.running) + len(self.joining)
+        return len(self.running) + len(self.joining) + (self._reading is not None)
 
     @property
     def jobs(self) -> list[Job]:
         """These texts."""
-        return [*self.running.values(), *self.joining]
+        reading = [] if self._reading is None else [self._reading[0]]
+        return [*self.running.values(), *reading, *self.joining]
 
     def drop_cancelled(self) -> None:
         """Free the rows of texts that nobody waits for."""
         self.joining = [job for job in self.joining if not job.cancelled]
+        if self._reading is not None and self._reading[0].cancelled:
+            self._reading = None
         for row, job in list(self.running.items()):
             if job.cancelled:
                 self._end(row, "cancelled")
 
     def step(self) -> None:
-        """Let the texts that wait join, and run one round."""
-        run = self._run = self._fitting()
-        free = [row for row in run.ended_rows() if row not in self.running]
-        joining, self.joining = self.joining, []
-        for row, job in zip(free, joining, strict=False):
-            run.admit(row, job.prompt, seed=job.seed, max_new_tokens=job.max_new_tokens)
-            self.running[row] = job
-            job.started = time.perf_counter()
-            self.metrics.queued_for.observe(job.started - job.submitted)
+        """Run one pass over the prompt of a text that waits, and one round of those that run."""
+        self._read()
+        run = self._run
+        if run is None or not self.running:
+            return
         committed = run.step()
         ended = set(run.ended_rows())
         for part in committed:
             passes = run.by_row.latest[part.row]
             self._tell(part.row, part.tokens, part.depths, passes, part.row in ended)
 
+    def _read(self) -> None:
+        """Run one pass over the prompt of the next text; it joins once that was the last."""
+        if self._reading is None:
+            if not self.joining:
+                return
+            job = self.joining.pop(0)
+            job.started = time.perf_counter()
+            self.metrics.queued_for.observe(job.started - job.submitted)
+            self._reading = job, Reading(self._fitting(), job.prompt, seed=job.seed)
+        job, reading = self._reading
+        if not reading.step():
+            return
+        run = self._fitting()
+        row = next(row for row in run.ended_rows() if row not in self.running)
+        part = reading.join(run, row, max_new_tokens=job.max_new_tokens)
+        self._reading = None
+        self.running[row] = job
+        passes = run.by_row.latest.pop(row)
+        self._tell(row, part.tokens, part.depths, passes, row in run.ended_rows())
+
     def _fitting(self) -> Decode:
         """The decode with rows for all texts, and not with twice as many."""
-        needed, run = self.rows, self._run
+        needed, run = max(self.rows, len(self.running) + 1), self._run
         if run is None:
             run = Decode(self.model, [[0]] * needed, self.config, max_prompt=self.max_prompt)
             for row in range(needed):
@@ -76,6 +97,7 @@ class Group:
             kept = sorted(self.running)
             run = resized(run, kept, needed)
             self.running = {new: self.running[old] for new, old in enumerate(kept)}
+        self._run = run
         return run
 
     def _tell(

@@ -1,0 +1,72 @@
+"""Reads a prompt pass by pass, beside the rounds of the decode that its text will join."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from hispec.decoding.decoder import Decode
+from hispec.decoding.state import Committed
+from hispec.utils.threads import torch_threads
+
+
+class Reading:
+    """A prompt on its way into a decode.
+
+    The passes are those that read the prompt alone, so its text is the one that it has alone.
+    Between two of them the decode may run rounds, let other texts come and go, and be resized.
+
+    Args:
+        run: the decode; that of `join` must have its settings.
+        prompt: token ids, at most the decode's `max_prompt`.
+        seed: instead of the config's.
+    """
+
+    def __init__(self, run: Decode, prompt: Sequence[int], *, seed: int) -> None:
+        self.prompt, self.seed = prompt, seed
+        alone = replace(run.config, max_new_tokens=1)
+        self._alone = Decode(run.model, [prompt], alone, seeds=[seed])
+        self._alone.processors, self._alone.stopping = run.processors, run.stopping
+        state = self._alone.state
+        self._passes = self._alone.ladder.prefill_passes(state.tokens_BN, state.prompt_B)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Run one pass over the prompt; returns whether that was the last."""
+        alone = self._alone
+        with nullcontext() if alone.model.engine is None else torch_threads(1):
+            if next(self._passes, _END) is not _END:
+                return False
+            alone._verify(alone.state.last, alone.state.pending(alone.state.last))
+        alone.unread = []
+        return True
+
+    @torch.inference_mode()
+    def join(self, run: Decode, row: int, *, max_new_tokens: int | None = None) -> Committed:
+        """Put the text, whose prompt has been read, into a row that has ended; returns its first
+        token, which the full model has added.
+
+        Args:
+            max_new_tokens: see `Decode.admit`.
+
+        Raises:
+            ValueError: see `Decode.admit`.
+        """
+        began = time.perf_counter()
+        run.admit(row, self.prompt, seed=self.seed, max_new_tokens=max_new_tokens)
+        run.unread.remove(row)
+        state = self._alone.state
+        run.state.take([row], state, [0])
+        run.ladder.take([row], self._alone.ladder, [0])
+        run.by_row.take([row], self._alone.by_row, [0])
+        run.drafter.begin(run.state.view(), [row])
+        (committed,) = state.committed_since(state.prompt_B)
+        run.stats.add_round(run.ladder, time.perf_counter() - began, len(committed.tokens))
+        return replace(committed, row=row)
+
+
+_END = object()
