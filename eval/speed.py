@@ -104,6 +104,8 @@ def main(words: Sequence[str]) -> None:
         backend=settings.backend,
         weights=settings.weights,
     )
+    if lm.model.engine is not None:
+        lm.model.engine.load(bar)  # before any clock runs
     eos = lm.eos() if settings.stop_at_eos else ()
     common = {
         "draft_length": settings.draft_length,

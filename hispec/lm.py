@@ -155,7 +155,7 @@ class EarlyExitLM:
                 return {**setting, **settings}, words
             words = "the plan drafts trees, which verification 'rejection' cannot verify"
         if 0 in self.model.exits.depths and self.model.engine and not settings.get("temperature"):
-            lookup = {"drafter": "lookup+exit", "max_lookup_length": 8, "lookup_shortest": 2}
+            lookup = {"drafter": "lookup+exit", "lookup_shortest": 2}
             exit = {"ladder": [0, self.model.num_layers], "draft_length": 3, "adaptive": True}
             default.update(lookup, **exit)
             return {**default, **settings}, f"{words}; the exit at 0 and prompt lookup draft"

@@ -51,7 +51,7 @@ class OpenVinoEngine:
         model: on the CPU, in float32 or half precision. Graphs of either compute in float32: a
             token has the same states up to float32's rounding in passes of any size, so texts do
             not depend on these. Prompts of a model in bf16 are read in bf16 where the
-            processor multiplies in it, at twice the speed.
+            processor multiplies in it.
     """
 
     name = "openvino"
@@ -286,8 +286,9 @@ class _CompiledLMHead:
         self._graphs: dict[int, Graph] = {}
 
     def load(self) -> Path:
-        """Compile what plain decoding runs; returns the file that keeps it."""
-        self._graph(FEW[1])
+        """Compile it for passes of all kinds; returns the file that keeps it."""
+        for count in (FEW[1], -1):
+            self._graph(count)
         return self._traced.path
 
     def _graph(self, count: int) -> Graph:
@@ -309,8 +310,7 @@ class _CompiledLMHead:
 
 
 def _load(build: Callable[[Any], Any], of: Any) -> Path:
-    """Build a piece, an LM head or a step and compile what plain decoding or a chain runs; returns
-    the file that keeps it."""
+    """Build and compile a piece, an LM head or a step; returns the file that keeps it."""
     path: Path = build(of).load()
     return path
 

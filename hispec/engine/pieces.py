@@ -47,8 +47,8 @@ class Piece:
         return self._bound[size]
 
     def load(self) -> Path:
-        """Compile what prompts and plain decoding run; returns the file that keeps it."""
-        for size in (FEW, PROMPT):
+        """Compile it for passes of all kinds; returns the file that keeps it."""
+        for size in (FEW, ANY, PROMPT):
             self.bound(size)
         return self._traced.path
 
