@@ -7,8 +7,7 @@ from conftest import VOCAB, disturbed, tiny_model
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.reading import Reading
-from hispec.decoding.resize import resized
+from hispec.decoding.rows import Reading, resized
 
 LONG = [(7 * n + 3) % VOCAB for n in range(23)]
 SHORT = [5, 6, 7]

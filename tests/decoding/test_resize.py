@@ -11,7 +11,7 @@ from conftest import decode_tokens, disturbed, tiny_model
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.resize import resized
+from hispec.decoding.rows import resized
 from hispec.models.exit_model import ExitModel
 
 SETTINGS = [

@@ -18,7 +18,7 @@ from serve_process import MODEL, served
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.reading import Reading
+from hispec.decoding.rows import Reading
 from hispec.serving.batching.jobs import Failure, Job, Update
 from hispec.serving.batching.scheduler import Scheduler
 from hispec.serving.batching.text import RowText

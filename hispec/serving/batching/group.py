@@ -7,8 +7,7 @@ from itertools import zip_longest
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.reading import Reading
-from hispec.decoding.resize import resized
+from hispec.decoding.rows import Reading, resized
 from hispec.decoding.stats import TargetPass
 from hispec.models.exit_model import ExitModel
 from hispec.serving.batching.jobs import Job, Update, Usage
