@@ -122,7 +122,7 @@ def test_text_is_generated_as_planned_or_as_said(lm, monkeypatch):
         (None, {"drafter": "exit"}, DecodeConfig([2, 4, 6])),
         (plan, {"ladder": "plain"}, DecodeConfig([6])),
     ):
-        monkeypatch.setattr(type(lm), "planned", lambda self, planned=planned: (planned, ""))
+        monkeypatch.setattr(type(lm), "planned", lambda self, rows, planned=planned: (planned, ""))
         settings = eval.quality.Settings(checkpoint="x", **said)
         assert eval.quality._decoding(settings, lm) == expected
 
