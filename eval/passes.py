@@ -204,7 +204,6 @@ def _own(model: ExitModel, engine: Engine | None, length: int, tokens: int) -> C
     import torch
 
     from hispec.decoding.ladder import Ladder
-    from hispec.utils.threads import torch_threads
 
     model.engine = engine
     text = _tokens(model, length + tokens).numpy()
@@ -213,13 +212,11 @@ def _own(model: ExitModel, engine: Engine | None, length: int, tokens: int) -> C
     with torch.inference_mode():
         ladder.prefill(text, held)
 
-    threads = torch.get_num_threads() if engine is None else 1  # as in a decode
-
     @torch.inference_mode()
     def run() -> float:
         model.engine = engine
         ladder.truncate(held)
-        with torch_threads(threads):
+        with model.between_passes():
             began = time.perf_counter()
             ladder.logits(0, text, held, upto).argmax(-1)
             return time.perf_counter() - began
@@ -248,15 +245,13 @@ def _prompt(model: ExitModel, engine: Engine | None, tokens: int) -> Callable[[]
     import torch
 
     from hispec.decoding.ladder import Ladder
-    from hispec.utils.threads import torch_threads
 
     text, upto = _tokens(model, tokens).numpy(), np.array([tokens])
-    threads = torch.get_num_threads() if engine is None else 1
 
     @torch.inference_mode()
     def run() -> float:
         model.engine = engine
-        with torch_threads(threads):
+        with model.between_passes():
             began = time.perf_counter()
             Ladder(model, [model.num_layers], 1, tokens).prefill(text, upto)
             return time.perf_counter() - began
@@ -271,7 +266,6 @@ def _chain(model: ExitModel, engine: Engine | None, length: int) -> Callable[[],
 
     from hispec.decoding.head_chain import HeadChain
     from hispec.decoding.ladder import Ladder
-    from hispec.utils.threads import torch_threads
 
     model.engine = engine
     if 0 not in model.exits.depths:
@@ -286,8 +280,9 @@ def _chain(model: ExitModel, engine: Engine | None, length: int) -> Callable[[],
 
     @torch.inference_mode()
     def run() -> float:
+        model.engine = engine
         ladder.truncate(held)
-        with torch_threads(1):
+        with model.between_passes():
             began = time.perf_counter()
             chain.draft(text[0], length, 3, 0.0, np.array([]))
             return time.perf_counter() - began

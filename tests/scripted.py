@@ -9,6 +9,7 @@ moved branch or a mask that is wrong gives it another prefix, and the text or th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -94,6 +95,9 @@ class ScriptedModel:
             prefix_BTP = torch.zeros(*tokens_BT.shape, LONGEST).scatter_add(2, places_BTK, seen_BTK)
             hidden_BTH = torch.cat([tokens_BT[..., None], prefix_BTP], -1)
         return hidden_BTH
+
+    def between_passes(self):
+        return nullcontext()
 
     def run_each(self, hidden_BTH, from_depth, depths, positions_BT, cache):
         found = []

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, Weights, load_model, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, Exits, Weights, load_model, out
 from hispec.utils.command_line import parse_depths
 from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
@@ -115,9 +115,7 @@ def inspect(
 
 def compile_checkpoint(
     checkpoint: Annotated[str, typer.Argument(help="EE checkpoint, or a plain model's folder")],
-    exits: Annotated[
-        str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
-    ] = None,
+    exits: Exits = None,
     base: Base = None,
     dtype: Dtype = "auto",
     weights: Weights = "full",

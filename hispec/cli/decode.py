@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hispec.cli.options import Backend, Base, Data, Device, Dtype, Weights, load_model, out
+from hispec.cli.options import Backend, Base, Data, Device, Dtype, Exits, Weights, load_model, out
 from hispec.utils.command_line import parse_depths, read_prompt
 from hispec.utils.console import bar, quiet_transformers
 from hispec.utils.settings import check
@@ -66,9 +66,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1 is off")] = 1.0,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="0 is off")] = 0,
     seed: Annotated[int, typer.Option(help="fixes the text at any temperature")] = 0,
-    exits: Annotated[
-        str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
-    ] = None,
+    exits: Exits = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 out = Output()
 
 Base = Annotated[str | None, typer.Option(help="where the checkpoint's base is")]
+Exits = Annotated[
+    str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
+]
 Dtype = Annotated[
     str,
     typer.Option(help="float32, bfloat16, float16, or auto (as stored, where that is fast)"),

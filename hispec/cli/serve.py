@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hispec.cli.options import Backend, Base, Device, Dtype, Weights, load_model, out
+from hispec.cli.options import Backend, Base, Device, Dtype, Exits, Weights, load_model, out
 from hispec.utils.console import Output, bar, quiet_transformers
 from hispec.utils.settings import check
 
@@ -32,9 +32,7 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="of the model in requests; default: the folder's")
     ] = None,
-    exits: Annotated[
-        str | None, typer.Option(help="for a plain model: depths to read as exits, e.g. 6,12")
-    ] = None,
+    exits: Exits = None,
     base: Base = None,
     dtype: Dtype = "auto",
     device: Device = None,

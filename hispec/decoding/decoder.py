@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 
@@ -31,7 +30,6 @@ from hispec.decoding.state import FREE, Committed, DecodeState
 from hispec.decoding.stats import DecodeStats, RowStats
 from hispec.decoding.verification import Sampler, Verified, build_sampler
 from hispec.models.exit_model import ExitModel
-from hispec.utils.threads import torch_threads
 
 
 class Decode:
@@ -187,7 +185,7 @@ class Decode:
         before_B = state.committed_B
         self.by_row.latest = {}
         all_new = len(self.unread) == state.rows
-        with nullcontext() if self.model.engine is None else torch_threads(1):
+        with self.model.between_passes():
             if self.unread:
                 self._read_prompts()
             if not (all_new or self.done):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from hispec.decoding.decoder import Decode
 from hispec.decoding.state import Committed
 from hispec.utils.settings import check
-from hispec.utils.threads import torch_threads
 
 
 @torch.inference_mode()
@@ -86,7 +84,7 @@ class Reading:
     def step(self) -> bool:
         """Run one pass over the prompt; returns whether that was the last."""
         alone = self._alone
-        with nullcontext() if alone.model.engine is None else torch_threads(1):
+        with alone.model.between_passes():
             if next(self._passes, _END) is not _END:
                 return False
             alone._verify(alone.state.last, alone.state.pending(alone.state.last))

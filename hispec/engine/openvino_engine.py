@@ -244,7 +244,7 @@ class OpenVinoEngine:
         return self._lm_heads[head]
 
     def _cut(self, layers: Layers) -> list[Layers]:
-        """Layers of the trunk cut where states are read; the blocks of a head stay together."""
+        """Layers of the trunk cut where exits are; the blocks of a head stay together."""
         first = layer_index(layers[0][0])
         if first >= self.model.num_layers:
             return [layers]

@@ -8,7 +8,7 @@ upgrade of transformers is either picked up or fails by name.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -33,6 +33,7 @@ from hispec.models.layer_inputs import (
     documents,
     text_mask,
 )
+from hispec.utils.threads import torch_threads
 
 
 class Trunk(nn.Module):
@@ -73,6 +74,11 @@ class Trunk(nn.Module):
             return self.hf.dtype, None
         self.engine.refresh()
         return self.engine.dtype, self.engine.block
+
+    def between_passes(self) -> AbstractContextManager[None]:
+        """Torch's threads for a `with` block that runs cached passes: one beside an engine, see
+        `Engine.threads`; as they are without."""
+        return nullcontext() if self.engine is None else torch_threads(1)
 
     def embed(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] at depth 0."""

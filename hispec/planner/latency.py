@@ -23,7 +23,6 @@ from hispec.decoding.ladder import Ladder
 from hispec.decoding.sampling import confidence, top_candidates
 from hispec.models.exit_model import ExitModel
 from hispec.utils.console import Progress
-from hispec.utils.threads import torch_threads
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 """Tokens of a row in one pass for which it is measured; in between is interpolated."""
@@ -111,13 +110,12 @@ def measure_latency(
     taken: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
     bench: _Bench | None = None
     counts = [n for n in TOKENS if rows == 1 or n * rows <= _MOST]
-    threads = torch.get_num_threads() if model.engine is None else 1  # as in `Decode.step`
     for length in progress(
         [length for length in lengths for _ in range(repeats)], "timing the parts"
     ):
         fresh = bench is None or bench.length != length
         bench = _Bench(model, depths, length, rows) if bench is None or fresh else bench
-        with torch_threads(threads):
+        with model.between_passes():
             for _, call in bench.parts(1) if fresh else ():  # warm-up
                 call()
             for tokens in counts:
