@@ -119,18 +119,17 @@ class HeadChain:
 
 
 def _fill(mask_GTS: torch.Tensor, slot: int, count: int, reach: Reach) -> None:
-    """The additive mask of tokens that follow each other from `slot` on; the last T columns are
+    """The additive mask of tokens that follow each other from `slot` on; the first T columns are
     those of the tokens themselves."""
     tokens = mask_GTS.shape[1]
-    slots = mask_GTS.shape[2] - tokens
     mask_GTS.fill_(-torch.inf)
     for t in range(tokens):
-        mask_GTS[:, t, slots + t] = 0
+        mask_GTS[:, t, t] = 0
         if t < count:
             begin = (
                 reach.first
                 if reach.window is None
                 else max(reach.first, slot + t - reach.window + 1)
             )
-            mask_GTS[:, t, begin:slot] = 0
-            mask_GTS[:, t, slots + max(0, begin - slot) : slots + t] = 0
+            mask_GTS[:, t, max(0, begin - slot) : t] = 0
+            mask_GTS[:, t, tokens + begin : tokens + slot] = 0

@@ -73,16 +73,18 @@ def graph_attention(
 
     Args:
         key: (those of the slots [B, kv heads, S, size], those of the pass [B, kv heads, T, size]).
-        attention_mask: [B, 1, heads per KV head * T, S + T], added to the scores.
+        attention_mask: [B, 1, heads per KV head * T, T + S], added to the scores: the pass itself
+            comes first. Its length is fixed in a graph for few tokens, so probabilities are cut at
+            a fixed place.
     """
     rows, heads, tokens, size = query.shape
     (keys, new_keys), (values, new_values) = key, value
-    kv_heads, slots = keys.shape[1], keys.shape[2]
+    kv_heads = keys.shape[1]
     query = query * (size**-0.5 if scaling is None else scaling)
     packed = query.reshape(rows, kv_heads, heads // kv_heads * tokens, size)
-    scores = torch.cat([packed @ keys.transpose(2, 3), packed @ new_keys.transpose(2, 3)], dim=-1)
+    scores = torch.cat([packed @ new_keys.transpose(2, 3), packed @ keys.transpose(2, 3)], dim=-1)
     probs = F.softmax(scores + attention_mask, dim=-1)
-    out = probs[..., :slots] @ values + probs[..., slots:] @ new_values
+    out = probs[..., :tokens] @ new_values + probs[..., tokens:] @ values
     return out.reshape(rows, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
@@ -93,9 +95,8 @@ class LayerGraph(nn.Module):
     """A run of layers as a function of tensors alone.
 
     Inputs: hidden states [B, T, H], `parts` times as wide; for every attention type among the
-    layers cos and sin [B, T, head size] and the mask [B, 1, heads per KV head * T, S + T]; for
-    every layer its keys
-    and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H], those before each of
+    layers cos and sin [B, T, head size] and the mask [B, 1, heads per KV head * T, T + S]; for
+    every layer its keys and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H], those before each of
     `reads` [B, T, H]; for every layer the new keys and values [B, kv heads, T, head size].
 
     Args:
@@ -149,7 +150,7 @@ class LayerGraph(nn.Module):
         inputs = [torch.randn(rows, tokens, self.parts * shape.hidden)]
         for _ in self.used_kinds:
             inputs += [torch.randn(rows, tokens, shape.head_size) for _ in range(2)]
-            inputs += [torch.zeros(rows, 1, shape.heads_per_kv * tokens, slots + tokens)]
+            inputs += [torch.zeros(rows, 1, shape.heads_per_kv * tokens, tokens + slots)]
         size = rows, shape.kv_heads, slots, shape.head_size
         return inputs + [torch.randn(size) for _ in range(2 * len(self.indices))]
 

@@ -83,7 +83,7 @@ class HeadStep:
         size = 1, tokens, shape.head_size
         self.rope = {kind: (torch.zeros(size), torch.zeros(size)) for kind in self.kinds}
         self.mask: dict[str, torch.Tensor] = {}
-        """Additive masks [heads per KV head, T, slots + T] by attention type; see `bind`."""
+        """Additive masks [heads per KV head, T, T + slots] by attention type; see `bind`."""
         self.own_1TH, self.hidden_1TH = torch.zeros(state), torch.zeros(state)
         self.best_1T = torch.zeros(1, tokens, dtype=torch.long)
         self.sure_1T = torch.zeros(1, tokens)
@@ -111,7 +111,7 @@ class HeadStep:
         for i, buffer in enumerate(stack, first):
             self.graph.set_input(i, buffer)
         for i, kind in enumerate(self.kinds):
-            size = shape.heads_per_kv, self.tokens, stack.shape[3] + self.tokens
+            size = shape.heads_per_kv, self.tokens, self.tokens + stack.shape[3]
             self.mask[kind] = torch.full(size, -torch.inf)
             self.graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
 

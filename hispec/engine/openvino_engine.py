@@ -158,7 +158,7 @@ class OpenVinoEngine:
         real_1T = positions_1T.clamp_max(start + count - 1)
         inputs = {}
         for kind in {kind for _, kind in layers}:
-            seen_1TS = causal(positions_1T, slots_S, self.model.reach(kind))
+            seen_1TS = causal(positions_1T, slots_S, self.model.reach(kind)).roll(tokens, dims=-1)
             mask = additive_mask(seen_1TS, torch.float32, self.shape.heads_per_kv)
             inputs[kind] = *self.model.rope(kind, hidden_1TH, real_1T), mask
         found: dict[int, torch.Tensor] = {}
@@ -216,7 +216,7 @@ class OpenVinoEngine:
         return self._sizes[first][1]
 
     def _mask(self, kind: str, cache: PassCache, padding: int) -> torch.Tensor:
-        """The mask [B, 1, heads per KV head * T, S + T] of an attention type; padding sees itself
+        """The mask [B, 1, heads per KV head * T, T + S] of an attention type; padding sees itself
         alone."""
         slots_BTS, own_BTT = cache.seen_apart(self.model.reach(kind))
         if padding:
@@ -224,7 +224,7 @@ class OpenVinoEngine:
             slots_BTS = F.pad(slots_BTS, (0, 0, 0, padding))
             own_BTT = F.pad(own_BTT, (0, padding, 0, padding))
             own_BTT.diagonal(dim1=1, dim2=2)[:, tokens:] = True
-        seen = torch.cat([slots_BTS, own_BTT], dim=-1)
+        seen = torch.cat([own_BTT, slots_BTS], dim=-1)
         return additive_mask(seen, torch.float32, self.shape.heads_per_kv)
 
     def traced(self, module: nn.Module, example: Sequence[torch.Tensor]) -> Traced:
