@@ -27,7 +27,7 @@ _HEADER = 4096
 """Bytes before the content, so that it begins with a page of memory."""
 _SOURCES = [
     Path(__file__).with_name(f"{name}.py")
-    for name in ("graph", "head_step", "openvino_graph", "tracing")
+    for name in ("graph", "head_step", "lm_head", "openvino_graph", "tracing")
 ]
 
 

@@ -96,8 +96,9 @@ class LayerGraph(nn.Module):
 
     Inputs: hidden states [B, T, H], `parts` times as wide; for every attention type among the
     layers cos and sin [B, T, head size] and the mask [B, 1, heads per KV head * T, T + S]; for
-    every layer its keys and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H], those before each of
-    `reads` [B, T, H]; for every layer the new keys and values [B, kv heads, T, head size].
+    every layer its keys and values [B, kv heads, S, head size]. Outputs: hidden states [B, T, H],
+    those before each of `reads` [B, T, H]; for every layer the new keys and values [B, kv heads, T,
+    head size].
 
     Args:
         layers: each with its attention type.

@@ -1,12 +1,13 @@
 """The layers and the LM head as OpenVINO graphs: the engine for CPUs.
 
 The trunk is cut where exits are, so any ladder runs the same graphs; states that heads read on the
-way are outputs. A piece is compiled three times. One graph is for up to four tokens of one row:
-OpenVINO's kernels take as long for four as for one, and twice as long for five
-(docs/benchmarks.md), so plain decoding and short drafts run it, padded to four. One is for any
-number of rows and tokens. When sizes differ from those of the pass before, OpenVINO plans a graph
-anew, which takes 18 ms for 30 layers; so passes are padded to the size of the pass before if that
-is a little larger. One is for prompts, which a model in bf16 reads in bf16.
+way are outputs. A piece is compiled up to four times. One graph is for up to four tokens of one
+row: OpenVINO's kernels take as long for four as for one, and twice as long for five
+(docs/benchmarks.md), so plain decoding and short drafts run it, padded to four. One is for up to
+eight, in two products of four per layer. One is for any number of rows and tokens. When sizes
+differ from those of the pass before, OpenVINO plans a graph anew, which takes 18 ms for 30 layers;
+so passes are padded to the size of the pass before if that is a little larger. One is for prompts,
+which a model in bf16 reads in bf16.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from torch import nn
 
 from hispec.engine.graph import Shape, layer_index
 from hispec.engine.head_step import HeadStep
-from hispec.engine.openvino_graph import Graph, Traced
-from hispec.engine.pieces import FEW, Layers, PassInputs, Piece
+from hispec.engine.lm_head import CompiledLMHead, LMHead
+from hispec.engine.openvino_graph import Traced
+from hispec.engine.pieces import FEW, MORE, Layers, PassInputs, Piece
 from hispec.models.attention import PassCache, causal
 from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_model import ExitModel
@@ -67,7 +69,7 @@ class OpenVinoEngine:
         self._pieces: dict[tuple[int, int], Piece] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         """(rows, tokens) of the last pass by its first layer, padding included."""
-        self._lm_heads: dict[int, _CompiledLMHead] = {}
+        self._lm_heads: dict[int, CompiledLMHead] = {}
         """See `Engine.project`."""
         self._head_steps: dict[int, HeadStep] = {}
         self._inputs: PassInputs | None = None
@@ -176,7 +178,7 @@ class OpenVinoEngine:
         """The step of a chain of drafts, see `Engine.head_step`."""
         if depth not in self._head_steps:
             own = self.model.head(depth).lm_head is not None
-            lm_head = _LMHead(self.model, depth if own else DRAFTING)
+            lm_head = LMHead(self.model, depth if own else DRAFTING)
             self._head_steps[depth] = HeadStep(self, depth, lm_head, FEW[1])
         return self._head_steps[depth]
 
@@ -208,8 +210,9 @@ class OpenVinoEngine:
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
         """Tokens to run a pass with, from this layer on."""
-        if rows == FEW[0] and tokens <= FEW[1]:
-            return FEW[1]
+        for size in (FEW, MORE):
+            if rows == size[0] and tokens <= size[1]:
+                return size[1]
         before = self._sizes.get(first, (0, 0))
         if before[0] != rows or not 0 <= rows * (before[1] - tokens) <= _PADDING:
             self._sizes[first] = rows, tokens
@@ -238,9 +241,9 @@ class OpenVinoEngine:
             self._said = True
             self.say("compiling for this machine, once; `hispec compile` does it ahead")
 
-    def _lm_head(self, head: int) -> _CompiledLMHead:
+    def _lm_head(self, head: int) -> CompiledLMHead:
         if head not in self._lm_heads:
-            self._lm_heads[head] = _CompiledLMHead(_LMHead(self.model, head).eval(), self)
+            self._lm_heads[head] = CompiledLMHead(LMHead(self.model, head).eval(), self)
         return self._lm_heads[head]
 
     def _cut(self, layers: Layers) -> list[Layers]:
@@ -257,56 +260,6 @@ class OpenVinoEngine:
         if key not in self._pieces:
             self._pieces[key] = Piece(layers, self)
         return self._pieces[key]
-
-
-class _LMHead(nn.Module):
-    """An LM head, see `Engine.project`, with the scaling of its family if it is the model's."""
-
-    def __init__(self, model: ExitModel, head: int) -> None:
-        super().__init__()
-        self.lm_head = model.hf.lm_head
-        if head >= 0 and (own := model.head(head).lm_head) is not None:
-            self.lm_head = own
-        elif head == DRAFTING and (rows_WH := model.draft_head()) is not None:
-            count, width = rows_WH.shape
-            self.lm_head = nn.Linear(width, count, bias=False, device="meta")
-            self.lm_head.weight = nn.Parameter(rows_WH, requires_grad=False)
-        self._scale = model.scale_logits if head < 0 else lambda logits: logits
-
-    def forward(self, normed_NH: torch.Tensor) -> torch.Tensor:
-        return self._scale(self.lm_head(normed_NH))
-
-
-class _CompiledLMHead:
-    """An LM head, compiled for few states and for any number of them."""
-
-    def __init__(self, lm_head: _LMHead, engine: OpenVinoEngine) -> None:
-        self._width, self._count = engine.shape.hidden, lm_head.lm_head.out_features
-        self._traced = engine.traced(lm_head, [torch.zeros(2, self._width)])
-        self._graphs: dict[int, Graph] = {}
-
-    def load(self) -> Path:
-        """Compile it for passes of all kinds; returns the file that keeps it."""
-        for count in (FEW[1], -1):
-            self._graph(count)
-        return self._traced.path
-
-    def _graph(self, count: int) -> Graph:
-        """For so many states, -1 for any number."""
-        if count not in self._graphs:
-            self._graphs[count] = self._traced.graph([[count, self._width]])
-        return self._graphs[count]
-
-    def logits(self, normed_NH: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V or W] of normed states."""
-        count = len(normed_NH)
-        if few := count <= FEW[1]:
-            normed_NH = F.pad(normed_NH, (0, 0, 0, FEW[1] - count))
-        graph = self._graph(FEW[1] if few else -1)
-        graph.copy_input(0, normed_NH)
-        logits_NV = graph.output(0, len(normed_NH), self._count)
-        graph.infer()
-        return logits_NV[:count].clone()
 
 
 def _load(build: Callable[[Any], Any], of: Any) -> Path:

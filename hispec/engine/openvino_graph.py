@@ -23,6 +23,8 @@ Sizes = Sequence[Sequence[int]]
 """Sizes of the inputs of a graph, -1 for those that vary."""
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MARK = "language model"
+AT_ONCE = 4
+"""Tokens that one product with weights in 16 bits takes as fast as one: docs/benchmarks.md."""
 _LENGTH, _PAGE = 8, 4096
 
 
@@ -73,6 +75,7 @@ class Traced:
         """
         model = self._model.clone()
         model.reshape({i: ov.PartialShape(list(size)) for i, size in enumerate(sizes)})
+        _divide_products(model)
         settings = {
             "INFERENCE_NUM_THREADS": self._threads,
             "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
@@ -96,6 +99,37 @@ def _marked(model: ov.Model) -> ov.Model:
     attention = opset13.scaled_dot_product_attention(state, state, state)
     kept = opset6.assign(attention, _MARK)
     return ov.Model(model.outputs, [kept], model.get_parameters(), model.get_friendly_name())
+
+
+def _divide_products(model: ov.Model) -> None:
+    """Replace products of weights with 5 to 8 tokens by two of up to four.
+
+    Kernels for five tokens and more unpack the weights to float32 first, which takes longer than
+    the product. The second product finds the weights of the first in the processor's cache, and
+    both read the same packed copy.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or not _is_constant(node.input_value(1).get_node()):
+            continue
+        states, size = node.input_value(0), node.input(0).get_partial_shape()
+        tokens = size[len(size) - 2]
+        if size.is_dynamic or not AT_ONCE < tokens.get_length() <= 2 * AT_ONCE:
+            continue
+        axis = opset13.constant(len(size) - 2)
+        counts = opset13.constant([AT_ONCE, tokens.get_length() - AT_ONCE])
+        turned = node.get_attributes()["transpose_b"]
+        parts = [
+            opset13.matmul(part, node.input_value(1), transpose_a=False, transpose_b=turned)
+            for part in opset13.variadic_split(states, axis, counts).outputs()
+        ]
+        node.output(0).replace(opset13.concat(parts, axis=len(size) - 2).output(0))
+
+
+def _is_constant(node: ov.Node) -> bool:
+    """Whether a node depends on constants alone."""
+    inputs = [value.get_node() for value in node.input_values()]
+    known = node.get_type_name() == "Constant" or bool(inputs)
+    return known and all(map(_is_constant, inputs))
 
 
 class Graph:

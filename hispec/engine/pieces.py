@@ -15,12 +15,13 @@ from hispec.engine.openvino_graph import Graph
 from hispec.models.attention import PassCache, attention_by
 
 Layers = Sequence[tuple[nn.Module, str]]
-FEW, ANY, PROMPT = (1, 4), (-1, -1), (1, -1)
+FEW, MORE, ANY, PROMPT = (1, 4), (1, 8), (-1, -1), (1, -1)
 """(rows, tokens) that a graph is compiled for."""
 
 
 class Piece:
-    """A run of layers, compiled for few tokens, for any number of rows and tokens, and for prompts.
+    """A run of layers, compiled for up to four and eight tokens of one row, for any number of rows
+    and tokens, and for prompts.
 
     Args:
         engine: compiles it.
@@ -36,7 +37,8 @@ class Piece:
         """Of its first outputs."""
         with attention_by(config, NAME):
             self._traced = engine.traced(self.layers, self.layers.example(self.shape))
-        self._dtypes = {FEW: engine.dtype, ANY: engine.dtype, PROMPT: engine.prompt_dtype}
+        self._dtypes = dict.fromkeys((FEW, MORE, ANY), engine.dtype)
+        self._dtypes[PROMPT] = engine.prompt_dtype
         self._bound: dict[tuple[int, int], Bound] = {}
 
     def bound(self, size: tuple[int, int]) -> Bound:
@@ -48,7 +50,7 @@ class Piece:
 
     def load(self) -> Path:
         """Compile it for passes of all kinds; returns the file that keeps it."""
-        for size in (FEW, ANY, PROMPT):
+        for size in self._dtypes:
             self.bound(size)
         return self._traced.path
 
@@ -62,7 +64,7 @@ class Piece:
         """Hidden states [B, T, H] by depth: those after the layers and those that are read on the
         way. The KV of the `real` first tokens goes to the cache."""
         size = hidden_BTH.shape[0], hidden_BTH.shape[1]
-        bound = self.bound(FEW if size == FEW else ANY)
+        bound = self.bound(size if size in (FEW, MORE) else ANY)
         first = self._give(bound.graph, hidden_BTH, inputs)
         if not bound.holds(cache):
             for i, buffer in enumerate(self._buffers(cache), first):

@@ -11,17 +11,20 @@ import openvino as ov
 import pytest
 import torch
 from conftest import ROOT, disturbed, tiny_hf, tiny_model
+from torch import nn
 
 from hispec.config import DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
+from hispec.engine import lm_head
 from hispec.engine.build import build_engine
+from hispec.engine.lm_head import LMHead
 from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.engine.openvino_graph import Traced
 from hispec.engine.tracing import exact_copy
 from hispec.models.architectures import FAMILIES
-from hispec.models.engine import DRAFTING
+from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import int8_values
 
@@ -308,3 +311,37 @@ def test_nothing_is_reported_to_the_makers_of_openvino():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.split(maxsplit=1) == ["openvino.tools.ovc.telemetry_stub", "[]\n"]
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_an_lm_head_in_parts_gives_the_logits_of_the_whole(family, monkeypatch):
+    """For any number of states: four and eight have graphs, more take several turns."""
+    monkeypatch.setattr(lm_head, "_WORDS", 16)
+    model = disturbed(tiny_model(family))
+    engine = OpenVinoEngine(model)
+    normed = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model.scale_logits(model.hf.lm_head(normed))
+        for count in (1, 4, 5, 8, 20):
+            logits = engine.project(normed[:count], WHOLE)
+            torch.testing.assert_close(logits, expected[:count], rtol=1e-4, atol=1e-4)
+    assert len(LMHead(model, WHOLE).parts) == 4  # 61 words
+
+
+def test_products_of_five_to_eight_tokens_are_two():
+    """Kernels for more than four tokens unpack the weights first."""
+    module = nn.Linear(8, 6)
+    traced = Traced(ov.Core(), module, tiny_hf("llama").config, [torch.zeros(1, 3, 8)], threads=1)
+    states = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1))
+    for tokens, products in ((4, 1), (5, 2), (8, 2), (9, 1)):
+        graph = traced.graph([[1, tokens, 8]])
+        kinds = [
+            node.get_rt_info()["layerType"].astype(str)
+            for node in graph._request.get_compiled_model().get_runtime_model().get_ops()
+        ]
+        assert kinds.count("FullyConnected") == products, tokens
+        if tokens <= 8:
+            graph.copy_input(0, states[:, :tokens])
+            found = graph.output(0, 1, tokens, 6)
+            graph.infer()
+            torch.testing.assert_close(found, module(states[:, :tokens]), rtol=1e-4, atol=1e-4)
