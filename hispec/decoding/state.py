@@ -109,7 +109,8 @@ class DecodeState:
     def ends(self, length_B: np.ndarray) -> np.ndarray:
         """Rows [B] whose text ends if its first `length` tokens are verified."""
         tail_B = self.tokens_BN[np.arange(self.rows), length_B - 1]
-        ended_B = np.isin(tail_B, self.eos) & (length_B > self.prompt_B)
+        is_eos_B = (tail_B[:, None] == self.eos).any(1)  # a tenth of the time of `np.isin`
+        ended_B = is_eos_B & (length_B > self.prompt_B)
         return ended_B | (length_B >= self.end_B) | self.stopped_B
 
     def begin(self, row: int, prompt: Sequence[int], max_new_tokens: int | None = None) -> None:

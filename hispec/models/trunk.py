@@ -60,7 +60,8 @@ class Trunk(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.hf.device
+        device: torch.device = self.hf.model.embed_tokens.weight.device
+        return device  # `hf.device` looks through all modules, several times per round
 
     @property
     def backend(self) -> str:
