@@ -2,23 +2,21 @@
 
 A server is started at a free port of the loopback. For every number of concurrent streams, all
 prompts are sent, each stream taking the next one as its last text has ended. Every text is compared
-with the one that the model gives when it is decoded alone. Prints a table, writes
-`serve_load.json` to `output`, and ends with one JSON line.
+with the one that the model gives when it is decoded alone. Then clients go away at random moments,
+and the server's rows and memory are looked at. With `beside`, `transformers serve` gets some of the
+requests in the same run. Prints a table, writes `serve_load.json` to `output`, and ends with one
+JSON line.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import re
-import statistics
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,12 +24,21 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 from pydantic import Field
 
+from eval.serve_client import (
+    Answer,
+    Asked,
+    Server,
+    abandoned,
+    hispec_server,
+    percentiles,
+    transformers_server,
+)
 from eval.settings import Name
 from hispec.utils.command_line import run_cleanly
 from hispec.utils.console import Output, quiet_transformers
 from hispec.utils.limits import Seed, Temperature, at_most
 from hispec.utils.schema import STRICT
-from hispec.utils.settings import resolve
+from hispec.utils.settings import check, resolve
 
 _Streams = Annotated[int, Field(ge=1), at_most(1024, "each is a connection and a thread")]
 
@@ -65,27 +72,16 @@ class Settings:
     dtype: str = "float32"
     compare: bool = True
     """Whether every text is compared with that of `generate`, afterwards."""
-
-
-@dataclass
-class Asked:
-    """A request of the load."""
-
-    prompt: str
-    tokens: int
-    seed: int
-
-
-@dataclass
-class Answer:
-    """What a stream brought, and when, in seconds."""
-
-    text: str
-    tokens: int
-    first: float
-    """To the first token."""
-    whole: float
-    """To the last one."""
+    abandoned: Annotated[int, Field(ge=0), at_most(10**4, "each takes half a second")] = 50
+    """Clients that go away at random moments, after the loads."""
+    beside: Name | None = None
+    """A folder of transformers': `transformers serve` is measured on it in the same run."""
+    beside_batching: bool = False
+    """Whether it batches continuously."""
+    beside_requests: Annotated[
+        int, Field(ge=1), at_most(10**5, "all are decoded for every number of streams")
+    ] = 40
+    """How many of the requests it gets."""
 
 
 def load_of(settings: Settings) -> list[Asked]:
@@ -106,55 +102,18 @@ def load_of(settings: Settings) -> list[Asked]:
     ]
 
 
-def ask(url: str, model: str, asked: Asked, settings: Settings) -> Answer:
-    """Send one request, and read its stream."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": asked.prompt}],
-        "max_tokens": asked.tokens,
-        "temperature": settings.temperature,
-        "seed": asked.seed,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "hispec": {"ladder": settings.ladder},
-    }
-    request = urllib.request.Request(
-        f"{url}v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    began = time.perf_counter()
-    text, first, tokens = "", 0.0, 0
-    with urllib.request.urlopen(request) as response:
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise RuntimeError(chunk["error"]["message"])
-            for choice in chunk["choices"]:
-                text += choice["delta"].get("content") or ""
-                first = first or (time.perf_counter() - began if text else 0.0)
-            if chunk["usage"]:
-                tokens = chunk["usage"]["completion_tokens"]
-    whole = time.perf_counter() - began
-    return Answer(text, tokens, first or whole, whole)
-
-
-def percentiles(values: Sequence[float]) -> tuple[float, float]:
-    """The median and the 95th percentile."""
-    ordered = sorted(values)
-    return statistics.median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-
-
-def measured(streams: int, seconds: float, answers: Sequence[Answer]) -> dict[str, Any]:
-    """Figures of one number of streams."""
+def measured(
+    server: str, streams: int, seconds: float, answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """Figures of a server and a number of streams."""
     tokens = sum(answer.tokens for answer in answers)
     first = percentiles([answer.first for answer in answers])
     later = [a for a in answers if a.tokens > 1]
     each = percentiles([(a.whole - a.first) / (a.tokens - 1) for a in later] or [0.0])
     return {
+        "server": server,
         "streams": streams,
+        "requests": len(answers),
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
@@ -165,73 +124,125 @@ def measured(streams: int, seconds: float, answers: Sequence[Answer]) -> dict[st
     }
 
 
-def main(words: Sequence[str]) -> None:
-    from rich.table import Table
+def servers_of(settings: Settings, stack: ExitStack) -> list[Server]:
+    """The servers, started; they end with the stack."""
+    most = max(settings.shortest, settings.longest)
+    rows = ["--max-rows", str(settings.max_rows), "--max-new-tokens", str(most)]
+    waiting = ["--max-queue", str(max(settings.streams))]
+    ours = {
+        "temperature": settings.temperature,
+        "stream_options": {"include_usage": True},
+        "hispec": {"ladder": settings.ladder},
+    }
+    dtype = ["--dtype", settings.dtype]
+    found = [
+        stack.enter_context(hispec_server(settings.checkpoint, [*rows, *waiting, *dtype], ours))
+    ]
+    if settings.beside is not None:
+        there = Path(settings.beside, "config.json").exists()
+        check(there, "beside", settings.beside, "a folder of transformers'")
+        batching = ["--continuous-batching"] * settings.beside_batching
+        folder = str(Path(settings.beside).resolve())
+        theirs = {"temperature": settings.temperature}
+        found.append(stack.enter_context(transformers_server(folder, [*dtype, *batching], theirs)))
+    return found
 
-    from hispec.lm import load
-    from hispec.utils.command_line import parse_dtype
+
+def main(words: Sequence[str]) -> None:
     from hispec.utils.files import output_path, write_json
 
     settings = resolve(Settings, overrides=words)
     quiet_transformers()
     out = Output()
     target = output_path(Path(settings.output) / "serve_load.json")
-    load_asked = load_of(settings)
-    model = Path(settings.checkpoint).resolve().name
-    most = max(settings.shortest, settings.longest)
-    command = [
-        *(sys.executable, "-m", "hispec.cli", "serve", settings.checkpoint, "--port", "0"),
-        *("--max-rows", str(settings.max_rows), "--dtype", settings.dtype),
-        *("--max-queue", str(max(settings.streams)), "--max-new-tokens", str(most)),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+/", process.stdout.readline())
-        if found is None:
-            raise ValueError("the server did not start")
-        url, rows, texts = found[0], [], []
+    whole_load = load_of(settings)
+    rows, texts = [], []
+    with ExitStack() as stack:
+        servers = servers_of(settings, stack)
+        for server in servers:  # graphs are compiled before a clock runs
+            server.ask(whole_load[0])
+        memory = [servers[0].memory()]
         for streams in settings.streams:
-            began = time.perf_counter()
-            with ThreadPoolExecutor(streams) as pool:
-                answers = list(pool.map(lambda asked: ask(url, model, asked, settings), load_asked))
-            rows.append(measured(streams, time.perf_counter() - began, answers))
-            texts.append([answer.text for answer in answers])
-    finally:
-        process.terminate()
-        process.communicate()
+            for server in servers:
+                ours = server is servers[0]
+                load = whole_load if ours else whole_load[: settings.beside_requests]
+                began = time.perf_counter()
+                with ThreadPoolExecutor(streams) as pool:
+                    answers = list(pool.map(server.ask, load))
+                seconds = time.perf_counter() - began
+                if ours:
+                    texts.append([answer.text for answer in answers])
+                    memory.append(server.memory())
+                else:
+                    _count(answers, settings)
+                rows.append(measured(server.name, streams, seconds, answers))
+        left = abandoned(servers[0], whole_load, settings.abandoned, settings.seed)
 
     if settings.compare:
-        lm = load(settings.checkpoint, dtype=parse_dtype(settings.dtype), device="cpu")
-        alone = [
-            lm.generate(
-                asked.prompt,
-                ladder=settings.ladder,
-                max_new_tokens=asked.tokens,
-                temperature=settings.temperature,
-                seed=asked.seed,
-            ).text[0]
-            for asked in load_asked
-        ]
-        for row, found_texts in zip(rows, texts, strict=True):
-            pairs = zip(found_texts, alone, strict=True)
-            row["texts_that_differ"] = sum(text != other for text, other in pairs)
+        differing = _differing(settings, whole_load, texts)
+        for row, differ in zip(_of(rows, servers[0]), differing, strict=True):
+            row["texts_that_differ"] = differ
+    out.print(_table(rows, settings))
+    out.print(f"MB of {servers[0].name}, after the first request and each load: {memory}")
+    out.print(f"after {left['clients']} clients that went away: {left}")
+    name = Path(settings.checkpoint).resolve().name
+    shown = {**asdict(settings), "checkpoint": name}
+    result = {"settings": shown, "results": rows, "megabytes": memory, "abandoned": left}
+    write_json(target, result)
+    print(json.dumps(result))
+
+
+def _of(rows: Sequence[dict[str, Any]], server: Server) -> list[dict[str, Any]]:
+    return [row for row in rows if row["server"] == server.name]
+
+
+def _count(answers: Sequence[Answer], settings: Settings) -> None:
+    """Count the tokens of a server that does not tell: those of its text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.beside)
+    for answer in answers:
+        answer.tokens = answer.tokens or len(tokenizer.encode(answer.text))
+
+
+def _differing(
+    settings: Settings, load: Sequence[Asked], texts: Sequence[Sequence[str]]
+) -> list[int]:
+    """How many texts of each load are not those of `generate`, which decodes each alone."""
+    from hispec.lm import load as load_model
+    from hispec.utils.command_line import parse_dtype
+
+    lm = load_model(settings.checkpoint, dtype=parse_dtype(settings.dtype), device="cpu")
+    alone = [
+        lm.generate(
+            asked.prompt,
+            ladder=settings.ladder,
+            max_new_tokens=asked.tokens,
+            temperature=settings.temperature,
+            seed=asked.seed,
+        ).text[0]
+        for asked in load
+    ]
+    return [sum(a != b for a, b in zip(found, alone, strict=True)) for found in texts]
+
+
+def _table(rows: Sequence[dict[str, Any]], settings: Settings) -> Any:
+    from rich.table import Table
 
     table = Table(title=f"{settings.requests} requests, {settings.max_rows} rows at most")
+    table.add_column("server")
     for name in ("streams", "tokens/s", "first token p50", "p95", "per token p50", "p95", "differ"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
+            row["server"],
             str(row["streams"]),
             f"{row['tokens_per_second']:.1f}",
             *(f"{row[key]:.2f} s" for key in ("first_token_p50", "first_token_p95")),
             *(f"{1000 * row[key]:.0f} ms" for key in ("per_token_p50", "per_token_p95")),
             str(row.get("texts_that_differ", "-")),
         )
-    out.print(table)
-    result = {"settings": {**asdict(settings), "checkpoint": model}, "results": rows}
-    write_json(target, result)
-    print(json.dumps(result))
+    return table
 
 
 if __name__ == "__main__":

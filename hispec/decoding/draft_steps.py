@@ -16,13 +16,19 @@ if TYPE_CHECKING:
 
 
 class Chain(Protocol):
-    """Drafts a whole chain at once, see `hispec.decoding.head_chain`."""
+    """Drafts a whole chain, or a level of a tree, at once: see `hispec.decoding.head_chain`."""
 
     def draft(
         self, tokens_N: np.ndarray, length: int, most: int, threshold: float, eos: np.ndarray
     ) -> list[int] | None:
         """Draft tokens behind the first `length` of a text; None where single steps have to go
         ahead."""
+
+    def level(
+        self, tokens_N: np.ndarray, length: int, tree: DraftTree, last: int, most: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """The most probable tokens behind the last columns of a tree; None where the ladder has to
+        compute it."""
 
 
 class DraftSteps:
@@ -77,6 +83,11 @@ class DraftSteps:
         began = time.perf_counter()
         decode = self._decode
         base_B = decode.state.verified[decode.state.first]
+        if self._chain is not None and rows_B[0]:
+            found = self._chain.level(tokens_BN[0], int(base_B[0]), tree, last, count)
+            if found is not None:
+                self._count(began)
+                return found
         width = tree.parent_BN.shape[1]
         skip = width + 1 - last
         upto_B = base_B + np.where(rows_B, width, -1)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-NAME = "hispec_graph"
-"""The name of `graph_attention` in a model's config."""
+NAME, PROMPTS = "hispec_graph", "hispec_prompts"
+"""The names of `graph_attention` and `prompt_attention` in a model's config."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,35 @@ def graph_attention(
     return out.reshape(rows, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
+def prompt_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: tuple[torch.Tensor, torch.Tensor],
+    value: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `graph_attention`, by one operator, which OpenVINO runs without storing scores.
+
+    It needs the keys in one tensor. For passes of many tokens the copy is little, for passes of a
+    few over a long text it takes longer than the attention.
+    """
+    rows, heads, tokens, size = query.shape
+    kv_heads = key[0].shape[1]
+    packed = query.reshape(rows, kv_heads, heads // kv_heads * tokens, size)
+    out = F.scaled_dot_product_attention(
+        packed,
+        torch.cat(key[::-1], dim=2),
+        torch.cat(value[::-1], dim=2),
+        attn_mask=attention_mask,
+        scale=scaling,
+    )
+    return out.reshape(rows, heads, tokens, size).transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(NAME, graph_attention)
+AttentionInterface.register(PROMPTS, prompt_attention)
 
 
 class LayerGraph(nn.Module):
@@ -103,10 +131,17 @@ class LayerGraph(nn.Module):
     Args:
         layers: each with its attention type.
         reads: numbers of layers whose input is an output too.
+        attention: the name of the function to trace it with.
     """
 
-    def __init__(self, layers: Sequence[tuple[nn.Module, str]], reads: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        layers: Sequence[tuple[nn.Module, str]],
+        reads: Sequence[int] = (),
+        attention: str = NAME,
+    ) -> None:
         super().__init__()
+        self.attention = attention
         self.reads = list(reads)
         self.layers = nn.ModuleList(layer for layer, _ in layers)
         self.kinds = [kind for _, kind in layers]
@@ -120,8 +155,8 @@ class LayerGraph(nn.Module):
         return list(dict.fromkeys(self.kinds))
 
     def extra_repr(self) -> str:
-        """What the weights do not tell: where the layers lie, and their attention types."""
-        return f"{self.indices} {self.kinds} {self.reads}"
+        """What the weights do not tell: where the layers lie, and their attention."""
+        return f"{self.indices} {self.kinds} {self.reads} {self.attention}"
 
     def forward(self, hidden_BTH: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         kinds = self.used_kinds

@@ -24,7 +24,8 @@ class HeadGraph(nn.Module):
     Inputs: embeddings and states of the tokens before, [1, T, H] each; then those of `LayerGraph`
     behind its first. Outputs: what the head reads of these tokens in the next step [1, T, H]; its
     states [1, T, H]; numbers [1, T] in the draft vocabulary of the most probable tokens; their
-    probabilities [1, T]; new keys and values as of `LayerGraph`.
+    probabilities [1, T]; logits [1, T, W] of the draft vocabulary; new keys and values as of
+    `LayerGraph`.
     """
 
     def __init__(self, model: Any, depth: int, lm_head: nn.Module) -> None:
@@ -51,6 +52,7 @@ class HeadGraph(nn.Module):
             hidden_1TH,
             best_1T,
             1 / others_1TW.exp().sum(-1),
+            logits_1TW,
             *new,
         )
 
@@ -62,10 +64,13 @@ class HeadStep:
         engine: compiles it.
         depth: of the head.
         lm_head: from normed states to logits of the draft vocabulary.
+        words: in it, W.
         tokens: T.
     """
 
-    def __init__(self, engine: Any, depth: int, lm_head: nn.Module, tokens: int) -> None:
+    def __init__(
+        self, engine: Any, depth: int, lm_head: nn.Module, words: int, tokens: int
+    ) -> None:
         self.tokens = tokens
         self._shape = shape = engine.shape
         module = HeadGraph(engine.model, depth, lm_head).eval()
@@ -87,6 +92,7 @@ class HeadStep:
         self.own_1TH, self.hidden_1TH = torch.zeros(state), torch.zeros(state)
         self.best_1T = torch.zeros(1, tokens, dtype=torch.long)
         self.sure_1T = torch.zeros(1, tokens)
+        self.logits_1TW = torch.zeros(1, tokens, words)
         indices = layers.indices
         new_size = 2 * len(indices), 1, shape.kv_heads, tokens, shape.head_size
         self.new_NBATE = torch.zeros(new_size)
@@ -95,8 +101,8 @@ class HeadStep:
         for i, kind in enumerate(self.kinds):
             for j, tensor in enumerate(self.rope[kind]):
                 self.graph.set_input(2 + 3 * i + j, tensor)
-        outputs = self.own_1TH, self.hidden_1TH, self.best_1T, self.sure_1T, *self.new_NBATE
-        for i, tensor in enumerate(outputs):
+        outputs = self.own_1TH, self.hidden_1TH, self.best_1T, self.sure_1T, self.logits_1TW
+        for i, tensor in enumerate((*outputs, *self.new_NBATE)):
             self.graph.set_output(i, tensor)
         self._bound: tuple[int, int] | None = None
 
@@ -115,9 +121,9 @@ class HeadStep:
             self.mask[kind] = torch.full(size, -torch.inf)
             self.graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
 
-    def load(self) -> Path:
+    def load(self) -> list[Path]:
         """The file that keeps it; it is compiled already."""
-        return self._path
+        return [self._path]
 
     def run(self) -> None:
         """Compute the outputs from the inputs."""

@@ -60,11 +60,11 @@ class CompiledLMHead:
         self._traced = engine.traced(lm_head, [torch.zeros(2, self._width)])
         self._graphs: dict[int, Graph] = {}
 
-    def load(self) -> Path:
+    def load(self) -> list[Path]:
         """Compile it for passes of all kinds; returns the file that keeps it."""
         for _, count in (FEW, MORE):
             self._graph(count)
-        return self._traced.path
+        return [self._traced.path]
 
     def _graph(self, count: int) -> Graph:
         """For so many states."""

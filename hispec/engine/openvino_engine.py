@@ -179,7 +179,7 @@ class OpenVinoEngine:
         if depth not in self._head_steps:
             own = self.model.head(depth).lm_head is not None
             lm_head = LMHead(self.model, depth if own else DRAFTING)
-            self._head_steps[depth] = HeadStep(self, depth, lm_head, FEW[1])
+            self._head_steps[depth] = HeadStep(self, depth, lm_head, lm_head.words, FEW[1])
         return self._head_steps[depth]
 
     def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:
@@ -199,13 +199,15 @@ class OpenVinoEngine:
             head = model.head(depth)
             if len(head.blocks):
                 pieces.append(list(zip(head.blocks, head.layer_types, strict=True)))
-        todo: list[Callable[[], Path]] = [partial(_load, self._piece, piece) for piece in pieces]
+        todo: list[Callable[[], list[Path]]] = [
+            partial(_load, self._piece, piece) for piece in pieces
+        ]
         lm_heads = [WHOLE] if model.draft_tokens is None else [WHOLE, DRAFTING]
         lm_heads += [d for d in model.exits.depths if model.head(d).lm_head is not None]
         todo += [partial(_load, self._lm_head, head) for head in lm_heads]
         chains = [depth for depth in model.exits.depths if depth == 0 and model.reads_before(depth)]
         todo += [partial(_load, self.head_step, depth) for depth in chains]
-        paths = [load() for load in progress(todo, "compiling")]
+        paths = [path for load in progress(todo, "compiling") for path in load()]
         return list(dict.fromkeys(paths))
 
     def _size(self, first: int, rows: int, tokens: int) -> int:
@@ -230,10 +232,14 @@ class OpenVinoEngine:
         seen = torch.cat([own_BTT, slots_BTS], dim=-1)
         return additive_mask(seen, torch.float32, self.shape.heads_per_kv)
 
-    def traced(self, module: nn.Module, example: Sequence[torch.Tensor]) -> Traced:
-        """A module, traced or loaded, to compile graphs from."""
-        config, before = self.model.hf.config, self._announce
-        return Traced(self._core, module, config, example, threads=self.threads, before=before)
+    def traced(
+        self, module: nn.Module, example: Sequence[torch.Tensor], *, join: bool = True
+    ) -> Traced:
+        """A module, traced or loaded, to compile graphs from: see `Traced`."""
+        config, before, threads = self.model.hf.config, self._announce, self.threads
+        return Traced(
+            self._core, module, config, example, threads=threads, join=join, before=before
+        )
 
     def _announce(self) -> None:
         """Say once that graphs are compiled."""
@@ -262,10 +268,10 @@ class OpenVinoEngine:
         return self._pieces[key]
 
 
-def _load(build: Callable[[Any], Any], of: Any) -> Path:
-    """Build and compile a piece, an LM head or a step; returns the file that keeps it."""
-    path: Path = build(of).load()
-    return path
+def _load(build: Callable[[Any], Any], of: Any) -> list[Path]:
+    """Build and compile a piece, an LM head or a step; returns the files that keep it."""
+    paths: list[Path] = build(of).load()
+    return paths
 
 
 def _versions(model: ExitModel) -> list[tuple[int, int]]:

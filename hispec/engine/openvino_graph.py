@@ -39,6 +39,7 @@ class Traced:
         config: the transformers config of its model.
         example: inputs to trace it with.
         threads: that graphs run on.
+        join: see `Tracing`.
         before: called before anything is traced.
     """
 
@@ -50,6 +51,7 @@ class Traced:
         example: Sequence[torch.Tensor],
         *,
         threads: int,
+        join: bool = True,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self._core, self._threads = core, threads
@@ -59,7 +61,7 @@ class Traced:
         if known is None:
             before()
             self._content = None
-            with torch_threads(threads), torch.inference_mode(), Tracing(module, example):
+            with torch_threads(threads), torch.inference_mode(), Tracing(module, example, join):
                 known = _marked(ov.convert_model(module, example_input=tuple(example)))
             try:
                 write_artifact(self.path, _packed(known))

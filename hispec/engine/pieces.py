@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hispec.engine.graph import NAME, LayerGraph, layer_index
+from hispec.engine.graph import NAME, PROMPTS, LayerGraph, layer_index
 from hispec.engine.openvino_graph import Graph
 from hispec.models.attention import PassCache, attention_by
 
@@ -32,11 +32,17 @@ class Piece:
         self.shape = engine.shape
         first = layer_index(layers[0][0])
         reads = [depth - first for depth in engine.model.read_depths()]
-        self.layers = LayerGraph(layers, [n for n in reads if 0 < n < len(layers)]).eval()
+        inside = [n for n in reads if 0 < n < len(layers)]
+        self.layers = LayerGraph(layers, inside).eval()
         self.depths = [first + n for n in (len(layers), *self.layers.reads)]
         """Of its first outputs."""
+        example = self.layers.example(self.shape)
+        prompts = LayerGraph(layers, inside, PROMPTS).eval()
         with attention_by(config, NAME):
-            self._traced = engine.traced(self.layers, self.layers.example(self.shape))
+            few = engine.traced(self.layers, example)
+        with attention_by(config, PROMPTS):
+            many = engine.traced(prompts, example, join=False)
+        self._traced = {FEW: few, MORE: few, ANY: few, PROMPT: many}
         self._dtypes = dict.fromkeys((FEW, MORE, ANY), engine.dtype)
         self._dtypes[PROMPT] = engine.prompt_dtype
         self._bound: dict[tuple[int, int], Bound] = {}
@@ -45,14 +51,14 @@ class Piece:
         """The graph of a size, compiled when it is first asked for."""
         if size not in self._bound:
             sizes = self.layers.sizes(self.shape, *size)
-            self._bound[size] = Bound(self._traced.graph(sizes, self._dtypes[size]))
+            self._bound[size] = Bound(self._traced[size].graph(sizes, self._dtypes[size]))
         return self._bound[size]
 
-    def load(self) -> Path:
-        """Compile it for passes of all kinds; returns the file that keeps it."""
+    def load(self) -> list[Path]:
+        """Compile it for passes of all kinds; returns the files that keep it."""
         for size in self._dtypes:
             self.bound(size)
-        return self._traced.path
+        return [traced.path for traced in self._traced.values()]
 
     def run(
         self,

@@ -27,7 +27,8 @@ class Tracing(TorchFunctionMode):
     - `F.linear` reads float32 weights from an exact copy in fewer bits, where there is one. The
       compiled graph holds the copy alone.
     - Products of one input with several weights, as those of queries, keys and values, are one
-      product: fewer and larger kernels.
+      product if `join` says so: fewer and larger kernels, for passes of a few tokens. Apart, an
+      activation is computed within the product, which is faster for prompts.
     - A negation becomes a product with -1.0: OpenVINO fuses rotary embeddings that are written so.
 
     docs/benchmarks.md has what each of them gains.
@@ -35,14 +36,18 @@ class Tracing(TorchFunctionMode):
     Args:
         module: a function of tensors alone.
         example: its inputs.
+        join: whether products of one input are one product.
     """
 
-    def __init__(self, module: nn.Module, example: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, example: Sequence[torch.Tensor], join: bool = True
+    ) -> None:
         super().__init__()
         with _Products() as products:
             module(*example)
         self._part_of: dict[int, tuple[_Product, int]] = {}
-        for same_input in products.by_input():
+        found = products.by_input()
+        for same_input in found if join else [[one] for group in found for one in group]:
             product = _Product(same_input)
             for number, (weight, _) in enumerate(same_input):
                 self._part_of[id(weight)] = product, number

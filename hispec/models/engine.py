@@ -30,6 +30,7 @@ class HeadStep(Protocol):
     hidden_1TH: torch.Tensor
     best_1T: torch.Tensor
     sure_1T: torch.Tensor
+    logits_1TW: torch.Tensor
 
     def bind(self, cache: PassCache) -> None:
         """Read the keys and values of this cache, and make room for masks over its slots."""

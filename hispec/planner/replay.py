@@ -269,11 +269,16 @@ class _KnownLadder(Ladder):
         self.clock.add(head(self.depths[rung], self._in_tree), self._width)
 
 
+_EMBEDDED = "segment", 0
+"""The segment of no layers below a head at depth 0."""
+
+
 class _KnownChain:
     """Drafts as `HeadChain` does, token by token and from the answers."""
 
     def __init__(self, ladder: Ladder, clock: Clock) -> None:
         self.ladder, self.clock = ladder, clock
+        self._in_tree = False
 
     def draft(
         self, tokens_N: np.ndarray, length: int, most: int, threshold: float, eos: np.ndarray
@@ -294,6 +299,31 @@ class _KnownChain:
         self.clock.add(chain(self.ladder.depths[0]), len(drafts))
         self.clock.spent = spent + time.perf_counter() - began
         return drafts
+
+    def level(
+        self, tokens_N: np.ndarray, length: int, tree: DraftTree, last: int, most: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        width, engine = tree.parent_BN.shape[1], self.ladder.model.engine
+        if width == 0:
+            self._in_tree = HeadChain.ready(self.ladder, length)
+        self._in_tree = self._in_tree and engine is not None and last <= engine.few
+        if not self._in_tree:
+            return None
+        began, text_BN, first_B = time.perf_counter(), tokens_N[None], np.array([length - 1])
+        modelled, spent = self.clock.modelled, self.clock.spent
+        skip = width + 1 - last
+        shape = None if tree.chain else tree
+        embedded_B, embedded = self.ladder.cache.length(_EMBEDDED), self.ladder.segment_tokens[0]
+        answers_BCK = self.ladder.logits(
+            0, text_BN, first_B, first_B + 1 + width, shape, skip=skip, drafting=True
+        )
+        self.ladder.cache.lengths[_EMBEDDED] = embedded_B  # the graph embeds tokens itself
+        self.ladder.segment_tokens[0] = embedded
+        self.clock.modelled = modelled
+        self.clock.add(chain(self.ladder.depths[0]), 1)
+        self.clock.add(RANKING, last)
+        self.clock.spent = spent + time.perf_counter() - began
+        return _best(answers_BCK, most)
 
 
 class _NoCache(KVCache):
@@ -330,7 +360,12 @@ class _KnownSampler(MatchSampler):
         self, scores_BCV: torch.Tensor, positions_BC: Any, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         self.clock.add(RANKING, scores_BCV.shape[1])
-        numbers = scores_BCV.numpy()
-        most = (numbers.shape[-1] - 2) // 2
-        ids_BCK = numbers[..., 2 : 2 + count].astype(np.int64)
-        return ids_BCK, numbers[..., 2 + most : 2 + most + count].copy()
+        return _best(scores_BCV, count)
+
+
+def _best(answers_BCK: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, log-probabilities) [B, C, K] of the best candidates among answers."""
+    numbers = answers_BCK.numpy()
+    most = (numbers.shape[-1] - 2) // 2
+    ids_BCK = numbers[..., 2 : 2 + count].astype(np.int64)
+    return ids_BCK, numbers[..., 2 + most : 2 + most + count].copy()

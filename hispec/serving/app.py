@@ -15,6 +15,7 @@ from hispec.serving.batching.scheduler import Scheduler
 from hispec.serving.completion import Completion
 from hispec.serving.errors import ApiError
 from hispec.serving.gate import Gate
+from hispec.serving.openapi import description
 from hispec.serving.playground import add_playground
 from hispec.serving.replies import EventReply, Json, error_reply, read_object, whole_reply
 from hispec.serving.schemas import ChatRequest, CompletionRequest
@@ -87,6 +88,12 @@ def build_app(
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(scheduler.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    described = description(app, service.name)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Json(described)
 
     add_playground(app)
     return app

@@ -13,7 +13,7 @@ from hispec.serving.errors import ApiError
 from hispec.serving.replies import error_reply
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_GUARDED = ("/v1/", "/metrics")
+_GUARDED = ("/v1/", "/metrics", "/openapi.json")
 _COUNTED = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 

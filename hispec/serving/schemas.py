@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core.core_schema import CoreSchema, no_info_before_validator_function
 
 from hispec.config import DRAFTERS
 from hispec.utils.limits import Temperature, one_of
@@ -22,16 +23,27 @@ def _utf8(text: str) -> str:
     return text
 
 
-def _nothing_but(*allowed: Any) -> BeforeValidator:
+class _NothingBut:
     """A value that asks for nothing: a field that is not implemented."""
 
-    def check(value: Any) -> Any:
-        if not any(type(value) is type(one) and value == one for one in (None, *allowed)):
-            words = " or ".join(["null", *map(repr, allowed)])
+    def __init__(self, *allowed: Any) -> None:
+        self.allowed = (None, *allowed)
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self.allowed)}
+
+    def _check(self, value: Any) -> Any:
+        if not any(type(value) is type(one) and value == one for one in self.allowed):
+            words = " or ".join(["null", *map(repr, self.allowed[1:])])
             raise ValueError(f"not supported; leave it out ({words})")
         return value
-
-    return BeforeValidator(check)
 
 
 Text = Annotated[str, AfterValidator(_utf8)]
@@ -39,9 +51,9 @@ Full = Annotated[str, Field(min_length=1), AfterValidator(_utf8)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP), AfterValidator(_utf8)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
-Off = Annotated[Any, _nothing_but(False)]
-Zero = Annotated[Any, _nothing_but(0, 0.0)]
-Empty = Annotated[Any, _nothing_but([], {})]
+Off = Annotated[Any, _NothingBut(False)]
+Zero = Annotated[Any, _NothingBut(0, 0.0)]
+Empty = Annotated[Any, _NothingBut([], {})]
 
 
 class Hispec(Schema):
@@ -121,10 +133,10 @@ class ChatRequest(Request):
     """The newer name of `max_tokens`."""
     logprobs: Off = None
     top_logprobs: Zero = None
-    response_format: Annotated[Any, _nothing_but({"type": "text"})] = None
+    response_format: Annotated[Any, _NothingBut({"type": "text"})] = None
     tools: Empty = None
-    tool_choice: Annotated[Any, _nothing_but("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _nothing_but(False, True)] = None
+    tool_choice: Annotated[Any, _NothingBut("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, _NothingBut(False, True)] = None
     store: Off = None
 
 
@@ -140,8 +152,8 @@ class CompletionRequest(Request):
     """Texts, or token ids."""
     logprobs: Zero = None
     echo: Off = None
-    best_of: Annotated[Any, _nothing_but(1)] = None
-    suffix: Annotated[Any, _nothing_but("")] = None
+    best_of: Annotated[Any, _NothingBut(1)] = None
+    suffix: Annotated[Any, _NothingBut("")] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:

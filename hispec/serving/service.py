@@ -205,7 +205,7 @@ class Service:
         if asked is not None and asked > room:
             raise self._too_long(name, prompt + asked, self.context or 0)
         if asked is None and isinstance(request, CompletionRequest):
-            most = _COMPLETION_TOKENS
+            most = min(most, _COMPLETION_TOKENS)
         return asked or min(most, room)
 
     @staticmethod

@@ -54,6 +54,49 @@ def decoded(model, prompt, monkeypatch, **settings):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_trees_are_those_of_the_modules(head, prompts, monkeypatch):
+    """Level by level, up to four tokens wide; wider ones are left to the ladder. Below another
+    rung too, with lookups in the tree, and with an EOS inside it."""
+    model = model_of("llama", HEADS[head])
+    common = {"max_new_tokens": 30, "eos": (5,), "ladder": [0, 6], "draft_width": 3}
+    for settings in (
+        {"draft_length": 3, "tree_tokens": 7},
+        {"draft_length": 2, "tree_tokens": 12, "draft_width": 4},
+        {"draft_length": 2, "tree_tokens": 12, "draft_width": 6},
+        {"draft_length": 4, "tree_tokens": 5, "draft_threshold": 0.001},
+        {"draft_length": 3, "tree_tokens": 6, "ladder": [0, 4, 6]},
+        {"draft_length": 2, "tree_tokens": 4, "drafter": "lookup+exit", "lookup_length": 3},
+    ):
+        levels = []
+        level = HeadChain.level
+
+        def counted(self, *args, levels=levels, level=level):
+            found = level(self, *args)
+            levels.append(found is not None)
+            return found
+
+        monkeypatch.setattr(HeadChain, "level", counted)
+        for prompt in prompts:
+            whole, single, _ = decoded(model, prompt, monkeypatch, **{**common, **settings})
+            for _, rungs in (whole, single):  # the modules embed rejected drafts too
+                del rungs[0]["tokens_run"]
+            assert whole == single, settings
+        monkeypatch.undo()
+        assert any(levels), settings
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
+def test_trees_in_windows(family, prompts, monkeypatch):
+    model = model_of(family, HEADS["blocks" if family == "gemma3_text" else "eagle3"])
+    prompt = (prompts[1] * 60)[:120]
+    settings = {"ladder": [0, 6], "draft_length": 4, "draft_width": 3, "tree_tokens": 8}
+    whole, single, _ = decoded(model, prompt, monkeypatch, **settings, max_new_tokens=24)
+    for _, rungs in (whole, single):
+        del rungs[0]["tokens_run"]
+    assert whole == single
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_chains_draft_what_single_steps_draft(head, prompts, monkeypatch):
     model = model_of("llama", HEADS[head])
     for settings in (
