@@ -22,6 +22,7 @@ from hispec.config import DecodeConfig
 from hispec.decoding.draft_steps import Chain, DraftSteps
 from hispec.decoding.draft_tree import DraftTree, real_columns
 from hispec.decoding.drafters.build import build_drafter
+from hispec.decoding.drafters.control import Pace
 from hispec.decoding.head_chain import HeadChain
 from hispec.decoding.inputs import check_admission, check_inputs, check_limit, check_seed
 from hispec.decoding.ladder import Ladder, similar
@@ -81,6 +82,7 @@ class Decode:
         self.stopping = stopping_criteria or StoppingCriteriaList()
         self.stats = DecodeStats.of(self.ladder, rows, int(self.state.prompt_B.sum()))
         self.by_row = RowStats(self.ladder.depths, rows)
+        self.pace = Pace() if config.adaptive and len(config.ladder) <= 2 else None
         self.unread = list(range(rows))
         """Rows whose prompts no rung has read."""
 
@@ -199,12 +201,19 @@ class Decode:
 
     def _round(self) -> None:
         """Draft, verify, and validate where it is due."""
-        state = self.state
-        self._verify(state.first, self._draft())
+        state, began = self.state, time.perf_counter()
+        before_B = state.committed_B
+        drafts = self.pace is None or self.pace.drafts(state.rows)
+        draft = self._draft() if drafts else DraftTree.empty(state.rows)
+        self._verify(state.first, draft)
         for rung in range(state.first + 1, state.last + 1):
             if not state.due(rung):
                 break
             self._verify(rung, state.pending(rung))
+        if self.pace is not None:
+            new_tokens = int((state.committed_B - before_B).sum())
+            drafted = bool(draft.count_B.any())
+            self.pace.observe(state.rows, time.perf_counter() - began, new_tokens, drafted)
 
     def _read_prompts(self) -> None:
         """Let all rungs read the new prompts, and the full model add the first token of each, which
@@ -288,7 +297,7 @@ class Decode:
         self._count(rung, draft, verified)
 
         if rung == state.last:
-            self._stop(base_B)
+            state.stop_where(self.stopping, base_B, self.model.device)
         elif self.config.buffer_threshold:
             state.unsure[rung] = state.unsure[rung] | self._unsure(scores_BCV, verified)
         if rung == state.first and draft.count_B.any():
@@ -365,24 +374,6 @@ class Decode:
         """Rows [B] with a token, accepted or added, that the rung has low confidence in."""
         sure_BC = self.sampler.confidence(scores_BCV) >= self.config.buffer_threshold
         return (verified.on_path(sure_BC.shape[1]) & ~sure_BC).sum(1) > 0
-
-    def _stop(self, before_B: np.ndarray) -> None:
-        """Cut the committed texts where a stopping criterion says so, token by token."""
-        if not self.stopping:
-            return
-        state = self.state
-        after_B = state.committed_B.copy()
-        for step in range(1, int((after_B - before_B).max()) + 1):
-            length_B = before_B + step
-            asked_B = (length_B <= after_B) & ~state.stopped_B
-            for length in np.unique(length_B[asked_B]):
-                rows = np.flatnonzero(asked_B & (length_B == length))
-                prefix_NT = torch.from_numpy(state.tokens_BN[rows, :length])
-                stop_N = self.stopping(prefix_NT.to(self.model.device), None)
-                cut = rows[stop_N.cpu().numpy()]
-                after_B[cut] = length
-                state.stopped_B[cut] = True
-        state.cut(after_B)
 
     def _count(self, rung: int, draft: DraftTree, verified: Verified) -> None:
         """Count draft tokens for the rung, or the free drafter, that proposed them."""

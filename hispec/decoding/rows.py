@@ -46,7 +46,7 @@ def resized(run: Decode, keep: Sequence[int], rows: int) -> Decode:
     )
     for row in range(len(keep), rows):
         new.stop(row)
-    new.processors = run.processors
+    new.processors, new.pace = run.processors, run.pace
     if not keep:
         return new
     mine = list(range(len(keep)))

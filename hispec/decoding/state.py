@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import StoppingCriteriaList
 
 from hispec.config import DecodeConfig
 from hispec.decoding.draft_tree import DraftTree
@@ -187,6 +189,30 @@ class DecodeState:
             self.verified[shallower] = length_B
         for shallower in range(rung):
             self.unsure[shallower] = np.zeros(self.rows, dtype=bool)
+
+    def stop_where(
+        self, stopping: StoppingCriteriaList, before_B: np.ndarray, device: torch.device
+    ) -> None:
+        """Cut the committed texts where a stopping criterion says so, token by token.
+
+        Args:
+            before_B: their lengths before the last pass of the full model.
+            device: where the criteria get the tokens.
+        """
+        if not stopping:
+            return
+        after_B = self.committed_B.copy()
+        for step in range(1, int((after_B - before_B).max()) + 1):
+            length_B = before_B + step
+            asked_B = (length_B <= after_B) & ~self.stopped_B
+            for length in np.unique(length_B[asked_B]):
+                rows = np.flatnonzero(asked_B & (length_B == length))
+                prefix_NT = torch.from_numpy(self.tokens_BN[rows, :length])
+                stop_N = stopping(prefix_NT.to(device), None)
+                cut = rows[stop_N.cpu().numpy()]
+                after_B[cut] = length
+                self.stopped_B[cut] = True
+        self.cut(after_B)
 
     def cut(self, length_B: np.ndarray) -> None:
         """End the texts, for every rung, at `length` tokens."""

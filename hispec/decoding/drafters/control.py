@@ -1,8 +1,10 @@
-"""How long a draft should be, by what drafts have been worth so far."""
+"""How long a draft should be, and whether to draft at all, by what drafts were worth so far."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -68,3 +70,96 @@ class LengthControl:
         after_B = np.where(accepted_B > 0, _PAUSE[0], longer_B)
         self._pause_B = np.where(tried_B, after_B, self._pause_B)
         self._wait_B = np.where(tried_B, 0, self._wait_B)
+
+
+_TRIAL = 4
+"""Rounds with drafts, after a pause, before they are judged again."""
+_REST = 16, 128
+"""Rounds of a pause: of the first, and at most."""
+_LOOK = 64
+"""Rounds with drafts after which one without is timed again."""
+_KEPT = 0.9
+"""Share of the weight of older rounds that each new one leaves."""
+
+
+@dataclass
+class _Speed:
+    """Tokens and seconds of rounds of one kind; older ones count less."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens = _KEPT * self.tokens + tokens
+        self.seconds = _KEPT * self.seconds + seconds
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Width:
+    """What is known of decodes of one number of rows."""
+
+    drafting: _Speed = field(default_factory=_Speed)
+    plain: _Speed = field(default_factory=_Speed)
+    drafted: bool | None = None
+    """Whether the last round had drafts."""
+    tried: int = 0
+    """Rounds with drafts since the last pause."""
+    look: int = 2
+    """Rounds with drafts until one without is timed."""
+    wait: int = 0
+    """Rounds of the pause that are left."""
+    rest: int = _REST[0]
+    """Rounds of the next pause."""
+
+
+class Pace:
+    """Chooses whether a decode drafts: as long as that brings more tokens per second than rounds
+    without drafts do.
+
+    `LengthControl` weighs single rows by what their drafts cost. What a pass costs that verifies
+    drafts of many rows at once, only the clock tells: on a CPU about as much as it has tokens, so
+    that drafting for eight rows may halve the speed. Both kinds of rounds are timed, and the slower
+    kind is tried again after a pause that doubles. It changes no text.
+    """
+
+    def __init__(self) -> None:
+        self._widths: dict[int, _Width] = defaultdict(_Width)
+
+    def drafts(self, rows: int) -> bool:
+        """Whether the next round should draft."""
+        known = self._widths[rows]
+        if known.wait:
+            known.wait -= 1
+            known.tried = 0
+            return False
+        if known.look <= 0:
+            return False
+        if known.tried >= _TRIAL and known.drafting.rate < known.plain.rate:
+            known.wait, known.rest = known.rest, min(2 * known.rest, _REST[1])
+            return False
+        if known.tried >= 4 * _TRIAL:
+            known.rest = _REST[0]
+        return True
+
+    def observe(self, rows: int, seconds: float, tokens: int, drafted: bool) -> None:
+        """Learn from a round.
+
+        Args:
+            tokens: that it committed, over all rows.
+            drafted: whether there were any draft tokens.
+        """
+        known = self._widths[rows]
+        # With several rows an engine takes longer for the first pass of another size.
+        counts = rows == 1 or drafted == known.drafted
+        known.drafted = drafted
+        if drafted:
+            known.tried += 1
+            known.look -= 1
+        elif counts:
+            known.look = _LOOK
+        if counts:
+            (known.drafting if drafted else known.plain).add(tokens, seconds)
