@@ -189,7 +189,9 @@ class DecodeConfig:
     """If given, an exit's draft length follows recent acceptance between 1 and this."""
     adaptive: bool = False
     """Whether an exit's drafts have 0 to `draft_length` tokens, as many as promise most tokens per
-    second by what was accepted and what it took so far. For chains; it changes no text."""
+    second by what was accepted and what it took so far. For chains. With a single verifying rung
+    nothing is drafted, by no drafter, while rounds without drafts are faster. It changes no
+    text."""
     draft_threshold: Share = 0.0
     """An exit's draft ends after a token whose top probability is below this. A tree has no token
     whose path has a probability below it."""

@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from hispec.config import DecodeConfig
 from hispec.decoding.decoder import Decode
-from hispec.decoding.drafters.control import LengthControl
+from hispec.decoding.drafters.control import LengthControl, Pace
 
 
 def play(control, rounds, share, cost, seed=0):
@@ -87,3 +87,72 @@ def test_it_is_for_chains_without_another_rule():
         config = DecodeConfig([2, 6], adaptive=True, **other)
         with pytest.raises(ValueError, match=r"adaptive=True is not possible: .*chains"):
             config.validate(6)
+
+
+def paced(pace, rounds, rows, drafting, plain):
+    """Rounds as `pace` chooses them; `drafting` and `plain` are (tokens, seconds) of a round.
+    Returns whether each round drafted."""
+    drafted = []
+    for _ in range(rounds):
+        drafted.append(pace.drafts(rows))
+        tokens, seconds = drafting if drafted[-1] else plain
+        pace.observe(rows, seconds, tokens, drafted[-1])
+    return drafted
+
+
+def seconds_lost(drafted, drafting, plain):
+    """The share by which these rounds take longer than the better kind alone would, per token."""
+    kinds = [drafting if one else plain for one in drafted]
+    tokens, seconds = map(sum, zip(*kinds, strict=True))
+    best = max(rate[0] / rate[1] for rate in (drafting, plain))
+    return seconds / tokens * best - 1
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize(
+    ("drafting", "plain"),
+    [
+        ((1, 1.3), (1, 1.0)),  # useless drafts
+        ((12, 3.0), (8, 1.0)),  # right, but a pass takes as long as it has tokens
+        ((2, 1.1), (1, 1.0)),
+        ((8, 1.0), (8, 1.0)),
+    ],
+)
+def test_a_decode_settles_at_the_faster_kind_of_rounds(rows, drafting, plain):
+    drafted = paced(Pace(), 2000, rows, drafting, plain)
+    assert seconds_lost(drafted, drafting, plain) < 0.03
+    assert any(drafted[1000:])  # drafts are tried again
+    assert not all(drafted[1000:])  # so are rounds without
+
+
+def test_drafts_come_back_when_they_pay_again():
+    pace = Pace()
+    paced(pace, 500, 4, (1, 2.0), (1, 1.0))
+    assert sum(paced(pace, 600, 4, (3, 1.0), (1, 1.0))[300:]) > 280
+
+
+def test_every_number_of_rows_is_judged_apart():
+    pace = Pace()
+    paced(pace, 300, 8, (1, 3.0), (1, 1.0))
+    assert pace.drafts(1)
+    assert sum(paced(pace, 100, 1, (2, 1.0), (1, 1.0))) > 90
+
+
+def test_the_first_round_of_another_kind_does_not_count_with_several_rows():
+    """An engine plans its graphs anew then."""
+    pace = Pace()
+    for _ in range(40):
+        drafts = pace.drafts(4)
+        slow = pace._widths[4].drafted is not drafts
+        pace.observe(4, 50.0 if slow else 1.0, 2 if drafts else 1, drafts)
+    assert pace._widths[4].plain.rate == pytest.approx(1.0)
+    assert pace._widths[4].drafting.rate == pytest.approx(2.0)
+
+
+def test_decodes_of_more_rungs_are_left_alone():
+    """Without drafts their middle rungs would draft, which is another thing than not to draft."""
+    model = tiny_model("llama", exits=(2, 4))
+    common = {"adaptive": True, "max_new_tokens": 4}
+    assert Decode(model, [[5, 9]], DecodeConfig([2, 4, 6], **common)).pace is None
+    assert Decode(model, [[5, 9]], DecodeConfig([2, 6], **common)).pace is not None
+    assert Decode(model, [[5, 9]], DecodeConfig([2, 6], max_new_tokens=4)).pace is None

@@ -72,9 +72,9 @@ class LengthControl:
         self._wait_B = np.where(tried_B, 0, self._wait_B)
 
 
-_TRIAL = 4
-"""Rounds with drafts, after a pause, before they are judged again."""
-_REST = 16, 128
+_TRIAL = 2
+"""Rounds with drafts that count, after a pause, before they are judged again."""
+_REST = 16, 256
 """Rounds of a pause: of the first, and at most."""
 _LOOK = 64
 """Rounds with drafts after which one without is timed again."""
@@ -92,6 +92,10 @@ class _Speed:
     def add(self, tokens: int, seconds: float) -> None:
         self.tokens = _KEPT * self.tokens + tokens
         self.seconds = _KEPT * self.seconds + seconds
+
+    def fade(self) -> None:
+        """Let new rounds count more than those so far."""
+        self.tokens, self.seconds = self.tokens / 4, self.seconds / 4
 
     @property
     def rate(self) -> float:
@@ -134,14 +138,16 @@ class Pace:
         known = self._widths[rows]
         if known.wait:
             known.wait -= 1
-            known.tried = 0
+            if not known.wait:
+                known.tried = 0
+                known.drafting.fade()
             return False
         if known.look <= 0:
             return False
         if known.tried >= _TRIAL and known.drafting.rate < known.plain.rate:
             known.wait, known.rest = known.rest, min(2 * known.rest, _REST[1])
             return False
-        if known.tried >= 4 * _TRIAL:
+        if known.tried >= 8 * _TRIAL:
             known.rest = _REST[0]
         return True
 
@@ -157,7 +163,7 @@ class Pace:
         counts = rows == 1 or drafted == known.drafted
         known.drafted = drafted
         if drafted:
-            known.tried += 1
+            known.tried += counts
             known.look -= 1
         elif counts:
             known.look = _LOOK
