@@ -60,13 +60,16 @@ class Traced:
         known = None if self._content is None else _load(core, self.path, self._content)
         if known is None:
             before()
-            self._content = None
             with torch_threads(threads), torch.inference_mode(), Tracing(module, example, join):
                 known = _marked(ov.convert_model(module, example_input=tuple(example)))
             try:
                 write_artifact(self.path, _packed(known))
             except (OSError, RuntimeError) as error:  # no room for temporary files
                 warnings.warn(f"the graph is not kept: {one_line(error)[:80]}", stacklevel=2)
+            # From the file, so that its weights are no further copy in memory.
+            self._content = read_artifact(self.path)
+            kept = None if self._content is None else _load(core, self.path, self._content)
+            known = known if kept is None else kept
         self._model = known
 
     def graph(self, sizes: Sizes, dtype: torch.dtype = torch.float32) -> Graph:
