@@ -13,10 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -71,8 +73,9 @@ class Server:
             raise ValueError(f"{self.name} has no metric {name}")
         return float(found[1])
 
-    def open(self, asked: Asked) -> Any:
-        """Send a request; its answer streams in."""
+    @contextmanager
+    def sent(self, asked: Asked) -> Iterator[HTTPConnection]:
+        """The connection over which a request was sent; it is closed with the block."""
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": asked.prompt}],
@@ -81,13 +84,10 @@ class Server:
             "stream": True,
             **self.fields,
         }
-        return urllib.request.urlopen(
-            urllib.request.Request(
-                f"{self.url}v1/chat/completions",
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-        )
+        with closing(HTTPConnection(urlsplit(self.url).netloc)) as connection:
+            kind = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), kind)
+            yield connection
 
     def ask(self, asked: Asked) -> Answer:
         """Send one request, and read its stream.
@@ -97,7 +97,10 @@ class Server:
         """
         began = time.perf_counter()
         text, first, tokens = "", 0.0, 0
-        with self.open(asked) as response:
+        with self.sent(asked) as connection:
+            response = connection.getresponse()
+            if response.status != 200:
+                raise RuntimeError(response.read().decode())
             for line in response:
                 if not line.startswith(b"data: {"):
                     continue
@@ -114,15 +117,7 @@ class Server:
 
     def abandon(self, asked: Asked, seconds: float) -> None:
         """Send a request, and go away after some seconds, whatever came until then."""
-        body = json.dumps(
-            {"model": self.model, "messages": [{"role": "user", "content": asked.prompt}]}
-            | {"max_tokens": asked.tokens, "stream": True, **self.fields}
-        ).encode()
-        host, port = self.url.removeprefix("http://").strip("/").split(":")
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection((host, int(port))) as connection:
-            connection.sendall(head.encode() + body)
+        with self.sent(asked):
             time.sleep(seconds)
 
 
