@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hispec.engine.graph import NAME, LayerGraph
+from hispec.engine.lm_head import LMHead
 from hispec.models.attention import PassCache, attention_by
 
 
@@ -64,13 +65,10 @@ class HeadStep:
         engine: compiles it.
         depth: of the head.
         lm_head: from normed states to logits of the draft vocabulary.
-        words: in it, W.
         tokens: T.
     """
 
-    def __init__(
-        self, engine: Any, depth: int, lm_head: nn.Module, words: int, tokens: int
-    ) -> None:
+    def __init__(self, engine: Any, depth: int, lm_head: LMHead, tokens: int) -> None:
         self.tokens = tokens
         self._shape = shape = engine.shape
         module = HeadGraph(engine.model, depth, lm_head).eval()
@@ -92,7 +90,7 @@ class HeadStep:
         self.own_1TH, self.hidden_1TH = torch.zeros(state), torch.zeros(state)
         self.best_1T = torch.zeros(1, tokens, dtype=torch.long)
         self.sure_1T = torch.zeros(1, tokens)
-        self.logits_1TW = torch.zeros(1, tokens, words)
+        self.logits_1TW = torch.zeros(1, tokens, lm_head.words)
         indices = layers.indices
         new_size = 2 * len(indices), 1, shape.kv_heads, tokens, shape.head_size
         self.new_NBATE = torch.zeros(new_size)

@@ -179,7 +179,7 @@ class OpenVinoEngine:
         if depth not in self._head_steps:
             own = self.model.head(depth).lm_head is not None
             lm_head = LMHead(self.model, depth if own else DRAFTING)
-            self._head_steps[depth] = HeadStep(self, depth, lm_head, lm_head.words, FEW[1])
+            self._head_steps[depth] = HeadStep(self, depth, lm_head, FEW[1])
         return self._head_steps[depth]
 
     def compile(self, progress: Progress = lambda items, _: items) -> list[Path]:

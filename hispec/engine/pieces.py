@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from hispec.engine.graph import NAME, PROMPTS, LayerGraph, layer_index
-from hispec.engine.openvino_graph import Graph
+from hispec.engine.openvino_graph import AT_ONCE, Graph
 from hispec.models.attention import PassCache, attention_by
 
 Layers = Sequence[tuple[nn.Module, str]]
-FEW, MORE, ANY, PROMPT = (1, 4), (1, 8), (-1, -1), (1, -1)
+FEW, MORE, ANY, PROMPT = (1, AT_ONCE), (1, 2 * AT_ONCE), (-1, -1), (1, -1)
 """(rows, tokens) that a graph is compiled for."""
 
 
