@@ -258,6 +258,8 @@ class Decode:
         draft = self.drafter.propose(text, text.room_B > 0)
         if self.config.exit_trees:  # its tokens lie in other slots than those of the draft
             self.ladder.truncate(text.length_B)
+        if not draft.count_B.any():
+            return draft
         rows_N, columns_N = np.nonzero(draft.parent_BN >= 0)
         slots_N = text.length_B[rows_N] + columns_N
         tokens_N = draft.tokens_BN[rows_N, columns_N]
@@ -377,6 +379,8 @@ class Decode:
 
     def _count(self, rung: int, draft: DraftTree, verified: Verified) -> None:
         """Count draft tokens for the rung, or the free drafter, that proposed them."""
+        if not draft.count_B.any():
+            return
         free_B = draft.free_BN.sum(1)
         on_path_BN = verified.on_path(draft.free_BN.shape[1] + 1)[:, 1:]
         accepted_free_B = (draft.free_BN & on_path_BN).sum(1)

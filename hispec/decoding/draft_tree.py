@@ -191,6 +191,63 @@ class DraftTree:
         return found
 
 
+class PlacedTree:
+    """A tree whose draft tokens lie in the slots from `base` on."""
+
+    def __init__(self, tree: DraftTree, base_B: np.ndarray, device: torch.device) -> None:
+        self.base_B1 = torch.from_numpy(base_B[:, None]).to(device)
+        self.depth_BN = torch.from_numpy(tree.depth_BC[:, 1:].copy()).to(device)
+        self.width = tree.parent_BN.shape[1]
+        self.depth_first = tree.depth_first
+        self._base_B = base_B
+        self._draft = tree
+
+    @cached_property
+    def branches(self) -> list[list[tuple[int, int, int]]]:
+        """Branches of each row: position of the first token, its slot, slot after the last."""
+        return [
+            [
+                (base + depth_C[first] - 1, base + first - 1, base + stop - 1)
+                for first, stop in branches
+            ]
+            or [(base, base, base)]  # nothing but the tokens before
+            for base, depth_C, branches in zip(
+                self._base_B.tolist(),
+                self._draft.depth_BC.tolist(),
+                self._draft.branches,
+                strict=True,
+            )
+        ]
+
+    def _inside(self, slots_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(which slots hold draft tokens, the number of the draft token there)."""
+        number_BT = slots_BT - self.base_B1
+        inside_BT = (number_BT >= 0) & (number_BT < self.width)
+        return inside_BT, number_BT.clamp(0, self.width - 1)
+
+    def positions(self, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Position [B, T] in the text of the token in each slot."""
+        inside_BT, number_BT = self._inside(slots_BT)
+        deep_BT = self.base_B1 + self.depth_BN.gather(1, number_BT) - 1
+        return torch.where(inside_BT, deep_BT, slots_BT)
+
+    def previous_slots(self, slots_BT: torch.Tensor) -> torch.Tensor:
+        """Slot [B, T] of the token that each one follows."""
+        inside_BT, number_BT = self._inside(slots_BT)
+        parent_BN = torch.from_numpy(self._draft.parent_BN).to(slots_BT.device)
+        parents_BT = self.base_B1 - 1 + parent_BN.gather(1, number_BT).clamp_min(0)
+        return torch.where(inside_BT, parents_BT, slots_BT - 1)
+
+    def hide(self, seen_BTS: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
+        """`seen` without the draft tokens that are no ancestors of the token that attends."""
+        inside_BT, number_BT = self._inside(slots_BT)
+        index_BTN = number_BT[..., None].expand(-1, -1, self.width)
+        sees_BNN = torch.from_numpy(self._draft.sees_BNN).to(slots_BT.device)
+        sees_BTN = sees_BNN.gather(1, index_BTN) & inside_BT[..., None]
+        slots_B1N = self.base_B1[:, None] + torch.arange(self.width, device=slots_BT.device)
+        return seen_BTS.scatter(2, slots_B1N.expand_as(sees_BTN), sees_BTN)
+
+
 def _depth_first(
     tokens: list[int], parents: list[int], free: list[bool]
 ) -> list[tuple[int, int, bool]]:

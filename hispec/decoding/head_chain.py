@@ -77,7 +77,7 @@ class HeadChain:
         drafts: list[int] = []
         slot = length
         while True:
-            best = int(step.best_1T[0, count - 1])
+            best = int(step.logits_1TW[0, count - 1].numpy().argmax())
             drafts.append(best if self._words is None else int(self._words[best]))
             sure = not threshold or float(step.sure_1T[0, count - 1]) >= threshold
             if len(drafts) == most or not sure or drafts[-1] in eos:
@@ -137,7 +137,6 @@ class HeadChain:
         step.embedding_1TH[:, :count] = self.model.embed(
             torch.from_numpy(tokens_N[None, first:length])
         )
-        self._turn(first, length + most)
         self._show(first, count)
         self._run(first, count)
         ladder.cache.lengths[_HEAD] = np.array([length])
@@ -182,22 +181,15 @@ class HeadChain:
                         mask_GTS[:, t, step.tokens + length + column - 1] = 0
         self._run(slot, last)
 
-    def _turn(self, first: int, stop: int) -> None:
-        """Compute the rotary embeddings of the slots from `first` to `stop - 1`."""
-        positions_1T = torch.arange(first, stop + self.step.tokens)[None]
-        self._first = first
-        self._ropes = {
-            kind: self.model.rope(kind, self.step.before_1TH, positions_1T)
-            for kind in self.step.kinds
-        }
-
     def _show(self, slot: int, count: int) -> None:
         """Set rotary embeddings and masks for `count` tokens from `slot` on; the rest of the pass
         is padding, which sees itself alone."""
-        at = slot - self._first
+        engine = self.model.engine
+        assert engine is not None
         for kind, reach in self._reach.items():
-            for turned, part in zip(self.step.rope[kind], self._ropes[kind], strict=True):
-                turned.copy_(part[:, at : at + self.step.tokens])
+            rope = engine.rope(kind, slot, self.step.tokens)
+            for turned, part in zip(self.step.rope[kind], rope, strict=True):
+                turned.copy_(part)
             _fill(self.step.mask[kind], slot, count, reach)
 
 

@@ -9,14 +9,13 @@ of a segment is garbage that a later write replaces, so rolling back means lower
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.draft_tree import DraftTree, PlacedTree
 from hispec.models.attention import Branch, Reach, causal
 
 Segment = tuple[str, int]
@@ -70,9 +69,10 @@ class KVCache:
         self._slots_BT: torch.Tensor | None = None
         self._index: torch.Tensor | None = None
         """Rows [B * T] of the hidden states of the announced slots."""
-        self._tree: _PlacedTree | None = None
+        self._tree: PlacedTree | None = None
         self._whole = False
         self.counts: list[int] = []
+        self.first: int | None = None
         self.of_prompts = False
         self.visible = 0
         """Slots of a row that the current pass may see."""
@@ -110,11 +110,13 @@ class KVCache:
         self._slots_BT = torch.from_numpy(slots_BT).to(self.device)
         self._index = (self._slots_BT + self._offsets_B1).reshape(-1)
         self._tree = None
+        self.first = int(slots_BT[0, 0]) if self.rows == 1 else None
         count_B = np.full(len(slots_BT), slots_BT.shape[1]) if count_B is None else count_B
         self.counts, self._whole = count_B.tolist(), whole
         if tree is not None and not tree.chain:
             assert base_B is not None
-            self._tree = _PlacedTree(tree, base_B, self.device)
+            self.first = None
+            self._tree = PlacedTree(tree, base_B, self.device)
             visible = max(visible, int(base_B.max()) + tree.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
         self.show(visible)
@@ -246,7 +248,10 @@ class KVCache:
     def write(self, layers: Sequence[int], new_NBATE: torch.Tensor) -> None:
         """Store the KV of the announced tokens, in the order of `buffers`."""
         assert self._slots_BT is not None, "place() comes before the first layer of a pass"
-        self._put(self._stacks[tuple(layers)], self._slots_BT, new_NBATE)
+        if self.first is not None:
+            self.put(layers, self.first, new_NBATE)
+        else:
+            self._put(self._stacks[tuple(layers)], self._slots_BT, new_NBATE)
 
     def put(self, layers: Sequence[int], first: int, new_N1ATE: torch.Tensor, row: int = 0) -> None:
         """Store the KV of a row's tokens in the slots from `first` on."""
@@ -298,6 +303,9 @@ class KVCache:
 
     def hidden(self, segment: Segment, slots_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that a segment stored for some slots."""
+        if self.rows == 1 and slots_BT.shape[1] == 1:
+            slot = int(slots_BT)
+            return self._hidden[segment][None, slot : slot + 1].clone()
         index = (slots_BT + self._offsets_B1).reshape(-1)
         return self._hidden[segment].index_select(0, index).view(*slots_BT.shape, -1)
 
@@ -341,60 +349,3 @@ class KVCache:
             length_B = self.length(segment).copy()
             length_B[rows] = other.length(segment)[source]
             self.lengths[segment] = length_B
-
-
-class _PlacedTree:
-    """A tree whose draft tokens lie in the slots from `base` on."""
-
-    def __init__(self, tree: DraftTree, base_B: np.ndarray, device: torch.device) -> None:
-        self.base_B1 = torch.from_numpy(base_B[:, None]).to(device)
-        self.depth_BN = torch.from_numpy(tree.depth_BC[:, 1:].copy()).to(device)
-        self.width = tree.parent_BN.shape[1]
-        self.depth_first = tree.depth_first
-        self._base_B = base_B
-        self._draft = tree
-
-    @cached_property
-    def branches(self) -> list[list[tuple[int, int, int]]]:
-        """Branches of each row: position of the first token, its slot, slot after the last."""
-        return [
-            [
-                (base + depth_C[first] - 1, base + first - 1, base + stop - 1)
-                for first, stop in branches
-            ]
-            or [(base, base, base)]  # nothing but the tokens before
-            for base, depth_C, branches in zip(
-                self._base_B.tolist(),
-                self._draft.depth_BC.tolist(),
-                self._draft.branches,
-                strict=True,
-            )
-        ]
-
-    def _inside(self, slots_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(which slots hold draft tokens, the number of the draft token there)."""
-        number_BT = slots_BT - self.base_B1
-        inside_BT = (number_BT >= 0) & (number_BT < self.width)
-        return inside_BT, number_BT.clamp(0, self.width - 1)
-
-    def positions(self, slots_BT: torch.Tensor) -> torch.Tensor:
-        """Position [B, T] in the text of the token in each slot."""
-        inside_BT, number_BT = self._inside(slots_BT)
-        deep_BT = self.base_B1 + self.depth_BN.gather(1, number_BT) - 1
-        return torch.where(inside_BT, deep_BT, slots_BT)
-
-    def previous_slots(self, slots_BT: torch.Tensor) -> torch.Tensor:
-        """Slot [B, T] of the token that each one follows."""
-        inside_BT, number_BT = self._inside(slots_BT)
-        parent_BN = torch.from_numpy(self._draft.parent_BN).to(slots_BT.device)
-        parents_BT = self.base_B1 - 1 + parent_BN.gather(1, number_BT).clamp_min(0)
-        return torch.where(inside_BT, parents_BT, slots_BT - 1)
-
-    def hide(self, seen_BTS: torch.Tensor, slots_BT: torch.Tensor) -> torch.Tensor:
-        """`seen` without the draft tokens that are no ancestors of the token that attends."""
-        inside_BT, number_BT = self._inside(slots_BT)
-        index_BTN = number_BT[..., None].expand(-1, -1, self.width)
-        sees_BNN = torch.from_numpy(self._draft.sees_BNN).to(slots_BT.device)
-        sees_BTN = sees_BNN.gather(1, index_BTN) & inside_BT[..., None]
-        slots_B1N = self.base_B1[:, None] + torch.arange(self.width, device=slots_BT.device)
-        return seen_BTS.scatter(2, slots_B1N.expand_as(sees_BTN), sees_BTN)

@@ -24,9 +24,9 @@ class HeadGraph(nn.Module):
 
     Inputs: embeddings and states of the tokens before, [1, T, H] each; then those of `LayerGraph`
     behind its first. Outputs: what the head reads of these tokens in the next step [1, T, H]; its
-    states [1, T, H]; numbers [1, T] in the draft vocabulary of the most probable tokens; their
-    probabilities [1, T]; logits [1, T, W] of the draft vocabulary; new keys and values as of
-    `LayerGraph`.
+    states [1, T, H]; the probabilities [1, T] of the most probable tokens; logits [1, T, W] of the
+    draft vocabulary, whose argmax OpenVINO takes 0.4 ms for and numpy 0.01; new keys and values as
+    of `LayerGraph`.
     """
 
     def __init__(self, model: Any, depth: int, lm_head: nn.Module) -> None:
@@ -46,12 +46,10 @@ class HeadGraph(nn.Module):
         hidden_1TH, *new = self.layers(entered, *rest)
         normed_1TH = self.head.norm(hidden_1TH)
         logits_1TW = self.lm_head(normed_1TH)
-        best_1T = logits_1TW.argmax(-1)
         others_1TW = logits_1TW - logits_1TW.amax(-1, keepdim=True)
         return (
             self.head.own(hidden_1TH, normed_1TH) + 0.0,  # an output of its own
             hidden_1TH,
-            best_1T,
             1 / others_1TW.exp().sum(-1),
             logits_1TW,
             *new,
@@ -88,7 +86,6 @@ class HeadStep:
         self.mask: dict[str, torch.Tensor] = {}
         """Additive masks [heads per KV head, T, T + slots] by attention type; see `bind`."""
         self.own_1TH, self.hidden_1TH = torch.zeros(state), torch.zeros(state)
-        self.best_1T = torch.zeros(1, tokens, dtype=torch.long)
         self.sure_1T = torch.zeros(1, tokens)
         self.logits_1TW = torch.zeros(1, tokens, lm_head.words)
         indices = layers.indices
@@ -99,7 +96,7 @@ class HeadStep:
         for i, kind in enumerate(self.kinds):
             for j, tensor in enumerate(self.rope[kind]):
                 self.graph.set_input(2 + 3 * i + j, tensor)
-        outputs = self.own_1TH, self.hidden_1TH, self.best_1T, self.sure_1T, self.logits_1TW
+        outputs = self.own_1TH, self.hidden_1TH, self.sure_1T, self.logits_1TW
         for i, tensor in enumerate((*outputs, *self.new_NBATE)):
             self.graph.set_output(i, tensor)
         self._bound: tuple[int, int] | None = None

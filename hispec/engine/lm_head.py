@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hispec.engine.openvino_graph import Graph
@@ -80,7 +79,7 @@ class CompiledLMHead:
             count = len(part_NH)
             size = FEW[1] if count <= FEW[1] else MORE[1]
             graph = self._graph(size)
-            graph.copy_input(0, F.pad(part_NH, (0, 0, 0, size - count)))
+            graph.input(0, size, self._width)[:count] = part_NH
             found = graph.output(0, size, self._count)
             graph.infer()
             logits_NV[first : first + count] = found[:count]

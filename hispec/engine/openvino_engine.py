@@ -26,9 +26,10 @@ from torch import nn
 
 from hispec.engine.graph import Shape, layer_index
 from hispec.engine.head_step import HeadStep
+from hispec.engine.inputs import Inputs, PassInputs, RopeTable, RowInputs
 from hispec.engine.lm_head import CompiledLMHead, LMHead
 from hispec.engine.openvino_graph import Traced
-from hispec.engine.pieces import FEW, MORE, Layers, PassInputs, Piece
+from hispec.engine.pieces import FEW, MORE, Layers, Piece
 from hispec.models.attention import PassCache, causal
 from hispec.models.engine import DRAFTING, WHOLE
 from hispec.models.exit_model import ExitModel
@@ -37,7 +38,7 @@ from hispec.utils.console import Progress
 
 _MOST = 32
 """States that it turns into logits; the LM head reads more as fast (docs/benchmarks.md)."""
-_PROMPT_BLOCK = 64
+_PROMPT_BLOCK = 16
 """Passes over prompts have whole blocks of so many tokens: OpenVINO plans each size anew, the first
 time for a tenth of a second."""
 _PADDING = 6
@@ -67,12 +68,17 @@ class OpenVinoEngine:
         self.shape = Shape.of(model.hf.config)
         self._weights = _versions(model)
         self._pieces: dict[tuple[int, int], Piece] = {}
+        """By their first and last layer."""
+        self._stretches: dict[tuple[int, int], list[Piece]] = {}
+        """The pieces of some layers, by the first and the last of these."""
         self._sizes: dict[int, tuple[int, int]] = {}
         """(rows, tokens) of the last pass by its first layer, padding included."""
         self._lm_heads: dict[int, CompiledLMHead] = {}
         """See `Engine.project`."""
         self._head_steps: dict[int, HeadStep] = {}
         self._inputs: PassInputs | None = None
+        self._ropes = RopeTable(model)
+        self._of_row = RowInputs(model, self._ropes)
         self.threads = torch.get_num_threads()
         self._core = ov.Core()
         native = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -86,6 +92,7 @@ class OpenVinoEngine:
         if (weights := _versions(self.model)) != self._weights:
             self._weights = weights
             self._pieces.clear()
+            self._stretches.clear()
             self._lm_heads.clear()
             self._head_steps.clear()
 
@@ -107,23 +114,31 @@ class OpenVinoEngine:
         if cache.of_prompts:
             return self._read(layers, hidden_BTH, positions_BT, cache, reads)
         rows, tokens, _ = hidden_BTH.shape
-        more = self._size(layer_index(layers[0][0]), rows, tokens) - tokens
-        hidden_BTH = hidden_BTH.to(self.dtype)
-        if more:
-            hidden_BTH = F.pad(hidden_BTH, (0, 0, 0, more))
-        known = self._inputs
-        if known is None or not known.of(cache, positions_BT, more):
-            known = self._inputs = PassInputs(cache, positions_BT, more)
-        inputs = known.by_kind
-        for kind in {kind for _, kind in layers} - set(inputs):
-            positions = F.pad(positions_BT, (0, more)) if more else positions_BT
-            rope = self.model.rope(kind, hidden_BTH, positions)
-            inputs[kind] = *rope, self._mask(kind, cache, more)
+        size = self._size(layer_index(layers[0][0]), rows, tokens)
+        kinds = {kind for _, kind in layers}
+        if size <= MORE[1] and self._of_row.takes(kinds, cache, size):
+            inputs = self._of_row.of(kinds, cache, size)
+        else:
+            inputs = self._pass_inputs(kinds, positions_BT, cache, size - tokens)
         found: dict[int, torch.Tensor] = {}
-        for part in self._cut(layers):
-            found |= self._piece(part).run(hidden_BTH, inputs, cache, tokens)
+        for piece in self._pieces_of(layers):
+            found |= piece.run(hidden_BTH, inputs, cache, tokens, size)
             hidden_BTH = found[max(found)]
-        return [found[depth][:, :tokens].clone() for depth in (*reads, max(found))]
+        return [found[depth][:, :tokens] for depth in (*reads, max(found))]
+
+    def _pass_inputs(
+        self, kinds: set[str], positions_BT: torch.Tensor, cache: PassCache, padding: int
+    ) -> dict[str, Inputs]:
+        """What the announced pass gets besides hidden states, for these attention types at
+        least."""
+        known = self._inputs
+        if known is None or not known.of(cache, positions_BT, padding):
+            known = self._inputs = PassInputs(cache, positions_BT, padding)
+        positions_BT = F.pad(positions_BT, (0, padding)) if padding else positions_BT
+        for kind in kinds - set(known.by_kind):
+            rope = self.model.rope(kind, torch.zeros(1, 1, 1, dtype=self.dtype), positions_BT)
+            known.by_kind[kind] = *rope, self._mask(kind, cache, padding)
+        return known.by_kind
 
     def _read(
         self,
@@ -158,14 +173,14 @@ class OpenVinoEngine:
         positions_1T = slots_S[None, start:]
         # some families' rotary frequencies change where a text is longer than it may be
         real_1T = positions_1T.clamp_max(start + count - 1)
-        inputs = {}
+        inputs: dict[str, Inputs] = {}
         for kind in {kind for _, kind in layers}:
             seen_1TS = causal(positions_1T, slots_S, self.model.reach(kind)).roll(tokens, dims=-1)
             mask = additive_mask(seen_1TS, torch.float32, self.shape.heads_per_kv)
             inputs[kind] = *self.model.rope(kind, hidden_1TH, real_1T), mask
         found: dict[int, torch.Tensor] = {}
-        for part in self._cut(layers):
-            found |= self._piece(part).read(hidden_1TH, inputs, cache, row, start, count)
+        for piece in self._pieces_of(layers):
+            found |= piece.read(hidden_1TH, inputs, cache, row, start, count)
             hidden_1TH = found[max(found)]
         return found
 
@@ -173,6 +188,10 @@ class OpenVinoEngine:
         """Logits of normed states [..., H], see `Engine.project`."""
         logits_NV = self._lm_head(head).logits(normed.reshape(-1, normed.shape[-1]))
         return logits_NV.view(*normed.shape[:-1], -1)
+
+    def rope(self, kind: str, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotary embeddings of an attention type, see `Engine.rope`."""
+        return self._ropes.of(kind, first, tokens)
 
     def head_step(self, depth: int) -> HeadStep:
         """The step of a chain of drafts, see `Engine.head_step`."""
@@ -260,6 +279,13 @@ class OpenVinoEngine:
         cuts = [depth - first for depth in self.model.exits.depths]
         ends = [cut for cut in cuts if 0 < cut < len(layers)]
         return [layers[a:b] for a, b in pairwise([0, *ends, len(layers)])]
+
+    def _pieces_of(self, layers: Layers) -> list[Piece]:
+        """What runs these layers, one after the other."""
+        key = layer_index(layers[0][0]), layer_index(layers[-1][0])
+        if key not in self._stretches:
+            self._stretches[key] = [self._piece(part) for part in self._cut(layers)]
+        return self._stretches[key]
 
     def _piece(self, layers: Layers) -> Piece:
         key = layer_index(layers[0][0]), layer_index(layers[-1][0])

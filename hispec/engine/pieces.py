@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hispec.engine.graph import NAME, PROMPTS, LayerGraph, layer_index
+from hispec.engine.inputs import Inputs
 from hispec.engine.openvino_graph import AT_ONCE, Graph
 from hispec.models.attention import PassCache, attention_by
 
@@ -63,15 +64,21 @@ class Piece:
     def run(
         self,
         hidden_BTH: torch.Tensor,
-        inputs: Mapping[str, Sequence[torch.Tensor]],
+        inputs: dict[str, Inputs],
         cache: PassCache,
         real: int,
+        tokens: int,
     ) -> dict[int, torch.Tensor]:
         """Hidden states [B, T, H] by depth: those after the layers and those that are read on the
-        way. The KV of the `real` first tokens goes to the cache."""
-        size = hidden_BTH.shape[0], hidden_BTH.shape[1]
+        way, valid until the next pass. The KV of the `real` first tokens goes to the cache.
+
+        Args:
+            hidden_BTH: of the real tokens at least.
+            tokens: T, padding included.
+        """
+        size = hidden_BTH.shape[0], tokens
         bound = self.bound(size if size in (FEW, MORE) else ANY)
-        first = self._give(bound.graph, hidden_BTH, inputs)
+        first = self._give(bound.graph, hidden_BTH, inputs, tokens)
         if not bound.holds(cache):
             for i, buffer in enumerate(self._buffers(cache), first):
                 bound.graph.set_input(i, buffer)
@@ -82,7 +89,7 @@ class Piece:
     def read(
         self,
         hidden_1TH: torch.Tensor,
-        inputs: Mapping[str, Sequence[torch.Tensor]],
+        inputs: dict[str, Inputs],
         cache: PassCache,
         row: int,
         start: int,
@@ -91,7 +98,7 @@ class Piece:
         """As `run`, for tokens of one row's prompt from position `start` on, in the dtype for
         prompts."""
         bound = self.bound(PROMPT)
-        first = self._give(bound.graph, hidden_1TH, inputs)
+        first = self._give(bound.graph, hidden_1TH, inputs, hidden_1TH.shape[1])
         past = self._buffers(cache)[:, row : row + 1, :, :start].contiguous()
         for i, buffer in enumerate(past, first):
             bound.graph.set_input(i, buffer)
@@ -106,13 +113,18 @@ class Piece:
         self,
         graph: Graph,
         hidden_BTH: torch.Tensor,
-        inputs: Mapping[str, Sequence[torch.Tensor]],
+        inputs: dict[str, Inputs],
+        tokens: int,
     ) -> int:
         """Copy all inputs but keys and values; returns the number of the first of these."""
-        given = [hidden_BTH, *(part for kind in self.layers.used_kinds for part in inputs[kind])]
-        for i, tensor in enumerate(given):
-            graph.copy_input(i, tensor)
-        return len(given)
+        rows, real, width = hidden_BTH.shape
+        graph.input(0, rows, tokens, width)[:, :real] = hidden_BTH
+        number = 1
+        for kind in self.layers.used_kinds:
+            for tensor in inputs[kind]:
+                graph.input(number, *tensor.shape).copy_(tensor)
+                number += 1
+        return number
 
     def _infer(
         self, bound: Bound, rows: int, tokens: int
@@ -127,21 +139,6 @@ class Piece:
         new_NBATE = bound.outputs(len(states), size)
         bound.graph.infer()
         return states, new_NBATE
-
-
-class PassInputs:
-    """Rotary embeddings and masks of one announced pass, by attention type; the pieces of a trunk
-    share them."""
-
-    def __init__(self, cache: PassCache, positions_BT: torch.Tensor, padding: int) -> None:
-        self._cache = weakref.ref(cache)
-        self._positions_BT, self._padding = positions_BT, padding
-        self.by_kind: dict[str, tuple[torch.Tensor, ...]] = {}
-
-    def of(self, cache: PassCache, positions_BT: torch.Tensor, padding: int) -> bool:
-        """Whether they are those of this pass: every pass has its own tensor of positions."""
-        same = self._cache() is cache and self._positions_BT is positions_BT
-        return same and self._padding == padding
 
 
 class Bound:

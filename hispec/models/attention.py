@@ -95,6 +95,9 @@ class PassCache(Protocol):
     """Whether passes read prompts: an engine may compute them in the dtype of the weights."""
     counts: list[int]
     """Tokens of each row in the announced pass; what follows them is padding."""
+    first: int | None
+    """Slot of the first token, if the announced pass has tokens of one row that follow each
+    other."""
 
     def buffers(self, layers: Sequence[int], heads: int, size: int) -> torch.Tensor:
         """Keys and values of some layers in turn, [2 * layers, B, heads, S, size], for an engine:

@@ -28,7 +28,6 @@ class HeadStep(Protocol):
     mask: dict[str, torch.Tensor]
     own_1TH: torch.Tensor
     hidden_1TH: torch.Tensor
-    best_1T: torch.Tensor
     sure_1T: torch.Tensor
     logits_1TW: torch.Tensor
 
@@ -81,11 +80,14 @@ class Engine(Protocol):
         reads: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """Hidden states [B, T, H] at the depths of `reads`, then those after all of these layers,
-        each with its attention type.
+        each with its attention type. They are valid until the next pass.
 
         Args:
             reads: depths between the layers that heads of the model read, increasing.
         """
+
+    def rope(self, kind: str, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [1, T, head size] of an attention type for positions from `first` on."""
 
     def head_step(self, depth: int) -> HeadStep:
         """The step of a chain of drafts from the head at a depth, which reads the token before."""

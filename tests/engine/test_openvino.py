@@ -342,7 +342,7 @@ def test_products_of_five_to_eight_tokens_are_two():
         ]
         assert kinds.count("FullyConnected") == products, tokens
         if tokens <= 8:
-            graph.copy_input(0, states[:, :tokens])
+            graph.input(0, 1, tokens, 8).copy_(states[:, :tokens])
             found = graph.output(0, 1, tokens, 6)
             graph.infer()
             torch.testing.assert_close(found, module(states[:, :tokens]), rtol=1e-4, atol=1e-4)
