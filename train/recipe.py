@@ -61,6 +61,10 @@ class Recipe:
     draft_vocab: Annotated[int, Field(ge=0)] = 0
     """Tokens that the exits draft from: the most frequent ones of the training text, stored with
     the exits; 0 for the whole vocabulary."""
+    exits_from: str | None = None
+    """EE checkpoint whose exits are trained further, such as a head of `hispec import-drafter`, in
+    place of fresh ones. `exits` and `draft_vocab` have to be its own; its draft vocabulary
+    stays."""
     head_previous: bool = False
     """Whether a `block` head also reads the full model's hidden state of the previous token."""
 

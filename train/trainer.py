@@ -34,6 +34,7 @@ from train.distributed import (
 )
 from train.divergence import DivergedError, check_finite, not_finite
 from train.evaluator import Evaluator, logged, shown
+from train.exits_from import start_from
 from train.fused import check_kernels
 from train.losses import ExitLoss
 from train.optimizer import build_optimizer
@@ -86,6 +87,8 @@ class Trainer:
         dtype = torch.float32 if recipe.trunk == "full" else recipe.dtype
         hf = load_base(self.base.folder, dtype)
         self.model = place(ExitModel(hf, recipe.exit_config(), gather), accelerator)
+        if recipe.exits_from is not None:
+            start_from(self.model, recipe.exits_from)
         self.model.heads.float().requires_grad_(True)  # master weights; autocast does the rest
         self.trunk = Trunk(hf, recipe.trunk, rank=recipe.lora_rank, alpha=recipe.lora_alpha)
         untouched = None
@@ -142,9 +145,8 @@ class Trainer:
                 )
 
     def _choose_draft_tokens(self, labels_RT: torch.Tensor) -> None:
-        if self.model.draft_tokens is not None:
-            count = self.recipe.draft_vocab
-            tokens_W = frequent_tokens(labels_RT, count, self.model.vocab_size)
+        if self.model.draft_tokens is not None and self.recipe.exits_from is None:
+            tokens_W = frequent_tokens(labels_RT, self.recipe.draft_vocab, self.model.vocab_size)
             with gather(self.model.hf.lm_head):
                 self.model.set_draft_tokens(tokens_W)
 
