@@ -133,7 +133,12 @@ class HeadChain:
         ladder.cache.show(length + most)
         step.bind(ladder.cache)
         slots_1T = torch.arange(first - 1, length - 1)[None]
-        step.before_1TH[:, :count] = ladder.state_before(0, full, slots_1T)
+        if step.reads:
+            for depth, states_1TH in zip(step.reads, step.states, strict=True):
+                states_1TH[:, :count] = ladder.cache.hidden(("depth", depth), slots_1T)
+            step.fuse()
+        else:
+            step.before_1TH[:, :count] = ladder.state_before(0, full, slots_1T)
         step.embedding_1TH[:, :count] = self.model.embed(
             torch.from_numpy(tokens_N[None, first:length])
         )

@@ -16,6 +16,7 @@ from torch import nn
 
 from hispec.engine.graph import NAME, LayerGraph
 from hispec.engine.lm_head import LMHead
+from hispec.engine.openvino_graph import Graph
 from hispec.models.attention import PassCache, attention_by
 
 
@@ -56,8 +57,25 @@ class HeadGraph(nn.Module):
         )
 
 
+class Before(nn.Module):
+    """What a head reads of tokens that the full model has run on [1, T, H], from their states
+    [1, T, H] at the depths of `ExitHead.reads`."""
+
+    def __init__(self, head: Any) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *states: torch.Tensor) -> torch.Tensor:
+        before: torch.Tensor = self.head.before(
+            None, dict(zip(self.head.reads, states, strict=True))
+        )
+        return before
+
+
 class HeadStep:
     """A compiled `HeadGraph` for up to `tokens` tokens, with the tensors that it reads and writes.
+
+    Where the head reads states at several depths, `Before` is compiled beside it.
 
     Args:
         engine: compiles it.
@@ -77,7 +95,7 @@ class HeadStep:
         given = [torch.randn(1, 3, shape.hidden) for _ in range(2)]
         with attention_by(engine.model.hf.config, NAME):
             traced = engine.traced(module, [*given, *example])
-        self._path = traced.path
+        self._paths = [traced.path]
         self.graph = traced.graph([state, state, *rest])
         self.kinds = layers.used_kinds
         self.embedding_1TH, self.before_1TH = torch.zeros(state), torch.zeros(state)
@@ -100,6 +118,17 @@ class HeadStep:
         for i, tensor in enumerate((*outputs, *self.new_NBATE)):
             self.graph.set_output(i, tensor)
         self._bound: tuple[int, int] | None = None
+        self.reads = list(module.head.reads)
+        self.states = [torch.zeros(state) for _ in self.reads]
+        self._before: Graph | None = None
+        if self.reads:
+            known = [torch.randn(1, 3, shape.hidden) for _ in self.reads]
+            before = engine.traced(Before(module.head).eval(), known)
+            self._paths.append(before.path)
+            self._before = before.graph([state] * len(self.reads))
+            for i, tensor in enumerate(self.states):
+                self._before.set_input(i, tensor)
+            self._before.set_output(0, self.before_1TH)
 
     def bind(self, cache: PassCache) -> None:
         """Read the keys and values of this cache, and make room for masks over its slots."""
@@ -117,12 +146,17 @@ class HeadStep:
             self.graph.set_input(4 + 3 * i, self.mask[kind].view(1, 1, -1, size[2]))
 
     def load(self) -> list[Path]:
-        """The file that keeps it; it is compiled already."""
-        return [self._path]
+        """The files that keep it; it is compiled already."""
+        return self._paths
 
     def run(self) -> None:
         """Compute the outputs from the inputs."""
         self.graph.infer()
+
+    def fuse(self) -> None:
+        """Compute `before_1TH` from `states`."""
+        assert self._before is not None, "a head that reads states at several depths"
+        self._before.infer()
 
     def keep(self, cache: PassCache, first: int, count: int) -> None:
         """Put the keys and values of the first `count` tokens into the slots from `first` on."""

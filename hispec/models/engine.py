@@ -30,6 +30,12 @@ class HeadStep(Protocol):
     hidden_1TH: torch.Tensor
     sure_1T: torch.Tensor
     logits_1TW: torch.Tensor
+    reads: list[int]
+    """Depths whose states `fuse` reads, from `states`; none for a head that reads one state."""
+    states: list[torch.Tensor]
+
+    def fuse(self) -> None:
+        """Compute `before_1TH`, what the head reads of a token, from `states`."""
 
     def bind(self, cache: PassCache) -> None:
         """Read the keys and values of this cache, and make room for masks over its slots."""
