@@ -124,10 +124,10 @@ class KVCache:
 
     def show(self, slots: int) -> None:
         """Let a pass see so many slots, and a few more, which are all masked."""
-        self._make_room(slots)
+        self.make_room(slots)
         self.visible = round_up(slots) if self._block is None else self._allocated
 
-    def _make_room(self, slots: int) -> None:
+    def make_room(self, slots: int) -> None:
         """Let the KV buffers hold so many slots of every row."""
         if slots > self._allocated:
             more = round_up(slots, self._block or _VECTOR) - self._allocated
@@ -332,7 +332,7 @@ class KVCache:
         """Copy the rows `source` of another cache of the same layers into `rows`: KV, hidden states
         and lengths."""
         longest = max(int(length_B[source].max()) for length_B in other.lengths.values())
-        self._make_room(longest)
+        self.make_room(longest)
         for layer in other._stack_of:
             theirs = other._kv(layer)
             if layer not in self._stack_of:

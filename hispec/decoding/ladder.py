@@ -81,6 +81,7 @@ class Ladder:
         """As `prefill`; yields between two passes, so that others can run."""
         self.cache.of_prompts = True
         longest = int(upto_B.max())
+        self.cache.make_room(longest)  # at once: it is copied when it grows
         engine = self.model.engine
         first, step = (_FIRST_PREFILL, _PREFILL) if engine is None else [engine.prompt_tokens] * 2
         for stop in range(first, max(longest, 1) + first, step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ class Piece:
         prompts."""
         bound = self.bound(PROMPT)
         first = self._give(bound.graph, hidden_1TH, inputs, hidden_1TH.shape[1])
-        past = self._buffers(cache)[:, row : row + 1, :, :start].contiguous()
+        past = bound.past(self._buffers(cache)[:, row : row + 1, :, :start])
         for i, buffer in enumerate(past, first):
             bound.graph.set_input(i, buffer)
         states, new_N1ATE = self._infer(bound, 1, hidden_1TH.shape[1])
@@ -149,6 +150,8 @@ class Bound:
         self._cache: weakref.ref[Any] | None = None
         self._visible = 0
         self._new: torch.Tensor | None = None
+        self._rooms = [torch.empty(0), torch.empty(0)]
+        """Memory of `past` and of `outputs`: to get it anew takes as long as to fill it."""
 
     def holds(self, cache: PassCache) -> bool:
         """Whether the graph reads the slots that the pass may see; if not, it is about to."""
@@ -161,7 +164,19 @@ class Bound:
         """A tensor of that size that the new keys and values are written to, the outputs from
         `first` on."""
         if self._new is None or self._new.shape != size:
-            self._new = torch.empty(size)
+            self._new = self._room(1, size)
             for i, part in enumerate(self._new, first):
                 self.graph.set_output(i, part)
         return self._new
+
+    def past(self, slots_NBASE: torch.Tensor) -> torch.Tensor:
+        """A copy without gaps, valid until the next one."""
+        copy = self._room(0, slots_NBASE.shape)
+        return copy.copy_(slots_NBASE)
+
+    def _room(self, number: int, size: Sequence[int]) -> torch.Tensor:
+        """A tensor of that size in one of `_rooms`."""
+        count = math.prod(size)
+        if self._rooms[number].numel() < count:
+            self._rooms[number] = torch.empty(count)
+        return self._rooms[number][:count].view(size)
