@@ -31,6 +31,7 @@ from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import FULL, INT8, WEIGHTS, quantize_linear
 from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
+from hispec.planner.search_space import default_setting
 from hispec.utils.command_line import parse_device, parse_dtype
 from hispec.utils.devices import multiplies_half
 from hispec.utils.schema import STRICT, validate
@@ -144,22 +145,21 @@ class EarlyExitLM:
         by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
         if by_exits:
             return {"ladder": self.ladder(), **settings}, ""
-        # three drafts cost little in any pass, so even a match of one token is worth a try
-        default = {"ladder": self.ladder(PLAIN), "drafter": "lookup", "lookup_length": 3}
+        lookup: dict[str, Any] = {"ladder": self.ladder(PLAIN), "drafter": "lookup"}
+        lookup["lookup_length"] = 3
         if named:
-            return {**default, **settings}, ""
+            return {**lookup, **settings}, ""
         setting, words = self.planned(rows)
         if setting is not None:
             trees = "recycle" in setting.get("drafter", "") or setting.get("draft_width", 1) > 1
             if not trees or settings.get("verification", "match") == "match":
                 return {**setting, **settings}, words
             words = "the plan drafts trees, which verification 'rejection' cannot verify"
-        if 0 in self.model.exits.depths and self.model.engine and not settings.get("temperature"):
-            lookup = {"drafter": "lookup+exit", "lookup_shortest": 2}
-            exit = {"ladder": [0, self.model.num_layers], "draft_length": 3, "adaptive": True}
-            default.update(lookup, **exit)
-            return {**default, **settings}, f"{words}; the exit at 0 and prompt lookup draft"
-        return {**default, **settings}, f"{words}; decoded plainly with prompt lookup"
+        default = lookup if settings.get("temperature") else default_setting(self.model)
+        who = "the exit at 0 and prompt lookup draft"
+        if "exit" not in default["drafter"]:
+            who = "decoded plainly with prompt lookup"
+        return {**default, **settings}, f"{words}; {who}"
 
     @classmethod
     def from_transformers(

@@ -1,8 +1,8 @@
 """The planner: the fastest setting of the decoder for this model, this machine and this text.
 
 Parts of a decode are timed once. Every setting is then replayed on the same prompts, which gives
-its counts and its seconds. The best few are really decoded, beside plain decoding, and the fastest
-of these is the plan; plain decoding is an answer too.
+its counts and its seconds. The best few are really decoded, beside plain decoding and what decodes
+without a plan, and the fastest of these is the plan; plain decoding is an answer too.
 
 With several rows, prompts are decoded that many at a time, as one call with that many prompts does:
 a row whose text has ended stays idle until the last one has.
@@ -77,6 +77,8 @@ class _Measured:
     rates: list[float] = field(default_factory=list)
     """Tokens per second of every repeat over all prompts."""
     same_text: int = 0
+    per_pass: float = 0.0
+    """Tokens per pass of the full model in the last repeat."""
 
 
 class Planner:
@@ -154,16 +156,25 @@ class Planner:
         tried = self.predict(latency, self._prefill, progress)
         plain = tried[0]
         chosen = [plain, *to_confirm(tried[1:], confirm)]
-        for entry, found in zip(chosen, self._decode(chosen, repeats, progress), strict=True):
+        if (default := self._default(plain)) is not None:
+            chosen.append(default)
+        measured = self._decode(chosen, repeats, progress)
+        for entry, found in zip(chosen, measured, strict=True):
             entry.measured = statistics.median(found.rates)
             entry.spread = min(found.rates), max(found.rates)
             entry.same_text = found.same_text
         assert plain.measured is not None
         # A machine is not as fast in every minute: predictions are stated in the minutes of the
         # confirmation, by one factor for all of them.
-        scale = statistics.median((entry.measured or 0.0) / entry.predicted for entry in chosen)
+        scale = statistics.median(
+            (entry.measured or 0.0) / entry.predicted for entry in chosen if entry is not default
+        )
         for entry in tried:
             entry.predicted *= scale
+        if default is not None:
+            default.predicted = default.measured or 0.0
+            default.tokens_per_target_pass = measured[-1].per_pass
+            tried.append(default)
         best = max(chosen, key=lambda entry: entry.measured or 0.0)
         if (best.measured or 0.0) < WORTH_IT * plain.measured:
             best = plain
@@ -181,6 +192,14 @@ class Planner:
             seconds=time.perf_counter() - began,
             rows=self.rows,
         )
+
+    def _default(self, plain: Tried) -> Tried | None:
+        """What decodes without a plan, if it follows the clock: then no replay predicts it, and it
+        is decoded whatever the other settings promise."""
+        setting = search_space.default_setting(self.model)
+        if not setting.get("adaptive") or setting["ladder"][0] not in self.exits:
+            return None
+        return Tried(setting, plain.predicted, 1.0, prompts=plain.prompts)
 
     @property
     def lengths(self) -> list[int]:
@@ -309,4 +328,5 @@ class Planner:
                     found[i].same_text += sum(a == b for a, b in zip(texts, plain, strict=True))
         for measured, of_repeats in zip(found, totals, strict=True):
             measured.rates = [total.rate for total in of_repeats]
+            measured.per_pass = of_repeats[-1].tokens / of_repeats[-1].row_passes
         return found

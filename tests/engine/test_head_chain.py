@@ -14,6 +14,8 @@ from hispec.decoding.head_chain import HeadChain
 from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.lm import EarlyExitLM
 from hispec.models.exit_model import ExitModel
+from hispec.planner.planner import Planner
+from hispec.planner.search_space import default_setting
 
 HEADS = {
     "eagle3": Exit(0, head="eagle3"),
@@ -165,3 +167,27 @@ def test_without_a_plan_a_compiled_head_drafts_greedy_texts():
     assert lm.choose("auto", {"drafter": "recycle"})[0] == {**lookup, "drafter": "recycle"}
     lm.model.engine = None
     assert lm.choose(None, {})[0] == lookup
+
+
+def test_a_plan_is_compared_with_what_decodes_without_one(monkeypatch):
+    """No replay predicts a setting that follows the clock, so it is always decoded."""
+    model = model_of("llama", HEADS["eagle3"])
+    planner = Planner(model, [[5, 6, 7, 8], [9, 4, 3]], exits=[0], new_tokens=6)
+    default = default_setting(model)
+    really = planner._decode
+    for speed, wins in ((1e6, True), (1e-3, False)):
+
+        def decoded(chosen, *args, speed=speed):
+            found = really(chosen, *args)
+            assert chosen[-1].setting == default
+            found[-1].rates = [speed]
+            return found
+
+        monkeypatch.setattr(planner, "_decode", decoded)
+        plan = planner.run({}, confirm=1, repeats=1)
+        assert (plan.setting == default) is wins
+        (entry,) = [tried for tried in plan.settings if tried.setting == default]
+        assert entry.measured == entry.predicted == speed
+        assert entry.tokens_per_target_pass >= 1
+        assert entry.same_text == 2
+        assert max(t.predicted for t in plan.settings if t is not entry) < 1e6
