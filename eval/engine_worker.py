@@ -45,7 +45,10 @@ def openvino_genai(asked: Asked) -> tuple[str, Generate]:
     import openvino
     import openvino_genai as genai
 
+    scheduler = genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False  # a repeat would not read its prompt
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": asked.threads}
+    settings["scheduler_config"] = scheduler
     if asked.lookup:
         settings["prompt_lookup"] = True
     if asked.dtype == "float32":
