@@ -78,8 +78,11 @@ _REST = 16, 256
 """Rounds of a pause: of the first, and at most."""
 _LOOK = 64
 """Rounds with drafts after which one without is timed again."""
-_KEPT = 0.9
-"""Share of the weight of older rounds that each new one leaves."""
+_KEPT = 0.98
+"""Share of the weight of older rounds that each text in a new one leaves."""
+_CHANCE = 0.7
+"""Tokens that one round of one text may have too few by chance; n of them the root of n times as
+many."""
 
 
 @dataclass
@@ -88,18 +91,33 @@ class _Speed:
 
     tokens: float = 0.0
     seconds: float = 0.0
+    rounds: float = 0.0
+    """Of single texts."""
 
-    def add(self, tokens: int, seconds: float) -> None:
-        self.tokens = _KEPT * self.tokens + tokens
-        self.seconds = _KEPT * self.seconds + seconds
+    def add(self, texts: int, tokens: int, seconds: float) -> None:
+        """Count a round of so many texts."""
+        self._weigh(_KEPT**texts)
+        self.tokens += tokens
+        self.seconds += seconds
+        self.rounds += texts
 
     def fade(self) -> None:
         """Let new rounds count more than those so far."""
-        self.tokens, self.seconds = self.tokens / 4, self.seconds / 4
+        self._weigh(1 / 4)
+
+    def _weigh(self, share: float) -> None:
+        self.tokens, self.seconds = share * self.tokens, share * self.seconds
+        self.rounds *= share
 
     @property
     def rate(self) -> float:
+        """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def promise(self) -> float:
+        """The highest rate that may have looked like this by chance."""
+        return (self.tokens + _CHANCE * self.rounds**0.5) / self.seconds if self.seconds else 0.0
 
 
 @dataclass
@@ -126,8 +144,9 @@ class Pace:
 
     `LengthControl` weighs single rows by what their drafts cost. What a pass costs that verifies
     drafts of many rows at once, only the clock tells: on a CPU about as much as it has tokens, so
-    that drafting for eight rows may halve the speed. Both kinds of rounds are timed, and the slower
-    kind is tried again after a pause that doubles. It changes no text.
+    that drafting for eight rows may halve the speed. Both kinds of rounds are timed. Where drafts
+    are slower by more than chance explains, they pause, and are tried again after a pause that
+    doubles: a few rounds say little of drafts that are right now and then. It changes no text.
     """
 
     def __init__(self) -> None:
@@ -144,7 +163,7 @@ class Pace:
             return False
         if known.look <= 0:
             return False
-        if known.tried >= _TRIAL and known.drafting.rate < known.plain.rate:
+        if known.tried >= _TRIAL and known.drafting.promise < known.plain.rate:
             known.wait, known.rest = known.rest, min(2 * known.rest, _REST[1])
             return False
         if known.tried >= 8 * _TRIAL:
@@ -168,4 +187,5 @@ class Pace:
         elif counts:
             known.look = _LOOK
         if counts:
-            (known.drafting if drafted else known.plain).add(tokens, seconds)
+            texts = min(rows, tokens)  # a text that has not ended gets one token at least
+            (known.drafting if drafted else known.plain).add(texts, tokens, seconds)
