@@ -61,6 +61,7 @@ class RowInputs:
 
     Args:
         model: an `ExitModel`.
+        ropes: of the same model.
     """
 
     def __init__(self, model: Any, ropes: RopeTable) -> None:

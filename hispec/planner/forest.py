@@ -48,6 +48,7 @@ class Forest(KVCache):
         whole: bool = False,
     ) -> torch.Tensor:
         super().place(slots_BT)
+        self.first = None  # what lies side by side need not follow each other
         self.show(self.used)
         assert self._slots_BT is not None
         return self._position_S[self._slots_BT]
