@@ -303,7 +303,7 @@ class KVCache:
 
     def hidden(self, segment: Segment, slots_BT: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, T, H] that a segment stored for some slots."""
-        if self.rows == 1 and slots_BT.shape[1] == 1:
+        if slots_BT.shape == (1, 1) and self.device.type == "cpu":
             slot = int(slots_BT)
             return self._hidden[segment][None, slot : slot + 1].clone()
         index = (slots_BT + self._offsets_B1).reshape(-1)

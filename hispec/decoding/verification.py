@@ -142,10 +142,10 @@ class MatchSampler(Sampler):
     def _choose(
         self, scores_NV: torch.Tensor, positions_N: np.ndarray, rows_N: Iterable[int]
     ) -> np.ndarray:
-        scores_NV = self._with_noise(scores_NV, positions_N, rows_N).cpu()
-        if scores_NV.dtype == torch.float32:  # numpy has it in half of torch's time
-            return scores_NV.numpy().argmax(-1)
-        return scores_NV.argmax(-1).numpy()
+        scores_NV = self._with_noise(scores_NV, positions_N, rows_N)
+        if scores_NV.device.type == "cpu" and scores_NV.dtype == torch.float32:
+            return scores_NV.numpy().argmax(-1)  # half of torch's time
+        return scores_NV.argmax(-1).cpu().numpy()
 
     def _with_noise(
         self, scores_NV: torch.Tensor, positions_N: np.ndarray, rows_N: Iterable[int]
