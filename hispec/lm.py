@@ -31,7 +31,7 @@ from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import FULL, INT8, WEIGHTS, quantize_linear
 from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
-from hispec.planner.search_space import default_setting
+from hispec.planner.search_space import default_setting, lookup_setting
 from hispec.utils.command_line import parse_device, parse_dtype
 from hispec.utils.devices import multiplies_half
 from hispec.utils.schema import STRICT, validate
@@ -145,8 +145,7 @@ class EarlyExitLM:
         by_exits = bool(named - _FREE) or "exit" in str(settings.get("drafter", ""))
         if by_exits:
             return {"ladder": self.ladder(), **settings}, ""
-        lookup: dict[str, Any] = {"ladder": self.ladder(PLAIN), "drafter": "lookup"}
-        lookup["lookup_length"] = 3
+        lookup = lookup_setting(self.model)
         if named:
             return {**lookup, **settings}, ""
         setting, words = self.planned(rows)

@@ -57,7 +57,7 @@ class RowInputs:
 
     A round of decoding has few such passes, each a little further than the one before. So
     embeddings are looked up in a table, and masks are changed where they differ from those of the
-    pass before: made anew, both take 0.4 ms of a round of 20 (docs/benchmarks.md).
+    pass before: made anew, both take 0.5 ms of a round of 20 (docs/benchmarks.md).
 
     Args:
         model: an `ExitModel`.

@@ -134,9 +134,9 @@ class OpenVinoEngine:
         known = self._inputs
         if known is None or not known.of(cache, positions_BT, padding):
             known = self._inputs = PassInputs(cache, positions_BT, padding)
-        positions_BT = F.pad(positions_BT, (0, padding)) if padding else positions_BT
         for kind in kinds - set(known.by_kind):
-            rope = self.model.rope(kind, torch.zeros(1, 1, 1, dtype=self.dtype), positions_BT)
+            positions = F.pad(positions_BT, (0, padding)) if padding else positions_BT
+            rope = self.model.rope(kind, torch.zeros(1, 1, 1, dtype=self.dtype), positions)
             known.by_kind[kind] = *rope, self._mask(kind, cache, padding)
         return known.by_kind
 

@@ -13,11 +13,16 @@ from hispec.planner.plan_file import Setting, Tried
 LONGEST_DRAFT = 8
 
 
+def lookup_setting(model: ExitModel) -> Setting:
+    """What decodes without a plan and without exits: the full model verifies prompt lookups."""
+    # three drafts cost little in any pass, so even a match of one token is worth a try
+    return {"ladder": [model.num_layers], "drafter": "lookup", "lookup_length": 3}
+
+
 def default_setting(model: ExitModel) -> Setting:
     """What decodes greedily without a plan: prompt lookup, and where a head at depth 0 is compiled
     its drafts, as many as pay, and none while rounds without are faster."""
-    # three drafts cost little in any pass, so even a match of one token is worth a try
-    lookup: Setting = {"ladder": [model.num_layers], "drafter": "lookup", "lookup_length": 3}
+    lookup = lookup_setting(model)
     if 0 not in model.exits.depths or model.engine is None:
         return lookup
     exit = {"ladder": [0, model.num_layers], "drafter": "lookup+exit", "draft_length": 3}
