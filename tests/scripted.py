@@ -64,6 +64,7 @@ class ScriptedModel:
     device = torch.device("cpu")
 
     backend = "eager"
+    cold_passes = 0
     weights = "full"
     engine = None
     hf = SimpleNamespace(dtype=torch.float32)

@@ -11,6 +11,7 @@ from hispec.cli.checkpoints import (
     export,
     import_drafter,
     inspect,
+    merge,
     report,
 )
 from hispec.cli.decode import generate, plan
@@ -27,7 +28,19 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("compile")(compile_checkpoint)
-for command in (fetch, generate, serve, plan, report, export, import_drafter, inspect, push, pull):
+for command in (
+    fetch,
+    generate,
+    serve,
+    plan,
+    report,
+    export,
+    import_drafter,
+    merge,
+    inspect,
+    push,
+    pull,
+):
     app.command()(command)
 
 

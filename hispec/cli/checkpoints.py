@@ -1,4 +1,4 @@
-"""Commands that read checkpoints or write new ones: export, import-drafter, inspect, report."""
+"""Commands that read checkpoints or write new ones."""
 
 from __future__ import annotations
 
@@ -91,6 +91,27 @@ def import_drafter(
         f"EE checkpoint: {target}; verified: {found.figures['prompts']} prompts, "
         f"{found.figures['new_tokens']} new tokens, accepted of the drafts "
         f"{accepted(found.figures)}"
+    )
+
+
+def merge(
+    first: Annotated[Path, typer.Argument(help="folder of an EE checkpoint")],
+    second: Annotated[Path, typer.Argument(help="one with other exits of the same base")],
+    target: Annotated[Path, typer.Argument(help="folder of the EE checkpoint to write")],
+    base: Base = None,
+) -> None:
+    """Put the exits of two EE checkpoints of one base into one, as they were trained."""
+    from hispec.checkpoint.model_card import accepted
+    from hispec.export import merge as merging
+    from hispec.utils.files import clear_leftovers
+
+    quiet_transformers()
+    if clear_leftovers(target):
+        out.say(f"an earlier merge to {target} was interrupted: cleaned up")
+    found = merging.merge(first, second, target, base=base)
+    out.say(
+        f"EE checkpoint: {target}; verified: {found['prompts']} prompts, {found['new_tokens']} new "
+        f"tokens, accepted of the drafts {accepted(found)}"
     )
 
 

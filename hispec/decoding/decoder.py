@@ -28,7 +28,7 @@ from hispec.decoding.inputs import check_admission, check_inputs, check_limit, c
 from hispec.decoding.ladder import Ladder, similar
 from hispec.decoding.sampling import processors
 from hispec.decoding.state import FREE, Committed, DecodeState
-from hispec.decoding.stats import DecodeStats, RowStats
+from hispec.decoding.stats import DecodeStats, RowStats, Stopwatch
 from hispec.decoding.verification import Sampler, Verified, build_sampler
 from hispec.models.exit_model import ExitModel
 
@@ -201,7 +201,7 @@ class Decode:
 
     def _round(self) -> None:
         """Draft, verify, and validate where it is due."""
-        state, began = self.state, time.perf_counter()
+        state, watch = self.state, Stopwatch(self.model)
         before_B = state.committed_B
         drafts = self.pace is None or self.pace.drafts(state.rows)
         draft = self._draft() if drafts else DraftTree.empty(state.rows)
@@ -211,9 +211,9 @@ class Decode:
                 break
             self._verify(rung, state.pending(rung))
         if self.pace is not None:
-            new_tokens = int((state.committed_B - before_B).sum())
+            seconds, new_tokens = watch.seconds, int((state.committed_B - before_B).sum())
             drafted = bool(draft.count_B.any())
-            self.pace.observe(state.rows, time.perf_counter() - began, new_tokens, drafted)
+            self.pace.observe(state.rows, seconds, new_tokens, drafted, watch.cold)
 
     def _read_prompts(self) -> None:
         """Let all rungs read the new prompts, and the full model add the first token of each, which
@@ -271,7 +271,7 @@ class Decode:
 
     def _verify(self, rung: int, draft: DraftTree) -> None:
         """Let `rung` verify draft tokens, and add one token of its own to every row."""
-        began = time.perf_counter()
+        watch = Stopwatch(self.model)
         state, tokens_BN = self.state, self.state.tokens_BN
         base_B = state.verified[rung]
         # The last token of a chain that ends its text is verified, but no token follows it, so it
@@ -295,7 +295,7 @@ class Decode:
         length_B[own] += 1
         state.advance(rung, length_B)
         self.ladder.truncate(length_B - 1)  # no rung has run the token that was just added
-        self.stats.rungs[rung].add_pass(time.perf_counter() - began)
+        self.stats.rungs[rung].add_pass(watch)
         self._count(rung, draft, verified)
 
         if rung == state.last:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hispec.decoding.draft_tree import DraftTree
+from hispec.decoding.stats import Stopwatch
 
 if TYPE_CHECKING:
     from hispec.decoding.decoder import Decode
@@ -53,7 +53,7 @@ class DraftSteps:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The next token of some rows: (token ids [B], whether their probability reached
         `threshold` [B])."""
-        began = time.perf_counter()
+        watch = Stopwatch(self._decode.model)
         decode = self._decode
         nothing = DraftTree.empty(len(rows_B))
         upto_B = length_B - ~rows_B
@@ -64,29 +64,27 @@ class DraftSteps:
         sure_B = np.ones_like(rows_B)
         if threshold:
             sure_B = decode.sampler.confidence(scores_BV) >= threshold
-        self._count(began)
+        self._count(watch)
         return token_B, sure_B
 
     def cost(self) -> float | None:
         """Mean seconds of a draft token over those of a pass of the first rung that verifies; None
-        if either has not run yet."""
-        draft, verify = self._decode.stats.rungs[0], self._decode.stats.rungs[1]
-        if not (draft.passes and verify.passes):
-            return None
-        return draft.seconds / draft.passes / (verify.seconds / verify.passes)
+        while either is not known."""
+        draft, verify = (rung.seconds_per_pass for rung in self._decode.stats.rungs[:2])
+        return None if draft is None or verify is None else draft / verify
 
     def candidates(
         self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The most probable tokens behind the last tokens of a tree of drafts: (token ids
         [B, last, count], their log-probabilities)."""
-        began = time.perf_counter()
+        watch = Stopwatch(self._decode.model)
         decode = self._decode
         base_B = decode.state.verified[decode.state.first]
         if self._chain is not None and rows_B[0]:
             found = self._chain.level(tokens_BN[0], int(base_B[0]), tree, last, count)
             if found is not None:
-                self._count(began)
+                self._count(watch)
                 return found
         width = tree.parent_BN.shape[1]
         skip = width + 1 - last
@@ -95,7 +93,7 @@ class DraftSteps:
         decode.observe(tokens_BN, base_B, upto_B, scores_BCV, skip=skip)
         positions_BC = base_B[:, None] + tree.depth_BC[:, skip:]
         found = decode.sampler.best(scores_BCV, positions_BC, count)
-        self._count(began)
+        self._count(watch)
         return found
 
     def chain(
@@ -103,15 +101,13 @@ class DraftSteps:
     ) -> list[int] | None:
         """A whole chain of drafts behind the first `length` tokens of the only row; None where it
         has to be drafted token by token."""
-        began = time.perf_counter()
+        watch = Stopwatch(self._decode.model)
         if self._chain is None:
             return None
         drafts = self._chain.draft(tokens_N, length, most, threshold, self._decode.state.eos)
         if drafts is not None:
-            self._count(began, len(drafts))
+            self._count(watch, len(drafts))
         return drafts
 
-    def _count(self, began: float, passes: int = 1) -> None:
-        seconds = time.perf_counter() - began
-        for _ in range(passes):
-            self._decode.stats.rungs[0].add_pass(seconds / passes)
+    def _count(self, watch: Stopwatch, passes: int = 1) -> None:
+        self._decode.stats.rungs[0].add_pass(watch, passes)

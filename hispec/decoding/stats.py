@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,25 @@ from hispec.decoding.verification import Verified
 
 if TYPE_CHECKING:
     from hispec.decoding.ladder import Ladder
+    from hispec.models.exit_model import ExitModel
+
+
+class Stopwatch:
+    """Wall time since it was made, and whether an engine planned a graph meanwhile."""
+
+    def __init__(self, model: ExitModel) -> None:
+        self._model = model
+        self._cold = model.cold_passes
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def cold(self) -> bool:
+        """Whether the time says nothing of the next passes, see `Engine.cold_passes`."""
+        return self._model.cold_passes > self._cold
 
 
 @dataclass
@@ -57,11 +77,24 @@ class RungStats(DraftStats):
     """Tokens run through the blocks of its head."""
     seconds: float = 0.0
     """Wall time of these passes, with the catching up of shallower rungs and the verification."""
+    cold_passes: int = 0
+    """Those in which the engine planned a graph, see `Engine.cold_passes`."""
+    cold_seconds: float = 0.0
+    """Their wall time."""
 
-    def add_pass(self, seconds: float) -> None:
-        """Count one pass."""
-        self.passes += 1
+    def add_pass(self, watch: Stopwatch, passes: int = 1) -> None:
+        """Count a pass, or some that were timed together."""
+        seconds, cold = watch.seconds, watch.cold
+        self.passes += passes
         self.seconds += seconds
+        self.cold_passes += passes * cold
+        self.cold_seconds += seconds * cold
+
+    @property
+    def seconds_per_pass(self) -> float | None:
+        """Mean wall time of the passes that planned no graph; None if there were none."""
+        warm = self.passes - self.cold_passes
+        return (self.seconds - self.cold_seconds) / warm if warm else None
 
 
 @dataclass

@@ -84,6 +84,7 @@ class OpenVinoEngine:
         native = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         half = native and model.hf.dtype == torch.bfloat16
         self.prompt_dtype = torch.bfloat16 if half else self.dtype
+        self.cold_passes = 0
         self.say: Callable[[str], None] = logging.getLogger(__name__).warning
         self._said = False
 
@@ -255,10 +256,19 @@ class OpenVinoEngine:
         self, module: nn.Module, example: Sequence[torch.Tensor], *, join: bool = True
     ) -> Traced:
         """A module, traced or loaded, to compile graphs from: see `Traced`."""
-        config, before, threads = self.model.hf.config, self._announce, self.threads
         return Traced(
-            self._core, module, config, example, threads=threads, join=join, before=before
+            self._core,
+            module,
+            self.model.hf.config,
+            example,
+            threads=self.threads,
+            join=join,
+            before=self._announce,
+            cold=self._count_cold,
         )
+
+    def _count_cold(self) -> None:
+        self.cold_passes += 1
 
     def _announce(self) -> None:
         """Say once that graphs are compiled."""

@@ -41,6 +41,7 @@ class Traced:
         threads: that graphs run on.
         join: see `Tracing`.
         before: called before anything is traced.
+        cold: called after a graph was planned, see `Graph`.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Traced:
         threads: int,
         join: bool = True,
         before: Callable[[], None] = lambda: None,
+        cold: Callable[[], None] = lambda: None,
     ) -> None:
-        self._core, self._threads = core, threads
+        self._core, self._threads, self._cold = core, threads, cold
         self.path = artifact_path(module_digest(module, config), {"openvino": ov.get_version()})
         self._content = read_artifact(self.path)
         known = None if self._content is None else _load(core, self.path, self._content)
@@ -88,7 +90,8 @@ class Traced:
             "ENABLE_CPU_PINNING": False,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # int8 weights, float32 states
         }
-        return Graph(self._core.compile_model(model, "CPU", settings), self._content)
+        compiled = self._core.compile_model(model, "CPU", settings)
+        return Graph(compiled, self._content, self._cold)
 
 
 def _marked(model: ov.Model) -> ov.Model:
@@ -144,10 +147,19 @@ class Graph:
     Args:
         content: what it was compiled from, if it lies in a file in memory; OpenVINO goes on reading
             it.
+        cold: called after it ran for the first time or with inputs of other sizes. OpenVINO then
+            packs its weights or plans it anew, which takes up to ten times as long as to run it.
     """
 
-    def __init__(self, compiled: ov.CompiledModel, content: np.ndarray | None) -> None:
-        self._content = content
+    def __init__(
+        self,
+        compiled: ov.CompiledModel,
+        content: np.ndarray | None,
+        cold: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._content, self._cold = content, cold
+        self._planned = False
+        self._sizes: dict[int, torch.Size] = {}
         self._request = compiled.create_infer_request()
         self._inputs: dict[int, torch.Tensor] = {}
         self._outputs: dict[int, torch.Tensor] = {}
@@ -155,6 +167,9 @@ class Graph:
     def infer(self) -> None:
         """Compute the outputs from the inputs."""
         self._request.infer()
+        if not self._planned:
+            self._planned = True
+            self._cold()
 
     def input(self, number: int, *size: int) -> torch.Tensor:
         """The tensor of that size, zeros at first, that an input is read from, until another size
@@ -176,6 +191,9 @@ class Graph:
 
     def set_input(self, number: int, tensor: torch.Tensor) -> None:
         """Read an input from this tensor, which must live until it is replaced or not used."""
+        if self._sizes.get(number) != tensor.shape:
+            self._sizes[number] = tensor.shape
+            self._planned = False
         self._request.set_input_tensor(number, ov.Tensor(tensor.numpy(), shared_memory=True))
 
     def set_output(self, number: int, tensor: torch.Tensor) -> None:

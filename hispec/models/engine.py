@@ -62,6 +62,9 @@ class Engine(Protocol):
     """Tokens of a pass over prompts, at most."""
     block: int
     """The cache shows slots in multiples of this."""
+    cold_passes: int
+    """Graphs that have run for the first time or with other sizes than before, and took longer for
+    it: how long they took says nothing of the next pass."""
     say: Callable[[str], None]
     """Called with a sentence for the user before work that takes seconds."""
 

@@ -68,6 +68,11 @@ class Trunk(nn.Module):
         """The name of what runs cached passes."""
         return "eager" if self.engine is None else self.engine.name
 
+    @property
+    def cold_passes(self) -> int:
+        """See `Engine.cold_passes`; 0 without an engine."""
+        return 0 if self.engine is None else self.engine.cold_passes
+
     def cache_layout(self) -> tuple[torch.dtype, int | None]:
         """(dtype, slots of a block) of a new KV cache as the engine wants it; (the model's dtype,
         None) without an engine."""

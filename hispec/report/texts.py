@@ -14,6 +14,7 @@ from hispec.decoding.stats import DecodeStats, DraftStats
 from hispec.lm import EarlyExitLM
 from hispec.planner.heatmap import FREE
 from hispec.planner.plan_file import Machine, Setting, is_plain, shown
+from hispec.report.trace import columns, followed
 from hispec.utils.console import Progress
 
 SHOWN = 3
@@ -28,19 +29,24 @@ def decode(
     new_tokens: int,
     progress: Progress = lambda items, _: items,
 ) -> dict[str, Any]:
-    """Decode prompts with the plan's setting, and with all exits if the plan uses none.
+    """Decode prompts with the plan's setting, or what is taken without one, and with all exits.
 
     Args:
         new_tokens: most new tokens of each prompt.
 
     Returns:
         `ways`: the settings with their acceptance per task; `texts`: the first prompts with the
-        rung of each token; and the plan, the numbers and the machine that these hold for.
+        rung of each token and what each round drafted; and the plan, the numbers and the machine
+        that these hold for.
     """
     planned, words = lm.planned()
     by_exits: Setting = {"ladder": lm.ladder()}
     ways = [by_exits] if planned is None else [planned]
-    if planned is not None and len(planned["ladder"]) == 1:
+    if planned is None:
+        default, because = lm.choose(None, {})
+        if len(default["ladder"]) > 1:
+            ways, words = [default, by_exits], f"{because}; all exits are shown too"
+    elif len(planned["ladder"]) == 1:
         ways = [by_exits] if is_plain(planned) else [planned, by_exits]
         words += "; all exits are shown too" if len(ways) > 1 else "; all exits are shown instead"
     classes = _classes(ways, lm.model.num_layers)
@@ -52,9 +58,10 @@ def decode(
         for way, by_task in zip(ways, stats, strict=True):
             config = DecodeConfig(**way, max_new_tokens=new_tokens, eos=lm.eos())
             run = Decode(lm.model, [tokens], config)
-            pieces = [(piece.depth, piece.text) for piece in lm.stream(run)]
+            pieces, rounds = followed(lm, run)
             by_task[prompt.task].append(run.stats)
-            shown_ways.append(_text(way, pieces, run.stats, classes))
+            chart = columns(rounds, classes, lm.model.num_layers)
+            shown_ways.append({**_text(way, pieces, run.stats, classes), "trace": chart})
         if prompt.line in to_show:
             question = prompt.messages[-1]["content"] if prompt.messages else prompt.text
             texts.append({"task": prompt.task, "prompt": _short(question), "ways": shown_ways})

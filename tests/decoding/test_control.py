@@ -170,6 +170,17 @@ def test_the_first_round_of_another_kind_does_not_count_with_several_rows():
     assert pace._widths[4].drafting.rate == pytest.approx(2.0)
 
 
+def test_a_round_in_which_a_graph_is_planned_does_not_count_with_one_row():
+    """Before: the first drafts of a process, which load a graph, paused for 16 rounds."""
+    pace = Pace()
+    for number in range(60):
+        drafts = pace.drafts(1)
+        cold = number in (0, 1, 7)
+        pace.observe(1, 100.0 if cold else 1.0, 2 if drafts else 1, drafts, cold)
+        assert drafts or number == 2  # the one without that is timed
+    assert pace._widths[1].drafting.rate == pytest.approx(2.0)
+
+
 def test_decodes_of_more_rungs_are_left_alone():
     """Without drafts their middle rungs would draft, which is another thing than not to draft."""
     model = tiny_model("llama", exits=(2, 4))

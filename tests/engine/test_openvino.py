@@ -271,6 +271,28 @@ def test_exact_copies(dtype):
     assert scale is None
 
 
+def test_passes_that_plan_a_graph_are_counted_apart(prompts):
+    """The first one, and those after which the cache shows more slots; the others are timed."""
+    model = tiny_model("llama", exits=(2,))
+    model.engine = OpenVinoEngine(model)
+    config = DecodeConfig(ladder=(6,), max_new_tokens=150, eos=())
+    counts = []
+    for _ in range(2):
+        run = Decode(model, prompts[:1], config)
+        run.finish()
+        (rung,) = run.stats.rungs
+        counts.append(rung.cold_passes)
+        assert 0 < rung.cold_seconds < rung.seconds
+        assert rung.seconds_per_pass < rung.cold_seconds / rung.cold_passes
+    # The pass that reads the prompt's last state runs the LM head alone, the first time cold. Then
+    # the trunk with 128 slots, and with 256; the second cache is another, with other sizes before.
+    assert counts == [3, 2]
+    model.engine = None
+    run = Decode(model, prompts[:1], config)
+    run.finish()
+    assert run.stats.rungs[0].cold_passes == 0
+
+
 def test_changed_weights_are_compiled_anew(prompts):
     model = tiny_model("llama", exits=(2,))
     model.engine = OpenVinoEngine(model)

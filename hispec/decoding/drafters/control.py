@@ -170,16 +170,20 @@ class Pace:
             known.rest = _REST[0]
         return True
 
-    def observe(self, rows: int, seconds: float, tokens: int, drafted: bool) -> None:
+    def observe(
+        self, rows: int, seconds: float, tokens: int, drafted: bool, cold: bool = False
+    ) -> None:
         """Learn from a round.
 
         Args:
             tokens: that it committed, over all rows.
             drafted: whether there were any draft tokens.
+            cold: whether the engine planned a graph in it, see `Engine.cold_passes`.
         """
         known = self._widths[rows]
-        # With several rows an engine takes longer for the first pass of another size.
-        counts = rows == 1 or drafted == known.drafted
+        # With several rows a graph is planned wherever the number of draft tokens changes. That is
+        # a cost of drafting, but for the first round of the other kind.
+        counts = not cold if rows == 1 else drafted == known.drafted
         known.drafted = drafted
         if drafted:
             known.tried += counts
