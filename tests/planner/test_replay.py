@@ -47,8 +47,8 @@ def counted(run: Decode) -> dict:
     """All that a decode counts; its seconds are its own."""
     found = run.stats.as_dict()
     for part in (found, *found["rungs"]):
-        part.pop("seconds")
-        part.pop("tokens_per_second", None)
+        for key in ("seconds", "tokens_per_second", "cold_passes", "cold_seconds"):
+            part.pop(key, None)
     return found
 
 

@@ -72,7 +72,7 @@ class LengthControl:
         self._wait_B = np.where(tried_B, 0, self._wait_B)
 
 
-_TRIAL = 2
+_TRIAL = 1
 """Rounds with drafts that count, after a pause, before they are judged again."""
 _REST = 16, 256
 """Rounds of a pause: of the first, and at most."""
@@ -103,7 +103,7 @@ class _Speed:
 
     def fade(self) -> None:
         """Let new rounds count more than those so far."""
-        self._weigh(1 / 4)
+        self._weigh(1 / 2)
 
     def _weigh(self, share: float) -> None:
         self.tokens, self.seconds = share * self.tokens, share * self.seconds
