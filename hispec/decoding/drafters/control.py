@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_START, _RATE = 0.6, 0.06
-"""Acceptance that is assumed at first, and the weight of each new observation."""
+_START, _SEEN, _RATE = 0.4, 4, 0.06
+"""Acceptance that is assumed at first, as if it came of so many observations, and the least weight
+of a new one."""
 _COST = 0.15
 """Cost of a draft token that is assumed at first, in passes of the rung that verifies it."""
 _PAUSE = 4, 64
@@ -20,7 +21,7 @@ class LengthControl:
     """Chooses how many tokens each row drafts: those that promise most tokens per second.
 
     For every place in a chain it keeps how often a draft there was accepted where those before it
-    were, a mean that forgets over some 16 rounds. With acceptance a_1, a_2, ... and a draft token
+    were, a mean that forgets over some 16 rounds, and the first ones sooner. With acceptance a_1, a_2, ... and a draft token
     that costs c passes, a draft of n tokens promises (1 + a_1 + a_1 a_2 + ... + a_1 ... a_n) /
     (1 + n c) tokens per pass (the expected length of Leviathan et al., 2211.17192, with a rate for
     each place). Where that is most for n = 0, nothing is drafted, and one token is tried again
@@ -34,12 +35,13 @@ class LengthControl:
     def __init__(self, rows: int, longest: int) -> None:
         self.longest = longest
         self._accepted_BN = np.full((rows, longest), _START)
+        self._seen_BN = np.full((rows, longest), _SEEN)
         self._pause_B = np.full(rows, _PAUSE[0])
         self._wait_B = np.zeros(rows, dtype=np.int64)
 
     def begin(self, rows: Sequence[int]) -> None:
         """New texts begin in these rows."""
-        self._accepted_BN[rows] = _START
+        self._accepted_BN[rows], self._seen_BN[rows] = _START, _SEEN
         self._pause_B[rows], self._wait_B[rows] = _PAUSE[0], 0
 
     def lengths(self, cost: float | None) -> np.ndarray:
@@ -51,19 +53,32 @@ class LengthControl:
         """
         steps_N = np.arange(self.longest + 1)
         promised_BN = np.ones((len(self._accepted_BN), self.longest + 1))
-        promised_BN[:, 1:] += np.cumsum(np.cumprod(self._accepted_BN, axis=1), axis=1)
+        promised_BN[:, 1:] += np.cumsum(np.cumprod(self._expected(), axis=1), axis=1)
         promised_BN /= 1 + steps_N * (_COST if cost is None else cost)
         best_B = promised_BN.argmax(1)
         waiting_B = (best_B == 0) & (self._wait_B < self._pause_B)
         self._wait_B = np.where(best_B == 0, self._wait_B + 1, 0)
         return np.where(waiting_B, 0, best_B.clip(1))
 
+    def _expected(self) -> np.ndarray:
+        """Acceptance [B, n] of each place; one that was never judged takes that of the place
+        before it."""
+        expected_BN = self._accepted_BN.copy()
+        for place in range(1, self.longest):
+            judged_B = self._seen_BN[:, place] > _SEEN
+            expected_BN[:, place] = np.where(
+                judged_B, expected_BN[:, place], expected_BN[:, place - 1]
+            )
+        return expected_BN
+
     def observe(self, accepted_B: np.ndarray, proposed_B: np.ndarray) -> None:
         """Learn from drafts that were verified; rows that proposed nothing teach nothing."""
         places_N = np.arange(self.longest)
         judged_BN = (places_N <= accepted_B[:, None]) & (places_N < proposed_B[:, None])
         right_BN = places_N < accepted_B[:, None]
-        moved_BN = self._accepted_BN + _RATE * (right_BN - self._accepted_BN)
+        self._seen_BN += judged_BN
+        weight_BN = np.maximum(_RATE, 1 / self._seen_BN)
+        moved_BN = self._accepted_BN + weight_BN * (right_BN - self._accepted_BN)
         self._accepted_BN = np.where(judged_BN, moved_BN, self._accepted_BN)
         tried_B = (proposed_B > 0) & (self._wait_B >= self._pause_B)
         longer_B = np.minimum(2 * self._pause_B, _PAUSE[1])
