@@ -21,11 +21,11 @@ class LengthControl:
     """Chooses how many tokens each row drafts: those that promise most tokens per second.
 
     For every place in a chain it keeps how often a draft there was accepted where those before it
-    were, a mean that forgets over some 16 rounds, and the first ones sooner. With acceptance a_1, a_2, ... and a draft token
-    that costs c passes, a draft of n tokens promises (1 + a_1 + a_1 a_2 + ... + a_1 ... a_n) /
-    (1 + n c) tokens per pass (the expected length of Leviathan et al., 2211.17192, with a rate for
-    each place). Where that is most for n = 0, nothing is drafted, and one token is tried again
-    after a pause that doubles each time it is rejected.
+    were, a mean that forgets over some 16 rounds, and sooner while it knows few. With acceptance
+    a_1, a_2, ... and a draft token that costs c passes, a draft of n tokens promises
+    (1 + a_1 + a_1 a_2 + ... + a_1 ... a_n) / (1 + n c) tokens per pass (the expected length of
+    Leviathan et al., 2211.17192, with a rate for each place). Where that is most for n = 0, nothing
+    is drafted, and one token is tried again after a pause that doubles each time it is rejected.
 
     Args:
         rows: texts decoded together.
