@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,9 +38,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a verified copy of an EE checkpoint, with or without its base, or for other tools."""
-    from hispec.checkpoint.model_card import accepted
     from hispec.export import exporter
-    from hispec.utils.files import clear_leftovers
 
     quiet_transformers()
     if form is not None:
@@ -49,8 +47,7 @@ def export(
     else:
         check(exit_depth is None, "exit", exit_depth, "only with --as; a checkpoint has all exits")
     depths = parse_depths("exits", exits)
-    if clear_leftovers(target):
-        out.say(f"an earlier export to {target} was interrupted: cleaned up")
+    _clean_up("export", target)
     if form is not None:
         note = exporter.export_as(form, checkpoint, target, depth=exit_depth, base=base)
         out.say(f"{form}: {target}" + (f"; {note}" if note else ""))
@@ -59,10 +56,7 @@ def export(
         found = exporter.export_untrained(checkpoint, depths, target, full=full)
     else:
         found = exporter.export(Path(checkpoint), target, full=full, base=base)
-    out.say(
-        f"EE checkpoint: {target}; verified: {found['prompts']} prompts, {found['new_tokens']} new "
-        f"tokens, accepted of the drafts {accepted(found)}"
-    )
+    _say_verified(target, found)
 
 
 def import_drafter(
@@ -75,23 +69,16 @@ def import_drafter(
     ] = None,
 ) -> None:
     """Turn a published EAGLE-3 head into an EE checkpoint, whose exit at depth 0 drafts with it."""
-    from hispec.checkpoint.model_card import accepted
     from hispec.export import import_drafter as importer
-    from hispec.utils.files import clear_leftovers
 
     quiet_transformers()
     depths = parse_depths("aux_depths", aux_depths)
-    if clear_leftovers(target):
-        out.say(f"an earlier import to {target} was interrupted: cleaned up")
+    _clean_up("import", target)
     found = importer.import_drafter(source, base, target, aux_depths=depths, say=out.say)
     out.say(f"the head reads the depths {', '.join(map(str, found.depths))}")
     if found.rounded:
         out.say("its weights were rounded to the dtype of the base")
-    out.say(
-        f"EE checkpoint: {target}; verified: {found.figures['prompts']} prompts, "
-        f"{found.figures['new_tokens']} new tokens, accepted of the drafts "
-        f"{accepted(found.figures)}"
-    )
+    _say_verified(target, found.figures)
 
 
 def merge(
@@ -101,18 +88,12 @@ def merge(
     base: Base = None,
 ) -> None:
     """Put the exits of two EE checkpoints of one base into one, as they were trained."""
-    from hispec.checkpoint.model_card import accepted
     from hispec.export import merge as merging
-    from hispec.utils.files import clear_leftovers
 
     quiet_transformers()
-    if clear_leftovers(target):
-        out.say(f"an earlier merge to {target} was interrupted: cleaned up")
+    _clean_up("merge", target)
     found = merging.merge(first, second, target, base=base)
-    out.say(
-        f"EE checkpoint: {target}; verified: {found['prompts']} prompts, {found['new_tokens']} new "
-        f"tokens, accepted of the drafts {accepted(found)}"
-    )
+    _say_verified(target, found)
 
 
 def inspect(
@@ -188,3 +169,21 @@ def report(
         )
         page.add_texts(found, lm, data=data, count=prompts, new_tokens=max_new_tokens)
     page.write(out, found, output or checkpoint / page.REPORT)
+
+
+def _clean_up(what: str, target: Path) -> None:
+    """Remove what an interrupted run left beside its target, and say so."""
+    from hispec.utils.files import clear_leftovers
+
+    if clear_leftovers(target):
+        out.say(f"an earlier {what} to {target} was interrupted: cleaned up")
+
+
+def _say_verified(target: Path, found: dict[str, Any]) -> None:
+    """Say what was written, and what the new process that decoded with it has found."""
+    from hispec.checkpoint.model_card import accepted
+
+    out.say(
+        f"EE checkpoint: {target}; verified: {found['prompts']} prompts, {found['new_tokens']} new "
+        f"tokens, accepted of the drafts {accepted(found)}"
+    )

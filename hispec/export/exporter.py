@@ -43,7 +43,7 @@ def export_untrained(name: str, depths: Sequence[int], folder: Path, *, full: bo
         return check_in_fresh_process(name, written, exits=depths)
 
     save_checkpoint(folder, model, base, full=full, check=checked)
-    return _found(folder)
+    return check_figures(folder)
 
 
 def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -> Figures:
@@ -80,10 +80,11 @@ def export(source: Path, folder: Path, *, full: bool, base: str | None = None) -
         full=full,
         check=checked,
     )
-    return _found(folder)
+    return check_figures(folder)
 
 
-def _found(folder: Path) -> Figures:
+def check_figures(folder: Path) -> Figures:
+    """What the check of a checkpoint that was just written has found."""
     found: Figures = read_config(folder)["figures"]["check"]
     return found
 

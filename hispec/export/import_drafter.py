@@ -11,10 +11,10 @@ from huggingface_hub import snapshot_download
 
 from hispec.base_models.hub_listing import hub_listing
 from hispec.base_models.local import AbsentError, find_base, is_path, load_base
-from hispec.checkpoint.format import read_config
 from hispec.checkpoint.io import check_target, save_checkpoint
 from hispec.export.eagle3_config import CONFIG
 from hispec.export.eagle3_files import no_safetensors, read_model
+from hispec.export.exporter import check_figures
 from hispec.export.verify import check_in_fresh_process
 from hispec.hub.contents import check_repo
 from hispec.hub.errors import UnreachableError, clearly
@@ -70,8 +70,7 @@ def import_drafter(
         return check_in_fresh_process(str(written), written, base=base)
 
     save_checkpoint(folder, model, origin, recipe={"imported": name}, check=checked)
-    found = read_config(folder)["figures"]["check"]
-    return Imported(model.exits.exits[0].aux_depths, rounded, found)
+    return Imported(model.exits.exits[0].aux_depths, rounded, check_figures(folder))
 
 
 def _find(source: str, say: Callable[[str], None]) -> tuple[Path, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from hispec.checkpoint.format import exit_depths, read_config
 from hispec.checkpoint.io import attach_exits, check_target, load_checkpoint, save_checkpoint
 from hispec.config import ExitConfig
-from hispec.export.exporter import base_of
+from hispec.export.exporter import base_of, check_figures
 from hispec.export.verify import check_in_fresh_process
 from hispec.models.exit_model import ExitModel
 
@@ -65,5 +65,4 @@ def merge(first: Path, second: Path, folder: Path, *, base: str | None = None) -
         full=configs[0]["base"]["included"],
         check=checked,
     )
-    found: dict[str, Any] = read_config(folder)["figures"]["check"]
-    return found
+    return check_figures(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Any
 
 from hispec.decoding.decoder import Decode
@@ -77,4 +78,4 @@ def columns(rounds: Sequence[Round], classes: dict[int, str], full: int) -> dict
 
 
 def _median(seconds: Sequence[float]) -> float | None:
-    return sorted(seconds)[len(seconds) // 2] if seconds else None
+    return median_high(seconds) if seconds else None
