@@ -182,16 +182,15 @@ class DecodeConfig:
     """`exit`: the shallowest rung continues its own draft. `lookup`: what followed the same n-gram
     earlier in the text. `recycle`: a tree of recent top candidates. `lookup+exit`,
     `recycle+exit`: the exit where the free drafter has nothing; or both in one tree, see
-    `draft_width`."""
+    `join_drafts`."""
     draft_length: _Draft = 2
     """Tokens that an exit drafts before the first verifying rung runs (N_d of HiSpec)."""
     max_draft_length: _Draft | None = None
     """If given, an exit's draft length follows recent acceptance between 1 and this."""
     adaptive: bool = False
-    """Whether an exit's drafts have 0 to `draft_length` tokens, as many as promise most tokens per
-    second by what was accepted and what it took so far. For chains. With a single verifying rung
-    nothing is drafted, by no drafter, while rounds without drafts are faster. It changes no
-    text."""
+    """Whether an exit drafts by 0 to `draft_length` steps, as many as promise most tokens per
+    second by what was accepted and what it took so far. With a single verifying rung nothing is
+    drafted, by no drafter, while rounds without drafts are faster. It changes no text."""
     draft_threshold: Share = 0.0
     """An exit's draft ends after a token whose top probability is below this. A tree has no token
     whose path has a probability below it."""
@@ -199,7 +198,10 @@ class DecodeConfig:
         int, Field(ge=1), at_most(32, "a step runs all of them, and considers their number squared")
     ] = 1
     """Tokens that an exit drafts per step. Above 1 its draft is a tree of the `tree_tokens` most
-    probable tokens, `draft_length` steps deep; one of a free drafter and it becomes one tree."""
+    probable tokens, `draft_length` steps deep."""
+    join_drafts: bool = True
+    """Whether such a tree and what a free drafter proposes become one tree; else the exit drafts
+    where the free drafter has nothing, as with chains."""
     draft_vocab: bool = True
     """Whether exits draft from the reduced vocabulary that is stored with them, if one is."""
     lookup_length: Annotated[
@@ -256,12 +258,19 @@ class DecodeConfig:
         return self.draft_width > 1 and "exit" in self.drafter and len(self.ladder) > 1
 
     @property
+    def joined(self) -> bool:
+        """Whether drafts of an exit and of a free drafter become one tree."""
+        return self.exit_trees and "+" in self.drafter and self.join_drafts
+
+    @property
     def most_drafted(self) -> int:
         """Most draft tokens that one round writes behind the verified ones."""
         steps = max(self.draft_length, self.max_draft_length or 0)
         lookup = max(self.lookup_length, self.max_lookup_length or 0)
         if not self.exit_trees:
             return max(steps, lookup, self.tree_tokens)
+        if not self.joined:
+            return max(lookup, self.tree_tokens, (steps - 1) * self.draft_width)
         free = {"lookup": lookup, "recycle": self.tree_tokens}
         joined = self.tree_tokens + free.get(self.drafter.split("+")[0], 0)
         return max(joined, (steps - 1) * self.draft_width)
@@ -308,11 +317,17 @@ class DecodeConfig:
             f"at least draft_length, {self.draft_length}",
         )
         check(
-            not self.adaptive or (self.max_draft_length is None and self.draft_width == 1),
+            not self.adaptive or self.max_draft_length is None,
             "adaptive",
             self.adaptive,
-            "it chooses among chains of 0 to draft_length tokens: not with max_draft_length, nor "
-            "with a draft_width above 1",
+            "it chooses among 0 to draft_length steps: not with max_draft_length",
+        )
+        check(
+            not self.adaptive or not self.joined,
+            "adaptive",
+            self.adaptive,
+            "what was accepted of a joined tree says little of the exit: it needs "
+            "join_drafts=false",
         )
 
 

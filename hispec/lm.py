@@ -31,7 +31,7 @@ from hispec.hub.pull import locate
 from hispec.models.exit_model import ExitModel
 from hispec.models.quantization import FULL, INT8, WEIGHTS, quantize_linear
 from hispec.planner.plan_file import PLANNED, Machine, Plan, Setting, read_plan, shown
-from hispec.planner.search_space import default_setting, lookup_setting
+from hispec.planner.search_space import default_setting, drafts_trees, lookup_setting
 from hispec.utils.command_line import parse_device, parse_dtype
 from hispec.utils.devices import multiplies_half
 from hispec.utils.schema import STRICT, validate
@@ -149,12 +149,15 @@ class EarlyExitLM:
         if named:
             return {**lookup, **settings}, ""
         setting, words = self.planned(rows)
+        chains_only = settings.get("verification", "match") != "match"
         if setting is not None:
-            trees = "recycle" in setting.get("drafter", "") or setting.get("draft_width", 1) > 1
-            if not trees or settings.get("verification", "match") == "match":
+            if chains_only and drafts_trees(setting):
+                words = "the plan drafts trees, which verification 'rejection' cannot verify"
+            else:
                 return {**setting, **settings}, words
-            words = "the plan drafts trees, which verification 'rejection' cannot verify"
-        default = lookup if settings.get("temperature") else default_setting(self.model)
+        default = default_setting(self.model)
+        if settings.get("temperature") or (chains_only and drafts_trees(default)):
+            default = lookup
         who = "the exit at 0 and prompt lookup draft"
         if "exit" not in default["drafter"]:
             who = "decoded plainly with prompt lookup"

@@ -46,7 +46,7 @@ def test_odd_values_are_used_as_they_are_or_refused(key):
             assert " is not possible: " in message
             assert "\n" not in message
         elif isinstance(value, bool):  # no number is taken for a switch, no switch for a number
-            assert key in ("adaptive", "draft_vocab")
+            assert key in ("adaptive", "draft_vocab", "join_drafts")
         elif isinstance(value, float):
             assert "int" not in hint
 
@@ -86,6 +86,7 @@ VALID = st.fixed_dictionaries(
         "adaptive": st.booleans(),
         "draft_threshold": st.floats(0, 1),
         "draft_vocab": st.booleans(),
+        "join_drafts": st.booleans(),
         "lookup_length": counts(512),
         "max_lookup_length": st.none() | counts(512),
         "lookup_ngram": counts(1024),

@@ -110,9 +110,10 @@ threads seed eval_every eval_sequences log_with save_every export_full
 """)
 
 DECODE_SETTINGS = shlex.split("""
-ladder drafter draft_length max_draft_length adaptive draft_threshold draft_vocab lookup_length
-lookup_ngram lookup_shortest max_lookup_length tree_tokens buffer buffer_threshold max_new_tokens
-max_time temperature top_k top_p min_p repetition_penalty no_repeat_ngram_size seed eos
+ladder drafter draft_length max_draft_length adaptive draft_threshold draft_vocab join_drafts
+lookup_length lookup_ngram lookup_shortest max_lookup_length tree_tokens buffer buffer_threshold
+max_new_tokens max_time temperature top_k top_p min_p repetition_penalty no_repeat_ngram_size
+seed eos
 """)
 
 

@@ -41,6 +41,9 @@ def generate(
     draft_width: Annotated[
         int | None, typer.Option(help="tokens an exit drafts per step; above 1 a tree (1)")
     ] = None,
+    join_drafts: Annotated[
+        bool | None, typer.Option(help="a tree and a lookup become one tree, else one or the other")
+    ] = None,
     lookup_length: Annotated[int | None, typer.Option(help="tokens a lookup proposes (8)")] = None,
     max_lookup_length: Annotated[
         int | None, typer.Option(help="and after one that was accepted whole")
@@ -94,6 +97,7 @@ def generate(
         "adaptive": adaptive,
         "draft_threshold": draft_threshold,
         "draft_width": draft_width,
+        "join_drafts": join_drafts,
         "lookup_length": lookup_length,
         "max_lookup_length": max_lookup_length,
         "tree_tokens": tree_tokens,

@@ -12,6 +12,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from hispec.models.attention import RowTree
+
 
 class DraftTree:
     """Draft tokens [B, N] of every row, and the token that each of them follows.
@@ -218,6 +220,18 @@ class PlacedTree:
                 strict=True,
             )
         ]
+
+    def of_row(self, first: int, count: int) -> RowTree | None:
+        """This tree in a pass of one row over `count` tokens from slot `first` on; None for one
+        that does not run all of it, so that tokens before the pass are no ancestors of it."""
+        before = int(self._base_B[0]) - first
+        if before < 0 or count != before + self.width:
+            return None
+        sees_TT = np.tri(count, dtype=bool)
+        sees_TT[before:, before:] = self._draft.sees_BNN[0]
+        depth_T = np.arange(count)
+        depth_T[before:] = before - 1 + self._draft.depth_BC[0, 1:]
+        return RowTree(depth_T, sees_TT)
 
     def _inside(self, slots_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(which slots hold draft tokens, the number of the draft token there)."""

@@ -95,7 +95,7 @@ class HeadChain:
         self, tokens_N: np.ndarray, length: int, tree: DraftTree, last: int, most: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The most probable tokens behind the last columns of a tree of drafts, as of
-        `hispec.decoding.drafters.exit_tree.TreeStep`; None where `Ladder.logits` has to compute
+        `hispec.decoding.drafters.exit_tree.TreeSteps`; None where `Ladder.logits` has to compute
         this tree.
 
         Args:
@@ -119,9 +119,11 @@ class HeadChain:
         self._tree_own += list(self.step.own_1TH[0, columns].clone())
         logits_CW = self.step.logits_1TW[0, columns]
         best_CK = top_candidates(logits_CW, most)
-        log_p_CK = logits_CW.gather(1, best_CK) - logits_CW.logsumexp(-1, keepdim=True)
+        found_CK = logits_CW.gather(1, best_CK).numpy()
+        # of the most probable token the step has given the probability
+        log_p_CK = found_CK - found_CK[:, :1] + np.log(self.step.sure_1T[0, columns, None].numpy())
         ids_CK = best_CK.numpy() if self._words is None else self._words[best_CK.numpy()]
-        return ids_CK[None], log_p_CK.numpy()[None]
+        return ids_CK[None], log_p_CK[None]
 
     def _catch_up(self, tokens_N: np.ndarray, length: int, most: int) -> int:
         """Run the head on all of the first `length` tokens that it has not run on yet, and make
@@ -166,43 +168,44 @@ class HeadChain:
             step.before_1TH[0, t] = self._tree_own[parents[first + t - 1]]
         tokens_1T = torch.from_numpy(tokens_N[None, slot : slot + last])
         step.embedding_1TH[:, :last] = self.model.embed(tokens_1T)
-        depth_N = tree.depth_BC[0]
-        positions = [length - 1 + int(depth_N[first + t]) for t in range(last)]
-        filled = positions + positions[-1:] * (step.tokens - last)
+        depth_N = tree.depth_BC[0].tolist()
+        position = length - 1 + depth_N[first]  # they are one level of the tree
         paths = [_path(parents, first + t) for t in range(last)]
         for kind, reach in self._reach.items():
-            rope = self.model.rope(kind, step.before_1TH, torch.tensor([filled]))
-            for turned, part in zip(step.rope[kind], rope, strict=True):
-                turned.copy_(part)
-            mask_GTS = step.mask[kind]
-            mask_GTS.fill_(-torch.inf)
+            self._turn(kind, position, 1)
+            begin, behind = _begin(reach, position), step.tokens + length - 1
+            mask_GTS = step.mask[kind].numpy()
+            mask_GTS.fill(-np.inf)
             for t in range(step.tokens):
                 mask_GTS[:, t, t] = 0
-            for t, position in enumerate(positions):
-                begin = _begin(reach, position)
-                mask_GTS[:, t, step.tokens + begin : step.tokens + length] = 0
-                for column in paths[t]:
-                    if length - 1 + depth_N[column] >= begin:
-                        mask_GTS[:, t, step.tokens + length + column - 1] = 0
+            mask_GTS[:, :last, step.tokens + begin : step.tokens + length] = 0
+            for t, columns in enumerate(paths):
+                seen = [column for column in columns if length - 1 + depth_N[column] >= begin]
+                mask_GTS[:, t, [behind + column for column in seen]] = 0
         self._run(slot, last)
 
     def _show(self, slot: int, count: int) -> None:
         """Set rotary embeddings and masks for `count` tokens from `slot` on; the rest of the pass
         is padding, which sees itself alone."""
+        for kind, reach in self._reach.items():
+            self._turn(kind, slot, self.step.tokens)
+            _fill(self.step.mask[kind].numpy(), slot, count, reach)
+
+    def _turn(self, kind: str, first: int, tokens: int) -> None:
+        """Set the rotary embeddings of an attention type, for positions from `first` on; one
+        position is that of all tokens."""
         engine = self.model.engine
         assert engine is not None
-        for kind, reach in self._reach.items():
-            rope = engine.rope(kind, slot, self.step.tokens)
-            for turned, part in zip(self.step.rope[kind], rope, strict=True):
-                turned.copy_(part)
-            _fill(self.step.mask[kind], slot, count, reach)
+        rope = engine.rope(kind, first, tokens)
+        for turned, part in zip(self.step.rope[kind], rope, strict=True):
+            turned.copy_(part)
 
 
-def _fill(mask_GTS: torch.Tensor, slot: int, count: int, reach: Reach) -> None:
+def _fill(mask_GTS: np.ndarray, slot: int, count: int, reach: Reach) -> None:
     """The additive mask of tokens that follow each other from `slot` on; the first T columns are
     those of the tokens themselves."""
     tokens = mask_GTS.shape[1]
-    mask_GTS.fill_(-torch.inf)
+    mask_GTS.fill(-np.inf)
     for t in range(tokens):
         mask_GTS[:, t, t] = 0
         if t < count:

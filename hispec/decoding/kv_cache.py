@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from hispec.decoding.draft_tree import DraftTree, PlacedTree
-from hispec.models.attention import Branch, Reach, causal
+from hispec.models.attention import Branch, Reach, RowTree, causal
 
 Segment = tuple[str, int]
 """("segment", rung) for the trunk's layers up to a rung, ("head", rung) for the blocks there."""
@@ -73,6 +73,7 @@ class KVCache:
         self._whole = False
         self.counts: list[int] = []
         self.first: int | None = None
+        self.row_tree: RowTree | None = None
         self.of_prompts = False
         self.visible = 0
         """Slots of a row that the current pass may see."""
@@ -111,12 +112,16 @@ class KVCache:
         self._index = (self._slots_BT + self._offsets_B1).reshape(-1)
         self._tree = None
         self.first = int(slots_BT[0, 0]) if self.rows == 1 else None
+        self.row_tree = None
         count_B = np.full(len(slots_BT), slots_BT.shape[1]) if count_B is None else count_B
         self.counts, self._whole = count_B.tolist(), whole
         if tree is not None and not tree.chain:
             assert base_B is not None
-            self.first = None
             self._tree = PlacedTree(tree, base_B, self.device)
+            if self.first is not None:
+                self.row_tree = self._tree.of_row(self.first, slots_BT.shape[1])
+            if self.row_tree is None:
+                self.first = None
             visible = max(visible, int(base_B.max()) + tree.parent_BN.shape[1])
         assert visible <= self.capacity, (visible, self.capacity)
         self.show(visible)

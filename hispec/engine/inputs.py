@@ -6,9 +6,10 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
-from hispec.models.attention import PassCache
+from hispec.models.attention import PassCache, RowTree
 
 Inputs = tuple[torch.Tensor, ...]
 """cos and sin [B, T, head size], and the mask [B, 1, heads per KV head * T, T + S], of an attention
@@ -42,18 +43,27 @@ class RopeTable:
 
     def of(self, kind: str, first: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin) [1, T, head size] of an attention type for positions from `first` on."""
-        stop = first + tokens
+        cos, sin = self._up_to(kind, first + tokens)
+        return cos[:, first : first + tokens], sin[:, first : first + tokens]
+
+    def at(self, kind: str, positions_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [1, T, head size] of an attention type for these positions."""
+        cos, sin = self._up_to(kind, int(positions_T.max()) + 1)
+        index_T = torch.from_numpy(positions_T)
+        return cos.index_select(1, index_T), sin.index_select(1, index_T)
+
+    def _up_to(self, kind: str, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table of an attention type, with `stop` positions at least."""
         if kind not in self._tables or self._tables[kind][0].shape[1] < stop:
             positions_1T = torch.arange(2 * stop)[None]
             if (longest := self._model.longest_text) is not None:  # all frequencies change there
                 positions_1T = positions_1T.clamp_max(longest - 1)
             self._tables[kind] = self._model.rope(kind, torch.zeros(1, 1, 1), positions_1T)
-        cos, sin = self._tables[kind]
-        return cos[:, first:stop], sin[:, first:stop]
+        return self._tables[kind]
 
 
 class RowInputs:
-    """The inputs of passes over a few tokens of one row that follow each other.
+    """The inputs of passes over a few tokens of one row, draft trees included.
 
     A round of decoding has few such passes, each a little further than the one before. So
     embeddings are looked up in a table, and masks are changed where they differ from those of the
@@ -86,8 +96,12 @@ class RowInputs:
         mask = self._masks.get(tokens)
         if mask is None or mask.slots != slots:
             mask = self._masks[tokens] = _RowMask(tokens, slots, self._heads_per_kv)
-        shown = mask.up_to(first)
-        return {kind: (*self._ropes.of(kind, first, tokens), shown) for kind in kinds}
+        shown, tree = mask.of(first, cache.row_tree), cache.row_tree
+        if tree is None:
+            return {kind: (*self._ropes.of(kind, first, tokens), shown) for kind in kinds}
+        positions_T = np.full(tokens, first)
+        positions_T[: len(tree.depth_T)] += tree.depth_T
+        return {kind: (*self._ropes.at(kind, positions_T), shown) for kind in kinds}
 
     def _sees_all(self, kind: str, stop: int) -> bool:
         """Whether tokens before slot `stop` attend to all that is before them."""
@@ -96,18 +110,28 @@ class RowInputs:
 
 
 class _RowMask:
-    """The mask of tokens that follow each other, behind some of the slots."""
+    """The mask of tokens behind some of the slots."""
 
     def __init__(self, tokens: int, slots: int, heads_per_kv: int) -> None:
         self.slots, self._tokens, self._shown = slots, tokens, 0
         size = heads_per_kv, tokens, tokens + slots
-        own_TT = torch.full((tokens, tokens), -torch.inf).triu(1)
         mask_GTS = torch.full(size, -torch.inf)
-        mask_GTS[:, :, :tokens] = own_TT
         self._mask = mask_GTS.view(1, 1, -1, size[2])
+        self._own_GTT = mask_GTS[..., :tokens]
+        self._in_order_TT = torch.full((tokens, tokens), -torch.inf).triu(1)
+        self._own_GTT[:] = self._in_order_TT
+        self._tree: RowTree | None = None
 
-    def up_to(self, stop: int) -> torch.Tensor:
-        """The mask [1, 1, heads per KV head * T, T + S] that shows the slots before `stop`."""
+    def of(self, stop: int, tree: RowTree | None) -> torch.Tensor:
+        """The mask [1, 1, heads per KV head * T, T + S] that shows the slots before `stop`, and of
+        the tokens of the pass those before each, or those that lead to it in a tree."""
+        if tree is not self._tree:
+            self._own_GTT[:] = self._in_order_TT
+            if tree is not None:
+                count = len(tree.sees_TT)
+                seen_TT = torch.from_numpy(np.where(tree.sees_TT, np.float32(0), -np.inf))
+                self._own_GTT[:, :count, :count] = seen_TT
+            self._tree = tree
         low, high = sorted((self._shown, stop))
         if low < high:
             value = 0.0 if stop > self._shown else -torch.inf

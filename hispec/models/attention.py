@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -86,6 +87,16 @@ class Branch:
     """[1, 1, query heads per KV head * tokens, slots]."""
 
 
+@dataclass(frozen=True)
+class RowTree:
+    """A draft tree among the tokens of a pass of one row, or all of them."""
+
+    depth_T: np.ndarray
+    """Tokens between the first one of the pass and each."""
+    sees_TT: np.ndarray
+    """Which of the tokens each one attends to: itself and those that lead to it."""
+
+
 class PassCache(Protocol):
     """What a cached pass asks of the cache, besides the `update` that transformers' layers call."""
 
@@ -96,8 +107,10 @@ class PassCache(Protocol):
     counts: list[int]
     """Tokens of each row in the announced pass; what follows them is padding."""
     first: int | None
-    """Slot of the first token, if the announced pass has tokens of one row that follow each
-    other."""
+    """Slot of the first token, if the announced pass is of one row and sees all tokens before; the
+    others lie in the slots behind it."""
+    row_tree: RowTree | None
+    """The draft tree of such a pass; None if its tokens follow each other."""
 
     def buffers(self, layers: Sequence[int], heads: int, size: int) -> torch.Tensor:
         """Keys and values of some layers in turn, [2 * layers, B, heads, S, size], for an engine:

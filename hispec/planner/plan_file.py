@@ -26,7 +26,7 @@ PLAN, PICTURE = "plan.json", "plan.png"
 FORMAT = 1
 PLANNED = (
     *("drafter", "draft_length", "max_draft_length", "adaptive", "draft_threshold"),
-    *("draft_width", "draft_vocab"),
+    *("draft_width", "join_drafts", "draft_vocab"),
     *("lookup_length", "max_lookup_length", "lookup_ngram", "lookup_shortest", "tree_tokens"),
     *("buffer", "buffer_threshold"),
 )

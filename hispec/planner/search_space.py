@@ -21,12 +21,19 @@ def lookup_setting(model: ExitModel) -> Setting:
 
 def default_setting(model: ExitModel) -> Setting:
     """What decodes greedily without a plan: prompt lookup, and where a head at depth 0 is compiled
-    its drafts, as many as pay, and none while rounds without are faster."""
+    its trees of three drafts, in as many steps as pay, and none while rounds without are faster."""
     lookup = lookup_setting(model)
     if 0 not in model.exits.depths or model.engine is None:
         return lookup
     exit = {"ladder": [0, model.num_layers], "drafter": "lookup+exit", "draft_length": 3}
-    return {**lookup, **exit, "lookup_shortest": 2, "adaptive": True}
+    tree = {"draft_width": 3, "tree_tokens": 3, "join_drafts": False}
+    return {**lookup, **exit, **tree, "lookup_shortest": 2, "adaptive": True}
+
+
+def drafts_trees(setting: Setting) -> bool:
+    """Whether drafts may be trees, which verification `rejection` cannot verify."""
+    exit_trees = "exit" in setting.get("drafter", "") and setting.get("draft_width", 1) > 1
+    return exit_trees or "recycle" in setting.get("drafter", "")
 
 
 def settings(exits: Sequence[int], full: int) -> list[Setting]:
@@ -60,7 +67,16 @@ def settings(exits: Sequence[int], full: int) -> list[Setting]:
         ladder = (draft, full)
         add(ladder, "exit", draft_length=(1, 2, 3, 4, 5, 6))
         add(ladder, "exit", draft_length=(4, LONGEST_DRAFT), draft_threshold=(0.3, 0.5, 0.7))
-        add(ladder, "exit", draft_width=(2,), draft_length=(2,), tree_tokens=(3,))
+        small = dict(draft_width=(3,), draft_length=(2, 3), tree_tokens=(3,))
+        add(ladder, "exit", **small)
+        add(
+            ladder,
+            "lookup+exit",
+            lookup_length=(3,),
+            lookup_shortest=(2,),
+            join_drafts=(False,),
+            **small,
+        )
         add(ladder, "lookup+exit", **grown, lookup_shortest=(2, 3), draft_length=(2, 3))
         add(ladder, "lookup+exit", lookup_length=(8,), draft_length=(1, 3))
         add(ladder, "recycle+exit", tree_tokens=(7, 15), draft_length=(1, 2))

@@ -85,11 +85,19 @@ def test_the_text_is_that_of_plain_decoding(prompts):
     assert run.stats.rungs[0].proposed < 0.5 * always.stats.rungs[0].proposed
 
 
-def test_it_is_for_chains_without_another_rule():
-    for other in ({"max_draft_length": 8}, {"draft_width": 2}):
-        config = DecodeConfig([2, 6], adaptive=True, **other)
-        with pytest.raises(ValueError, match=r"adaptive=True is not possible: .*chains"):
-            config.validate(6)
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"max_draft_length": 8}, "not with max_draft_length"),
+        ({"draft_width": 2, "drafter": "lookup+exit"}, "it needs join_drafts=false"),
+    ],
+)
+def test_it_is_for_exits_that_draft_alone_and_without_another_rule(other, message):
+    config = DecodeConfig([2, 6], adaptive=True, **other)
+    with pytest.raises(ValueError, match=rf"adaptive=True is not possible: .*{message}"):
+        config.validate(6)
+    allowed = {"draft_width": 2, "drafter": "lookup+exit", "join_drafts": False}
+    DecodeConfig([2, 6], adaptive=True, **allowed).validate(6)
 
 
 def paced(pace, rounds, rows, drafting, plain):

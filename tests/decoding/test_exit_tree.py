@@ -158,6 +158,17 @@ def test_one_tree_of_an_exit_and_a_lookup():
         assert counts.judged[0] == (5, 2 - by_lookup)
 
 
+def test_a_tree_of_an_exit_or_a_lookup():
+    """Behind a b the lookup has c a b alone; c is right, d is added. It has nothing behind d, so
+    the exit drafts: its tree has e f and three fillers, and the full model adds g."""
+    text = "abcabcdefgh"
+    settings = dict(drafter="lookup+exit", join_drafts=False, lookup_length=3, **TREE)
+    new, counts = play("abca", [follows(text)] * 3, (1, 3), max_new_tokens=6, **settings)
+    assert new == text[4:10]
+    assert counts.free == (3, 1)
+    assert counts.judged[0] == (5, 2)
+
+
 def test_an_end_of_text_has_no_continuation():
     says = [follows("abcd.efgh")] * 3
     new, counts = play("ab", says, (1, 3), eos=".", max_new_tokens=9, **TREE)

@@ -74,6 +74,7 @@ def configs(draw) -> DecodeConfig:
     length = draw(st.integers(1, 5))
     shortest = draw(st.integers(1, 3))
     adaptive = draw(st.booleans())
+    width = draw(st.sampled_from([1, 1, 2, 3, 5]))
     sampled = draw(st.booleans())
     return DecodeConfig(
         [*inner, 6],
@@ -82,7 +83,8 @@ def configs(draw) -> DecodeConfig:
         max_draft_length=None if adaptive else draw(st.none() | st.integers(length, 8)),
         adaptive=adaptive,
         draft_threshold=draw(st.sampled_from([0.0, 0.3, 0.9])),
-        draft_width=1 if adaptive else draw(st.sampled_from([1, 1, 2, 3, 5])),
+        draft_width=width,
+        join_drafts=False if adaptive and width > 1 else draw(st.booleans()),
         lookup_length=draw(st.integers(1, 7)),
         max_lookup_length=draw(st.none() | st.integers(1, 12)),
         lookup_shortest=shortest,

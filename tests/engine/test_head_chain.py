@@ -161,10 +161,13 @@ def test_without_a_plan_a_compiled_head_drafts_greedy_texts():
     assert chosen["ladder"] == [0, 6]
     assert chosen["adaptive"]
     assert chosen["drafter"] == "lookup+exit"
+    assert (chosen["draft_width"], chosen["tree_tokens"], chosen["join_drafts"]) == (3, 3, False)
     assert words.endswith("the exit at 0 and prompt lookup draft")
     DecodeConfig(**chosen).validate(6)
     lookup = {"ladder": [6], "drafter": "lookup", "lookup_length": 3}
     assert lm.choose(None, {"temperature": 0.7})[0] == {**lookup, "temperature": 0.7}
+    rejection = {"verification": "rejection"}  # which verifies no trees
+    assert lm.choose(None, rejection)[0] == {**lookup, **rejection}
     assert lm.choose("auto", {"drafter": "recycle"})[0] == {**lookup, "drafter": "recycle"}
     lm.model.engine = None
     assert lm.choose(None, {})[0] == lookup

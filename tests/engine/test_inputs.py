@@ -53,8 +53,37 @@ def test_inputs_of_a_row(family):
             assert found[kind][2].isneginf().all(-1).sum() == 0, "softmax of nothing is NaN"
 
 
+TREE = DraftTree.of_nodes(np.array([[3, 4, 5, 6, 7]]), np.array([[0, 1, 1, 0, 4]]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_inputs_of_a_draft_tree(family):
+    """Behind one, two and three tokens that follow each other, with chains between."""
+    engine = engine_of(family, **({"sliding_window": 64} if family == "gemma3_text" else {}))
+    kinds = set(engine.model.layer_types)
+    cache = KVCache(1, 128, torch.device("cpu"), torch.float32, block=16)
+    for first, before in ((5, 1), (9, 2), (9, 3), (4, 1)):
+        for tree, count in ((TREE, 5), (None, 3), (None, 0), (TREE, 5)):
+            slots_1T = np.arange(first, first + before + count)[None]
+            positions_1T = cache.place(slots_1T, tree, np.array([first + before]))
+            assert engine._of_row.takes(kinds, cache, 8)
+            found = engine._of_row.of(kinds, cache, 8)
+            total = before + count
+            expected = engine._pass_inputs(kinds, positions_1T, cache, 8 - total)
+            for kind in kinds:
+                for ours, theirs in zip(found[kind][:2], expected[kind][:2], strict=True):
+                    assert torch.equal(ours[:, :total], theirs[:, :total])
+                ours, theirs = (
+                    inputs[kind][2].view(-1, 8, 8 + cache.visible)[:, :total]
+                    for inputs in (found, expected)
+                )
+                assert torch.equal(ours, theirs), (kind, first, count)
+                assert found[kind][2].isneginf().all(-1).sum() == 0, "softmax of nothing is NaN"
+
+
 def test_other_passes_are_not_taken():
-    """Two rows, a tree, and layers of a head that do not see the first token."""
+    """Two rows, the last level of a tree alone, and layers of a head that do not see the first
+    token."""
     engine = engine_of("llama")
     kinds = set(engine.model.layer_types)
     one, two = (KVCache(rows, 64, torch.device("cpu"), torch.float32) for rows in (1, 2))
@@ -63,8 +92,7 @@ def test_other_passes_are_not_taken():
     placed(engine, 5, 2, one)
     assert engine._of_row.takes(kinds, one, 4)
     assert not engine._of_row.takes({*engine.model.head(0).layer_types}, one, 4)
-    tree = DraftTree.of_nodes(np.array([[3, 4]]), np.array([[0, 0]]))
-    one.place(np.arange(5, 8)[None], tree, np.array([6]))
+    one.place(np.arange(9, 11)[None], TREE, np.array([6]))
     assert not engine._of_row.takes(kinds, one, 4)
 
 

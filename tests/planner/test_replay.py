@@ -31,6 +31,7 @@ def random_config(chance: random.Random, vocab: int, depths, full=6) -> DecodeCo
         max_draft_length=chance.choice([None, None, length + 3]),
         draft_threshold=chance.choice([0.0, 0.0, 0.3, 0.9]),
         draft_width=chance.choice([1, 2, 4, 8]),
+        join_drafts=chance.random() < 0.5,
         lookup_length=chance.randint(1, 8),
         max_lookup_length=chance.choice([None, None, 12]),
         lookup_shortest=chance.randint(1, 2),

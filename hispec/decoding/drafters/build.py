@@ -18,13 +18,18 @@ from hispec.decoding.state import TextView
 
 
 class FreeAndExit(NoDrafter):
-    """A free drafter and an exit: in one tree, or the exit where the free drafter has nothing."""
+    """A free drafter and an exit: in one tree, or the exit where the free drafter has nothing.
+
+    Args:
+        joined: whether both draft in every round, and what they draft is one tree.
+    """
 
     rungs = 1
 
-    def __init__(self, free: Drafter, exit: ExitChain | ExitTree) -> None:
+    def __init__(self, free: Drafter, exit: ExitChain | ExitTree, *, joined: bool) -> None:
         self.free = free
         self.exit = exit
+        self.joined = joined
         self.observes = free.observes
 
     def begin(self, text: TextView, rows: Sequence[int]) -> None:
@@ -33,7 +38,7 @@ class FreeAndExit(NoDrafter):
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
         free = self.free.propose(text, rows_B)
-        if isinstance(self.exit, ExitTree):
+        if self.joined:
             return self.exit.propose(text, rows_B).join(free)
         rest_B = rows_B & (free.count_B == 0)
         return free.merge(self.exit.propose(text, rest_B)) if rest_B.any() else free
@@ -62,7 +67,9 @@ def build_drafter(config: DecodeConfig, rows: int, vocab_size: int, steps: Draft
         return free
     exit: ExitChain | ExitTree
     if config.exit_trees:
-        exit = ExitTree(config, rows, steps.candidates)
+        exit = ExitTree(config, rows, steps)
     else:
         exit = ExitChain(config, rows, steps)
-    return exit if config.drafter == "exit" else FreeAndExit(free, exit)
+    if config.drafter == "exit":
+        return exit
+    return FreeAndExit(free, exit, joined=config.joined)

@@ -12,10 +12,13 @@ from hispec.decoding.drafters.base import ExitDrafter
 from hispec.decoding.state import TextView
 
 
-class TreeStep(Protocol):
+class TreeSteps(Protocol):
     """Runs the drafting rung over the last tokens of a tree of drafts."""
 
-    def __call__(
+    def cost(self) -> float | None:
+        """Seconds of a step over those of a pass that verifies; None if none ran yet."""
+
+    def candidates(
         self, tokens_BN: np.ndarray, rows_B: np.ndarray, tree: DraftTree, last: int, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Runs some rows.
@@ -41,18 +44,22 @@ class ExitTree(ExitDrafter):
     path was, to its end.
 
     Args:
-        step: runs the drafting rung; see `TreeStep`.
+        steps: runs the drafting rung.
     """
 
-    def __init__(self, config: DecodeConfig, rows: int, step: TreeStep) -> None:
+    def __init__(self, config: DecodeConfig, rows: int, steps: TreeSteps) -> None:
         super().__init__(config, rows)
         self.width = config.draft_width
         self.most = config.tree_tokens
         with np.errstate(divide="ignore"):
             self.least = np.log(np.float64(config.draft_threshold))
-        self.step = step
+        self.steps = steps
+        self._deepest_B = np.zeros(rows, dtype=np.int64)
+        """Depth of the latest draft of each row."""
 
     def propose(self, text: TextView, rows_B: np.ndarray) -> DraftTree:
+        if self.control is not None:
+            self.length_B = self.control.lengths(self.steps.cost())
         rows = len(rows_B)
         every_B1 = np.arange(rows)[:, None]
         tokens_BN = text.tokens_BN.copy()
@@ -63,11 +70,14 @@ class ExitTree(ExitDrafter):
         front_BC = np.zeros((rows, 1), dtype=np.int64)  # columns of the candidates that run next
         run_BC = front_BC  # their columns among those that run
         for step in range(int(steps_B.max())):
-            ids_BCK, log_p_BCK = self.step(tokens_BN, rows_B, run, front_BC.shape[1], self.width)
+            ids_BCK, log_p_BCK = self.steps.candidates(
+                tokens_BN, rows_B, run, front_BC.shape[1], self.width
+            )
             path_BCK = found.log_p_BC[every_B1, front_BC][..., None] + log_p_BCK
             path_BCK[(step >= steps_B) | ~rows_B] = -np.inf
             if step:
-                path_BCK[np.isin(found.tokens_BC[every_B1, front_BC], text.eos)] = -np.inf
+                ended_BC = (found.tokens_BC[every_B1, front_BC][..., None] == text.eos).any(-1)
+                path_BCK[ended_BC] = -np.inf
             path_BCK[path_BCK < self.least] = -np.inf
             new = found.add(ids_BCK, front_BC, path_BCK)
             best_BC = np.argsort(-path_BCK.reshape(rows, -1), axis=1, kind="stable")
@@ -78,10 +88,14 @@ class ExitTree(ExitDrafter):
             run, run_BC = _grown(run, found.tokens_BC[every_B1, front_BC], parent_BC)
             slots_BC = text.length_B[:, None] + run_BC - 1
             tokens_BN[every_B1, slots_BC] = found.tokens_BC[every_B1, front_BC]
-        return found.best(self.most)
+        best = found.best(self.most)
+        self._deepest_B = best.depth_BC.max(1)
+        return best
 
     def verified(self, accepted_B: np.ndarray, by_exit_B: np.ndarray, free_B: np.ndarray) -> None:
         self.follow(accepted_B >= self.length_B, by_exit_B)
+        if self.control is not None:
+            self.control.observe(accepted_B, np.where(by_exit_B > 0, self._deepest_B, 0))
 
 
 class _Candidates:
