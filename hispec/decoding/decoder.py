@@ -82,7 +82,8 @@ class Decode:
         self.stopping = stopping_criteria or StoppingCriteriaList()
         self.stats = DecodeStats.of(self.ladder, rows, int(self.state.prompt_B.sum()))
         self.by_row = RowStats(self.ladder.depths, rows)
-        self.pace = Pace() if config.adaptive and len(config.ladder) <= 2 else None
+        watched = config.adaptive and len(config.ladder) <= 2
+        self.pace = Pace.of(model, config) if watched else None
         self.unread = list(range(rows))
         """Rows whose prompts no rung has read."""
 

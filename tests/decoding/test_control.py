@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +137,20 @@ def test_a_decode_settles_at_the_faster_kind_of_rounds(rows, drafting, plain):
     assert not all(drafted[1000:])  # so are rounds without
 
 
+def test_what_several_rows_cost_is_known_to_the_next_decode():
+    """Drafts for eight rows take three times as long as none and bring half as many tokens more."""
+    model = tiny_model("llama", exits=(2,))
+    config = DecodeConfig([2, 6], adaptive=True)
+    kinds = (12, 3.0), (8, 1.0)
+    first = sum(paced(Pace.of(model, config), 64, 8, *kinds))
+    again = replace(config, seed=7, max_new_tokens=9)
+    assert sum(paced(Pace.of(model, again), 64, 8, *kinds)) < first
+    for other in (replace(config, draft_length=3), replace(config, drafter="lookup+exit")):
+        assert sum(paced(Pace.of(model, other), 64, 8, *kinds)) == first
+    alone = ((1, 1.3), (1, 1.0))
+    assert len({sum(paced(Pace.of(model, config), 64, 1, *alone)) for _ in range(2)}) == 1
+
+
 def test_drafts_that_are_right_now_and_then_go_on():
     """Seven rounds of ten bring no token more than one without drafts, and often one after the
     other; in texts of 64 rounds the pauses after them cost a tenth before."""
@@ -172,10 +187,10 @@ def test_the_first_round_of_another_kind_does_not_count_with_several_rows():
     pace = Pace()
     for _ in range(40):
         drafts = pace.drafts(4)
-        slow = pace._widths[4].drafted is not drafts
+        slow = pace._of(4).drafted is not drafts
         pace.observe(4, 50.0 if slow else 1.0, 2 if drafts else 1, drafts)
-    assert pace._widths[4].plain.rate == pytest.approx(1.0)
-    assert pace._widths[4].drafting.rate == pytest.approx(2.0)
+    assert pace._of(4).plain.rate == pytest.approx(1.0)
+    assert pace._of(4).drafting.rate == pytest.approx(2.0)
 
 
 def test_a_round_in_which_a_graph_is_planned_does_not_count_with_one_row():
@@ -186,7 +201,7 @@ def test_a_round_in_which_a_graph_is_planned_does_not_count_with_one_row():
         cold = number in (0, 1, 7)
         pace.observe(1, 100.0 if cold else 1.0, 2 if drafts else 1, drafts, cold)
         assert drafts or number == 2  # the one without that is timed
-    assert pace._widths[1].drafting.rate == pytest.approx(2.0)
+    assert pace._of(1).drafting.rate == pytest.approx(2.0)
 
 
 def test_decodes_of_more_rungs_are_left_alone():

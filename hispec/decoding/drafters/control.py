@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
+
+from hispec.config import DecodeConfig
+
+if TYPE_CHECKING:
+    from hispec.models.exit_model import ExitModel
 
 _START, _SEEN, _RATE = 0.4, 4, 0.06
 """Acceptance that is assumed at first, as if it came of so many observations, and the least weight
@@ -153,6 +160,10 @@ class _Width:
     """Rounds of the next pause."""
 
 
+_KNOWN: WeakKeyDictionary[ExitModel, dict[str, dict[int, _Width]]] = WeakKeyDictionary()
+"""What is known of decodes of several rows, by model and settings."""
+
+
 class Pace:
     """Chooses whether a decode drafts: as long as that brings more tokens per second than rounds
     without drafts do.
@@ -164,12 +175,26 @@ class Pace:
     doubles: a few rounds say little of drafts that are right now and then. It changes no text.
     """
 
-    def __init__(self) -> None:
-        self._widths: dict[int, _Width] = defaultdict(_Width)
+    def __init__(self, together: dict[int, _Width] | None = None) -> None:
+        self._alone = _Width()
+        self._together = defaultdict(_Width) if together is None else together
+
+    @classmethod
+    def of(cls, model: ExitModel, config: DecodeConfig) -> Pace:
+        """The pace of a new decode.
+
+        Of several rows it knows what earlier decodes of this model with these settings found, as
+        that is a matter of the machine first; what drafts are worth to a single text is not.
+        """
+        settings = repr(replace(config, seed=0, eos=(), max_new_tokens=1, max_time=None))
+        return cls(_KNOWN.setdefault(model, {}).setdefault(settings, defaultdict(_Width)))
+
+    def _of(self, rows: int) -> _Width:
+        return self._alone if rows == 1 else self._together[rows]
 
     def drafts(self, rows: int) -> bool:
         """Whether the next round should draft."""
-        known = self._widths[rows]
+        known = self._of(rows)
         if known.wait:
             known.wait -= 1
             if not known.wait:
@@ -195,7 +220,7 @@ class Pace:
             drafted: whether there were any draft tokens.
             cold: whether the engine planned a graph in it, see `Engine.cold_passes`.
         """
-        known = self._widths[rows]
+        known = self._of(rows)
         # With several rows a graph is planned wherever the number of draft tokens changes. That is
         # a cost of drafting, but for the first round of the other kind.
         counts = not cold if rows == 1 else drafted == known.drafted
