@@ -49,6 +49,10 @@ class Settings(PromptSource):
     draft_width: int = 1
     """Tokens that an exit drafts per step; above 1 its draft is a tree of `tree_tokens`."""
     tree_tokens: int = 15
+    join_drafts: bool = True
+    """Whether such a tree and a lookup become one; else the exit drafts where there is no lookup."""
+    adaptive: bool = False
+    """Whether an exit drafts by as many steps, up to `draft_length`, as pay."""
     buffer: int = 4
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
@@ -103,6 +107,8 @@ def main(words: Sequence[str]) -> int:
             draft_length=settings.draft_length,
             draft_width=settings.draft_width,
             tree_tokens=settings.tree_tokens,
+            join_drafts=settings.join_drafts,
+            adaptive=settings.adaptive,
             buffer=settings.buffer,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,

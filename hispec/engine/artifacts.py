@@ -1,7 +1,8 @@
 """Compiled graphs on disk: compiled once per model and machine, then loaded.
 
 A file holds the SHA-256 of a graph and the graph. Its name is the hash of everything that the
-content depends on, so what no longer fits has another name and is never read.
+content depends on, so what no longer fits has another name and is never read. Files that nobody
+has read for 30 days are removed when a new one is written.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from hispec.utils.files import new_file
 _DIGEST = hashlib.sha256().digest_size
 _HEADER = 4096
 """Bytes before the content, so that it begins with a page of memory."""
+_KEPT = 30 * 24 * 3600
+"""Seconds that a file is kept after it was last read."""
 _SOURCES = [
     Path(__file__).with_name(f"{name}.py")
     for name in ("graph", "head_step", "lm_head", "openvino_graph", "tracing")
@@ -79,6 +84,8 @@ def read_artifact(path: Path) -> np.ndarray | None:
     if hashlib.sha256(graph.data).digest() != content[:_DIGEST].tobytes():
         warnings.warn(f"{path} is damaged; compiling anew", stacklevel=2)
         return None
+    with suppress(OSError):  # a folder that others fill
+        os.utime(path)
     return graph
 
 
@@ -90,3 +97,13 @@ def write_artifact(path: Path, content: bytes) -> None:
             file.write(content)
     except (OSError, ValueError) as error:
         warnings.warn(f"the compiled graph is not kept: {error}", stacklevel=2)
+    _remove_unread(path.parent)
+
+
+def _remove_unread(folder: Path) -> None:
+    """Remove what was last read or written `_KEPT` seconds ago or more."""
+    before = time.time() - _KEPT
+    for path in folder.glob("*.graph"):
+        with suppress(OSError):  # another process was faster, or it is somebody else's
+            if path.stat().st_mtime < before:
+                path.unlink()

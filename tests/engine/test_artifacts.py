@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 
 import pytest
 import torch
@@ -122,3 +124,15 @@ def test_a_file_is_its_hash_and_the_graph(tmp_path):
     assert content[4096:] == b"abc"
     assert read_artifact(tmp_path / "x.graph").tobytes() == b"abc"
     assert read_artifact(tmp_path / "y.graph") is None
+
+
+def test_files_that_nobody_reads_are_removed(cache):
+    """A month after they were last read, when another one is written; nothing but graphs."""
+    month = 31 * 24 * 3600
+    old, read, other = (cache / name for name in ("old.graph", "read.graph", "old.txt"))
+    for path in (old, read, other):
+        write_artifact(path, b"graph")
+        os.utime(path, (time.time() - month,) * 2)
+    assert read_artifact(read) is not None
+    write_artifact(cache / "new.graph", b"another")
+    assert sorted(path.name for path in cache.iterdir()) == ["new.graph", "old.txt", "read.graph"]

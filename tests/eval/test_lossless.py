@@ -23,6 +23,10 @@ def test_what_is_right_passes(ee, capsys):
     assert compare(capsys, f"checkpoint={ee}")[0] == 0
     code, line = compare(capsys, f"checkpoint={ee}", "repetition_penalty=1.4")
     assert (code, line["kinds"], line["differences"]) == (0, {}, [])
+    tree = ("draft_width=3", "tree_tokens=4", "join_drafts=false", "adaptive=true")
+    code, line = compare(capsys, f"checkpoint={ee}", 'drafters=["lookup+exit"]', *tree)
+    assert (code, line["differences"]) == (0, [])
+    assert line["settings"]["adaptive"]
 
 
 def test_a_decoder_that_believes_its_drafts_has_a_bug(ee, capsys, monkeypatch):
