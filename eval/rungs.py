@@ -205,9 +205,11 @@ def kind_of(setting: Setting) -> str:
     drafter = setting.get("drafter", "exit")
     if is_plain(setting):
         return "none"
+    tree = setting.get("draft_width", 1) > 1
     if drafter != "exit":
-        return drafter + (" in one tree" if setting.get("draft_width", 1) > 1 else "")
-    what = "tree" if setting.get("draft_width", 1) > 1 else "chain"
+        joined = " in one tree" if setting.get("join_drafts", True) else " tree"
+        return drafter + (joined if tree and "exit" in drafter else "")
+    what = "tree" if tree else "chain"
     return f"{what} from depth 0" if not setting["ladder"][0] else f"exit {what}"
 
 

@@ -40,6 +40,7 @@ def test_kinds_of_drafters():
     assert kind_of({"ladder": [2, 6], "drafter": "exit", "draft_width": 2}) == "exit tree"
     joined = {"ladder": [2, 6], "drafter": "lookup+exit", "draft_width": 2}
     assert kind_of(joined) == "lookup+exit in one tree"
+    assert kind_of({**joined, "join_drafts": False}) == "lookup+exit tree"
 
 
 @pytest.mark.parametrize("rows", [1, 3])
