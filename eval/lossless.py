@@ -50,7 +50,7 @@ class Settings(PromptSource):
     """Tokens that an exit drafts per step; above 1 its draft is a tree of `tree_tokens`."""
     tree_tokens: int = 15
     join_drafts: bool = True
-    """Whether such a tree and a lookup become one; else the exit drafts where there is no lookup."""
+    """Whether such a tree and a lookup become one; else the exit drafts where no lookup does."""
     adaptive: bool = False
     """Whether an exit drafts by as many steps, up to `draft_length`, as pay."""
     buffer: int = 4
