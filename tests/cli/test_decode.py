@@ -117,8 +117,9 @@ def test_int8_weights_are_the_users_choice(ee, hispec_command):
         assert said in done.stderr
 
 
-def test_the_backend_is_the_users_choice(ee, hispec_command):
+def test_the_backend_is_the_users_choice(ee, hispec_command, tmp_path, monkeypatch):
     """Tiny models are not compiled unless asked for; the text is the same."""
+    monkeypatch.setenv("HISPEC_CACHE", str(tmp_path / "graphs"))  # no other test has compiled it
     words = ("generate", ee, PROMPT, "--ladder", "2,4,6", "--max-new-tokens", "12", "--stats")
     texts = []
     for backend, shown in (("auto", "eager"), ("eager", "eager"), ("openvino", "openvino")):

@@ -132,6 +132,7 @@ def test_files_that_nobody_reads_are_removed(cache):
     old, read, other = (cache / name for name in ("old.graph", "read.graph", "old.txt"))
     for path in (old, read, other):
         write_artifact(path, b"graph")
+    for path in (old, read, other):
         os.utime(path, (time.time() - month,) * 2)
     assert read_artifact(read) is not None
     write_artifact(cache / "new.graph", b"another")
