@@ -32,8 +32,8 @@ def default_setting(model: ExitModel) -> Setting:
 
 def drafts_trees(setting: Setting) -> bool:
     """Whether drafts may be trees, which verification `rejection` cannot verify."""
-    exit_trees = "exit" in setting.get("drafter", "") and setting.get("draft_width", 1) > 1
-    return exit_trees or "recycle" in setting.get("drafter", "")
+    drafter = setting.get("drafter", "exit")
+    return "recycle" in drafter or ("exit" in drafter and setting.get("draft_width", 1) > 1)
 
 
 def settings(exits: Sequence[int], full: int) -> list[Setting]:

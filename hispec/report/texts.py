@@ -14,6 +14,7 @@ from hispec.decoding.stats import DecodeStats, DraftStats
 from hispec.lm import EarlyExitLM
 from hispec.planner.heatmap import FREE
 from hispec.planner.plan_file import Machine, Setting, is_plain, shown
+from hispec.planner.search_space import drafts_trees
 from hispec.report.trace import columns, followed
 from hispec.utils.console import Progress
 
@@ -69,7 +70,7 @@ def decode(
         "ways": [
             {
                 "name": shown(way),
-                "tree": "recycle" in way.get("drafter", "") or way.get("draft_width", 1) > 1,
+                "tree": drafts_trees(way),
                 "levels": _levels(way),
                 "tasks": [_row(task or "all", way, found) for task, found in by_task.items()],
                 "all": _row("all tasks", way, [s for found in by_task.values() for s in found]),

@@ -15,7 +15,7 @@ from hispec.engine.openvino_engine import OpenVinoEngine
 from hispec.lm import EarlyExitLM
 from hispec.models.exit_model import ExitModel
 from hispec.planner.planner import Planner
-from hispec.planner.search_space import default_setting
+from hispec.planner.search_space import default_setting, drafts_trees
 
 HEADS = {
     "eagle3": Exit(0, head="eagle3"),
@@ -166,6 +166,11 @@ def test_without_a_plan_a_compiled_head_drafts_greedy_texts():
     DecodeConfig(**chosen).validate(6)
     lookup = {"ladder": [6], "drafter": "lookup", "lookup_length": 3}
     assert lm.choose(None, {"temperature": 0.7})[0] == {**lookup, "temperature": 0.7}
+    assert drafts_trees(chosen)
+    assert drafts_trees(
+        {"ladder": [0, 6], "draft_width": 2}
+    )  # an exit drafts where nothing is named
+    assert not drafts_trees({"ladder": [0, 6], "draft_length": 3})
     rejection = {"verification": "rejection"}  # which verifies no trees
     assert lm.choose(None, rejection)[0] == {**lookup, **rejection}
     assert lm.choose("auto", {"drafter": "recycle"})[0] == {**lookup, "drafter": "recycle"}
