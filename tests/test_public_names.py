@@ -97,6 +97,7 @@ recipe=codellama-34b
 recipe=qwen3-0.6b
 recipe=qwen3-8b
 recipe=gemma3-270m
+recipe=qwen2.5-coder-1.5b
 recipe=smoke
 """.strip().splitlines()
 

@@ -1,6 +1,7 @@
 """Prompts of the tasks that people give a chat model, made of text that every machine has:
 `python train/task_prompts.py output=prompts.jsonl`.
 
+`tasks=[completion]` makes functions to be continued as they stand, for models of code.
 Passages are prose from the standard library's documentation and the descriptions of the packages
 installed here; functions are those of the standard library. `train/synthesize.py prompts=FILE` lets
 the target answer them. Prompt i depends on the seed, i and what is installed alone. The last line
@@ -30,12 +31,13 @@ from hispec.utils.console import Output
 from hispec.utils.files import new_file, output_path
 from hispec.utils.limits import Seed, at_most, ending_in, one_of
 from hispec.utils.schema import STRICT, validate
-from hispec.utils.settings import resolve
+from hispec.utils.settings import check, resolve
 
 _PROSE = re.compile(r"[A-Z][\w\s,;:'\"()/.!?%-]+[.!?]", re.ASCII)
 _WORDS = range(30, 160)
 """Words of a passage."""
 _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z])")
+COMPLETION = "completion"
 _LANGUAGES = "German", "French", "Spanish", "Italian"
 
 
@@ -82,12 +84,17 @@ def _code(found: Material, rng: random.Random) -> str:
     return f"{rng.choice(asked)}\n\n```python\n{rng.choice(found.functions)}\n```"
 
 
+def _completion(found: Material, rng: random.Random) -> str:
+    return f"{rng.choice(found.functions)}\n"
+
+
 TASKS: dict[str, Callable[[Material, random.Random], str]] = {
     "summarization": _summarization,
     "retrieval": _retrieval,
     "translation": _translation,
     "rewriting": _rewriting,
     "code": _code,
+    COMPLETION: _completion,
 }
 
 
@@ -101,8 +108,9 @@ class Settings:
     prompts: Annotated[int, Field(ge=1), at_most(10**6, "each one is generated from")] = 1000
     """Prompts that differ; all tasks get as many, up to one."""
     tasks: Annotated[list[Annotated[str, one_of(*TASKS)]], Field(min_length=1)] = field(
-        default_factory=lambda: list(TASKS)
+        default_factory=lambda: [task for task in TASKS if task != COMPLETION]
     )
+    """Questions to a chat model, or `completion` alone: `synthesize.py` wants one kind a file."""
     seed: Seed = 0
 
 
@@ -135,7 +143,8 @@ def material() -> Material:
 def task_prompts(
     found: Material, tasks: Sequence[str], count: int, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows with `task` and `question`, the tasks in turn; no prompt twice.
+    """Rows with `task` and `question`, or `prompt` for completions, the tasks in turn; no prompt
+    twice.
 
     Raises:
         ValueError: there is too little text for so many prompts.
@@ -152,7 +161,7 @@ def task_prompts(
                 )
             continue
         seen.add(question)
-        yield {"task": task, "question": question}
+        yield {"task": task, "prompt" if task == COMPLETION else "question": question}
 
 
 def _header(node: ast.FunctionDef) -> str:
@@ -182,6 +191,8 @@ def _passages(text: str) -> Iterator[str]:
 def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     validate(Settings, settings)
+    apart = COMPLETION not in settings.tasks or set(settings.tasks) == {COMPLETION}
+    check(apart, "tasks", settings.tasks, f"{COMPLETION} alone, or none of it")
     output = output_path(Path(settings.output))
     rows = list(task_prompts(material(), settings.tasks, settings.prompts, settings.seed))
     with new_file(output) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """The layers and the LM head as OpenVINO graphs: the engine for CPUs.
 
-The trunk is cut where exits are, so any ladder runs the same graphs; states that heads read on the
-way are outputs. A piece is compiled up to four times. One graph is for up to four tokens of one
+The trunk is cut where exits are, so any ladder runs the same graphs, and every half gigabyte, so
+that a large model is compiled in little memory; states that heads read on the way are outputs. A piece is compiled up to four times. One graph is for up to four tokens of one
 row: OpenVINO's kernels take as long for four as for one, and twice as long for five
 (docs/benchmarks.md), so plain decoding and short drafts run it, padded to four. One is for up to
 eight, in two products of four per layer. One is for any number of rows and tokens. When sizes
@@ -36,6 +36,8 @@ from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import additive_mask
 from hispec.utils.console import Progress
 
+_LARGEST = 512 << 20
+"""Bytes of weights in a piece: to trace it takes six times as much memory."""
 _MOST = 32
 """States that it turns into logits; the LM head reads more as fast (docs/benchmarks.md)."""
 _PROMPT_BLOCK = 16
@@ -282,13 +284,21 @@ class OpenVinoEngine:
         return self._lm_heads[head]
 
     def _cut(self, layers: Layers) -> list[Layers]:
-        """Layers of the trunk cut where exits are; the blocks of a head stay together."""
+        """Layers of the trunk cut where exits are, and between these into parts of one size at most
+        `_LARGEST`; the blocks of a head stay together."""
         first = layer_index(layers[0][0])
         if first >= self.model.num_layers:
             return [layers]
+        size = sum(weight.nbytes for weight in layers[0][0].parameters())
+        most = max(1, _LARGEST // max(1, size))
         cuts = [depth - first for depth in self.model.exits.depths]
         ends = [cut for cut in cuts if 0 < cut < len(layers)]
-        return [layers[a:b] for a, b in pairwise([0, *ends, len(layers)])]
+        found = []
+        for a, b in pairwise([0, *ends, len(layers)]):
+            parts = -(-(b - a) // most)
+            bounds = [a + (b - a) * part // parts for part in range(parts + 1)]
+            found += [layers[start:end] for start, end in pairwise(bounds)]
+        return found
 
     def _pieces_of(self, layers: Layers) -> list[Piece]:
         """What runs these layers, one after the other."""

@@ -15,7 +15,7 @@ from openvino import opset6, opset13
 from torch import nn
 
 from hispec.engine.artifacts import artifact_path, module_digest, read_artifact, write_artifact
-from hispec.engine.tracing import Tracing
+from hispec.engine.tracing import Tracing, forget_traces
 from hispec.utils.console import one_line
 from hispec.utils.threads import torch_threads
 
@@ -63,7 +63,9 @@ class Traced:
         if known is None:
             before()
             with torch_threads(threads), torch.inference_mode(), Tracing(module, example, join):
-                known = _marked(ov.convert_model(module, example_input=tuple(example)))
+                inputs = tuple(example)
+                known = _marked(ov.convert_model(module, example_input=inputs, share_weights=False))
+            forget_traces()
             try:
                 write_artifact(self.path, _packed(known))
             except (OSError, RuntimeError) as error:  # no room for temporary files

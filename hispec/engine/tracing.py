@@ -145,3 +145,15 @@ def exact_copy(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]
         if torch.equal((copy := weight.to(dtype)).float(), weight):
             return copy, None
     return None
+
+
+def forget_traces() -> None:
+    """Free what torch's tracer keeps of the modules traced so far, their weights among it.
+
+    It registers the type of each traced module for the life of the process, and the type holds the
+    constants. optimum-intel clears the same registry after each export. An OpenVINO model that
+    shares its weights with such a module cannot be used any more.
+    """
+    torch._C._jit_clear_class_registry()
+    torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+    torch.jit._state._clear_class_state()

@@ -11,6 +11,7 @@ import time
 import venv
 import zipfile
 from pathlib import Path
+from string import hexdigits
 
 import gguf
 import pytest
@@ -195,6 +196,15 @@ def test_unknown_names_are_refused(name: str, tmp_path: Path) -> None:
     assert repr(name) in str(caught.value)
     assert "smollm2-135m" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_registered_parts_are_named_alike_and_no_file_is_listed_twice() -> None:
+    for base in BASES.values():
+        digests = [wheel.sha256 for wheel in base.wheels] + [base.gguf_sha256]
+        assert len(set(digests)) == len(digests)
+        assert all(len(digest) == 64 and set(digest) <= set(hexdigits) for digest in digests)
+        assert len({wheel.member for wheel in base.wheels}) == len(base.wheels)
+        assert len({wheel.version for wheel in base.wheels}) == 1
 
 
 def test_base_path(tmp_path: Path) -> None:

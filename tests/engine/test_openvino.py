@@ -17,7 +17,7 @@ from hispec.config import DecodeConfig, Exit, ExitConfig
 from hispec.decoding.decoder import Decode
 from hispec.decoding.drafters.recycle import compact
 from hispec.decoding.ladder import Ladder
-from hispec.engine import lm_head
+from hispec.engine import lm_head, openvino_engine
 from hispec.engine.build import build_engine
 from hispec.engine.lm_head import LMHead
 from hispec.engine.openvino_engine import OpenVinoEngine
@@ -244,6 +244,41 @@ print((used() - before) / linear.weight.numel())
 """
 
 
+TRACES = """
+import re, pathlib, openvino as ov, torch
+from conftest import tiny_model
+from hispec.engine.openvino_graph import Traced
+
+def used():  # bytes of this process that no file backs
+    rollup = pathlib.Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * int(re.search(r"^Anonymous: +([0-9]+) kB", rollup, re.MULTILINE).group(1))
+
+config = tiny_model("llama").hf.config
+layers = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)))
+layers.bfloat16().requires_grad_(False)
+states, core, after = torch.randn(1, 2048), ov.Core(), []
+for trace in range(4):
+    layers[0].weight.mul_(1.5)
+    Traced(core, layers, config, [states], threads=1)
+    after.append(used())
+print((after[-1] - after[0]) / 3 / sum(weight.numel() for weight in layers.parameters()))
+"""
+
+
+def test_what_was_traced_is_not_kept(tmp_path):
+    """torch registers every traced module, its weights among it, for the life of the process."""
+    more = {"HISPEC_CACHE": str(tmp_path), "PYTHONPATH": f"{ROOT}/tests"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRACES],
+        env={**os.environ, **more},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 5  # bytes per weight and trace; 14 where they are kept
+
+
 def test_kernels_read_weights_as_they_are_kept(tmp_path):
     """In 16 bits: OpenVINO does so in language models alone, and else makes float32 of them."""
     each = []
@@ -291,6 +326,22 @@ def test_passes_that_plan_a_graph_are_counted_apart(prompts):
     run = Decode(model, prompts[:1], config)
     run.finish()
     assert run.stats.rungs[0].cold_passes == 0
+
+
+def test_stretches_are_cut_where_exits_are_and_into_parts_of_one_size(monkeypatch, prompts):
+    model = tiny_model("llama", exits=(1,))
+    model.engine = OpenVinoEngine(model)
+    whole = {str(setting): texts(model, prompts, setting) for setting in SETTINGS[:3]}
+    assert sorted(model.engine._pieces) == [(0, 0), (1, 5)]
+    layer = sum(weight.nbytes for weight in model.hf.model.layers[0].parameters())
+    monkeypatch.setattr(openvino_engine, "_LARGEST", 2 * layer)
+    model.engine = OpenVinoEngine(model)
+    assert {str(setting): texts(model, prompts, setting) for setting in SETTINGS[:3]} == whole
+    assert sorted(model.engine._pieces) == [(0, 0), (1, 1), (2, 3), (4, 5)]
+    monkeypatch.setattr(openvino_engine, "_LARGEST", layer // 2)
+    model.engine = OpenVinoEngine(model)
+    assert texts(model, prompts, SETTINGS[0]) == whole[str(SETTINGS[0])]
+    assert len(model.engine._pieces) == 6
 
 
 def test_changed_weights_are_compiled_anew(prompts):

@@ -20,7 +20,7 @@ from train.trunk import Trunk
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 NAMED = {"llama3-8b", "llama3.2-1b", "llama2-7b", "llama2-13b", "llama2-70b", "codellama-7b",
          "codellama-34b", "qwen3-0.6b", "qwen3-8b", "gemma3-270m", "smollm2-135m",
-         "smollm2-135m-ee", "smoke"}  # fmt: skip
+         "qwen2.5-coder-1.5b", "smollm2-135m-ee", "smoke"}  # fmt: skip
 
 
 def test_all_recipes_are_there():

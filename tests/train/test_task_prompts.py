@@ -37,7 +37,7 @@ def test_passages_are_prose_and_functions_are_code(found):
 def test_every_task_asks_about_the_material(found, task):
     rng = random.Random(1)
     question = TASKS[task](found, rng)
-    material = found.functions if task == "code" else found.passages
+    material = found.functions if task in ("code", "completion") else found.passages
     assert any(part[:20] in question for text in material for part in (text, *text.split(". ")))
 
 
@@ -57,7 +57,18 @@ def test_the_command_writes_prompts_that_synthesize_reads(tmp_path, capsys):
     assert output.read_bytes() != before
 
 
+def test_completions_are_functions_as_they_stand(found, tmp_path):
+    output = tmp_path / "prompts.jsonl"
+    assert task_prompts.main([f"output={output}", "prompts=9", "tasks=[completion]"]) == 0
+    prompts = list(read_prompts(output))
+    assert [p.task for p in prompts] == ["completion"] * 9
+    assert not any(p.messages for p in prompts)
+    assert {p.text.removesuffix("\n") for p in prompts} <= set(found.functions)
+
+
 def test_bad_settings_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"tasks=\['completion', 'code'\].*alone"):
+        task_prompts.main([f"output={tmp_path}/a.jsonl", "tasks=[completion,code]"])
     with pytest.raises(ValueError, match=r"tasks.*poetry.*one of"):
         task_prompts.main([f"output={tmp_path}/a.jsonl", "tasks=[poetry]"])
     with pytest.raises(ValueError, match="output"):
