@@ -43,8 +43,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         *(640, 2048, 18, 4, 1),
         **dict(model_type="gemma3_text", head_dim=256, vocab_size=262144, tie_word_embeddings=True),
     ),
-    "qwen2.5-coder-1.5b": _llama(
-        1536, 8960, 28, 12, 2, model_type="qwen2", vocab_size=151936
-    ),
+    "qwen2.5-coder-1.5b": _llama(1536, 8960, 28, 12, 2, model_type="qwen2", vocab_size=151936),
     "smollm2-135m": _llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True),
 }

@@ -151,9 +151,8 @@ def memory_note(found: Plan) -> str:
 def show_plan(recipe: Recipe) -> None:
     """Print the plan as a table and a few lines."""
     found = plan(recipe)
-    shown = Table(
-        title=f"{recipe.base}, exits {recipe.depths}, {recipe.head}, {recipe.trunk} trunk"
-    )
+    heads = " and ".join(dict.fromkeys(exit.head for exit in recipe.exit_config().exits))
+    shown = Table(title=f"{recipe.base}, exits {recipe.depths}, {heads}, {recipe.trunk} trunk")
     shown.add_column("peak memory per device")
     shown.add_column("1 device", justify="right")
     shown.add_column("8 devices", justify="right")

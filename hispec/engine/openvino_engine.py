@@ -1,13 +1,14 @@
 """The layers and the LM head as OpenVINO graphs: the engine for CPUs.
 
 The trunk is cut where exits are, so any ladder runs the same graphs, and every half gigabyte, so
-that a large model is compiled in little memory; states that heads read on the way are outputs. A piece is compiled up to four times. One graph is for up to four tokens of one
-row: OpenVINO's kernels take as long for four as for one, and twice as long for five
-(docs/benchmarks.md), so plain decoding and short drafts run it, padded to four. One is for up to
-eight, in two products of four per layer. One is for any number of rows and tokens. When sizes
-differ from those of the pass before, OpenVINO plans a graph anew, which takes 18 ms for 30 layers;
-so passes are padded to the size of the pass before if that is a little larger. One is for prompts,
-which a model in bf16 reads in bf16.
+that a large model is compiled in little memory; states that heads read on the way are outputs. A
+piece is compiled up to four times. One graph is for up to four tokens of one row: OpenVINO's
+kernels take as long for four as for one, and twice as long for five (docs/benchmarks.md), so plain
+decoding and short drafts run it, padded to four. One is for up to eight, in two products of four
+per layer. One is for any number of rows and tokens. When sizes differ from those of the pass
+before, OpenVINO plans a graph anew, which takes 18 ms for 30 layers; so passes are padded to the
+size of the pass before if that is a little larger. One is for prompts, which a model in bf16 reads
+in bf16.
 """
 
 from __future__ import annotations
