@@ -161,6 +161,7 @@ def task_prompts(
                 )
             continue
         seen.add(question)
+        misses = 0
         yield {"task": task, "prompt" if task == COMPLETION else "question": question}
 
 

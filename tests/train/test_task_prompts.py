@@ -64,6 +64,8 @@ def test_completions_are_functions_as_they_stand(found, tmp_path):
     assert [p.task for p in prompts] == ["completion"] * 9
     assert not any(p.messages for p in prompts)
     assert {p.text.removesuffix("\n") for p in prompts} <= set(found.functions)
+    most = len(found.functions) * 9 // 10  # in spite of many that are drawn again
+    assert len(list(task_prompts.task_prompts(found, ["completion"], most, 0))) == most
 
 
 def test_bad_settings_are_named(tmp_path):
