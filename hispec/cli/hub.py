@@ -7,13 +7,12 @@ from typing import Annotated
 
 import typer
 
+from hispec.base_models.registry import BASES
 from hispec.cli.options import out
 
 
 def fetch(
-    name: Annotated[
-        str, typer.Argument(help="smollm2-135m, gemma3-270m, qwen2.5-coder-1.5b, or a Hub id")
-    ],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(BASES)}, or a Hub id")],
     root: Annotated[Path, typer.Option(help="where base models are kept")] = Path(
         "checkpoints/base"
     ),

@@ -8,23 +8,27 @@ import sys
 
 from conftest import ROOT
 
-MEMORY = """
+SETUP = """
 import re, pathlib, sys, openvino as ov, torch
 from conftest import tiny_model
 from hispec.engine import openvino_graph
-
-if sys.argv[1] == "unmarked":
-    openvino_graph._marked = lambda model: model
 
 def used():  # bytes of this process that no file backs
     rollup = pathlib.Path("/proc/self/smaps_rollup").read_text()
     return 1024 * int(re.search(r"^Anonymous: +([0-9]+) kB", rollup, re.MULTILINE).group(1))
 
 config = tiny_model("llama").hf.config
+core = ov.Core()
+"""
+
+KERNELS = """
+if sys.argv[1] == "unmarked":
+    openvino_graph._marked = lambda model: model
+
 torch.manual_seed(0)
 linear = torch.nn.Linear(1024, 32768, bias=False)
 linear.weight.data = linear.weight.detach().bfloat16().float()
-states, out, core = torch.randn(1, 1024), torch.empty(1, 32768), ov.Core()
+states, out = torch.randn(1, 1024), torch.empty(1, 32768)
 before = used()
 graph = openvino_graph.Traced(core, linear, config, [states], threads=1).graph([[-1, 1024]])
 graph.set_input(0, states)
@@ -36,53 +40,39 @@ print((used() - before) / linear.weight.numel())
 
 
 TRACES = """
-import re, pathlib, openvino as ov, torch
-from conftest import tiny_model
-from hispec.engine.openvino_graph import Traced
-
-def used():  # bytes of this process that no file backs
-    rollup = pathlib.Path("/proc/self/smaps_rollup").read_text()
-    return 1024 * int(re.search(r"^Anonymous: +([0-9]+) kB", rollup, re.MULTILINE).group(1))
-
-config = tiny_model("llama").hf.config
 layers = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(4)))
 layers.bfloat16().requires_grad_(False)
-states, core, after = torch.randn(1, 2048), ov.Core(), []
+states, after = torch.randn(1, 2048), []
 for trace in range(4):
     layers[0].weight.mul_(1.5)
-    Traced(core, layers, config, [states], threads=1)
+    openvino_graph.Traced(core, layers, config, [states], threads=1)
     after.append(used())
 print((after[-1] - after[0]) / 3 / sum(weight.numel() for weight in layers.parameters()))
 """
 
 
-def test_what_was_traced_is_not_kept(tmp_path):
-    """torch registers every traced module, its weights among it, for the life of the process."""
-    more = {"HISPEC_CACHE": str(tmp_path), "PYTHONPATH": f"{ROOT}/tests"}
+def bytes_per_weight(code, cache, *words):
+    """What a process of its own prints that runs `code`."""
+    more = {"HISPEC_CACHE": str(cache), "PYTHONPATH": f"{ROOT}/tests"}
     done = subprocess.run(
-        [sys.executable, "-c", TRACES],
+        [sys.executable, "-c", SETUP + code, *words],
         env={**os.environ, **more},
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 5  # bytes per weight and trace; 14 where they are kept
+    return float(done.stdout)
+
+
+def test_what_was_traced_is_not_kept(tmp_path):
+    """torch registers every traced module, its weights among it, for the life of the process."""
+    assert bytes_per_weight(TRACES, tmp_path) < 5  # a trace; 14 where they are kept
 
 
 def test_kernels_read_weights_as_they_are_kept(tmp_path):
     """In 16 bits: OpenVINO does so in language models alone, and else makes float32 of them."""
-    each = []
-    for kind in ("marked", "marked", "unmarked"):  # compiled, loaded; and as a model of no kind
-        more = {"HISPEC_CACHE": str(tmp_path / kind), "PYTHONPATH": f"{ROOT}/tests"}
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, kind],
-            env={**os.environ, **more},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        each.append(float(done.stdout))
+    kinds = "marked", "marked", "unmarked"  # compiled, loaded; and as a model of no kind
+    each = [bytes_per_weight(KERNELS, tmp_path / kind, kind) for kind in kinds]
     compiled, loaded, unmarked = each
     assert max(compiled, loaded) < unmarked - 1.5  # bytes per weight: 2 instead of 4
