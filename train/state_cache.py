@@ -238,9 +238,14 @@ class StateStore(Dataset[dict[str, Any]]):
             there = read_json(about)
             differing = [k for k, v in self.about.items() if there.get(k) != v]
             if differing:
+                rows = there.get("rows", len(self))
+                hint = (
+                    f" It has {rows} rows of text and this run reads {len(self)}: data, seed, "
+                    "max_rows, and where they need fewer rows steps and batch_size, decide which."
+                ) * (differing == ["text"] and rows != len(self))
                 raise ValueError(
                     f"states={str(self.folder)!r} holds the states of another model or text (it "
-                    f"differs in: {', '.join(differing)}); remove it or name another folder"
+                    f"differs in: {', '.join(differing)}); remove it or name another folder.{hint}"
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(
@@ -262,7 +267,7 @@ class StateStore(Dataset[dict[str, Any]]):
                 f"and {decimal(free)} are free; set a smaller max_rows or name another disk"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(about, self.about)
+        write_json(about, {**self.about, "rows": len(self)})
         return missing
 
     def _compute(

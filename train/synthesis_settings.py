@@ -71,6 +71,10 @@ class Settings:
     samples. In half precision passes of another shape round differently, and texts differ at
     near-ties with who decodes beside; so a run only continues with the batch size and the drafter
     that it began with, and samples made after the stop may still be others than without it."""
+    server: str | None = None
+    """A server of OpenAI's API that runs the target and generates in place of this process,
+    `batch_size` requests at a time, as `http://localhost:8000/v1`: vLLM, SGLang, `hispec serve`.
+    That it serves the same weights is not checked."""
     backend: Annotated[str, one_of(*BACKENDS)] = EAGER
     """What runs the passes, see `hispec.engine.build`. The modules are the default: with 64 rows in
     bf16 they made 220 tokens/s where graphs, which compute in float32, made 185."""
@@ -83,3 +87,7 @@ class Settings:
         """Raises ValueError naming the key, the value and what is allowed."""
         validate(Settings, self)
         check(self.shard < self.shards, "shard", self.shard, f"0 to {self.shards - 1}")
+        if self.server is not None:
+            here = "it is the server that decodes; leave it out, or server"
+            check(self.drafter == NO_DRAFTER, "drafter", self.drafter, here)
+            check(self.backend == EAGER, "backend", self.backend, here)

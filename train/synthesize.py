@@ -33,8 +33,10 @@ def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     settings.validate()
     output_path(Path(settings.output))
-    if find_spec("datasketch") is None:
-        raise ValueError("datasketch finds duplicates: pip install -e '.[synthesis]'")
+    needed = {"datasketch": "finds duplicates", "openai": "asks a server"}
+    for package in ["datasketch"] + ["openai"] * (settings.server is not None):
+        if find_spec(package) is None:
+            raise ValueError(f"{package} {needed[package]}: pip install -e '.[synthesis]'")
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     import torch  # after the settings are known to be good: slow to import
 
@@ -46,7 +48,12 @@ def main(words: Sequence[str]) -> int:
         torch.set_num_threads(settings.threads)
     quiet_transformers()
     out = Output()
-    lm = load(settings.base, dtype=dtype, device=device, backend=settings.backend)
+    if settings.server is None:
+        lm = load(settings.base, dtype=dtype, device=device, backend=settings.backend)
+    else:
+        from train.server_queue import without_weights
+
+        lm = without_weights(settings.base)
     prompts, indices = plan(settings, lm)
     target = find_target(settings.base)
     file = SampleFile(Path(settings.output), made_by(settings, lm, target))

@@ -32,7 +32,7 @@ _INVENTED = 1000  # samples, if no number and no prompts are given
 _TEMPLATE = 64  # tokens that a chat template is expected to add to the user's words, at most
 _NOT_OF_THE_TEXT = {  # settings that do not change the text of a sample
     *("base", "output", "samples", "prompts", "drafter", "batch_size", "backend", "dtype"),
-    *("device", "threads"),
+    *("device", "threads", "server"),
 }
 
 
@@ -80,6 +80,8 @@ def made_by(settings: Settings, lm: EarlyExitLM, target: dict[str, Any]) -> dict
     dtype = str(lm.model.hf.dtype).removeprefix("torch.")
     if dtype != "float32":  # the shape of a pass may decide a near-tie
         keys.update({key: getattr(settings, key) for key in ("batch_size", "drafter", "backend")})
+    if settings.server is not None:
+        keys["backend"] = "server"
     return {
         **keys,
         "prompts": sha256(Path(settings.prompts)) if settings.prompts else None,
@@ -106,6 +108,11 @@ class Synthesizer:
     ) -> None:
         self.lm, self.settings, self.prompts, self.file = lm, settings, prompts, file
         self.target = target
+        self.server = None
+        if settings.server is not None:
+            from train.server_queue import Server  # openai comes with an extra
+
+            self.server = Server(settings.server, lm)
         self.raw = prompts[0].raw(lm.tokenizer) if prompts else not lm.tokenizer.chat_template
         self.invents = not prompts and not self.raw
         drafter = settings.drafter if settings.drafter != NO_DRAFTER else "exit"
@@ -272,6 +279,8 @@ class Synthesizer:
         max_prompt: int = 0,
     ) -> Iterator[tuple[Sample, list[int]]]:
         """The target's continuation of each context."""
+        if self.server is not None:
+            return self.server.decode_queue(jobs, config, self.settings.batch_size, stop=stop)
         criteria = [StopStringCriteria(self.lm.tokenizer, [stop])] if stop else []
         return decode_queue(
             self.lm.model,

@@ -129,6 +129,7 @@ def test_a_run_that_was_stopped_computes_the_rest(tiny_base, texts, tmp_path, ca
         (dict(exits="[1,4]"), r"another model or text \(it differs in: depths\)"),
         (dict(seq_len=16), r"another model or text \(it differs in: text\)"),
         (dict(states_top_k=8), r"another model or text \(it differs in: top_k\)"),
+        (dict(steps=2), r"in: text\).* It has \d+ rows of text and this run reads \d+: data, seed"),
     ],
 )
 def test_states_of_something_else_are_refused(tiny_base, texts, tmp_path, changes, message):
