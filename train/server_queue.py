@@ -1,8 +1,8 @@
 """Decodes a queue of prompts on a server that runs the target: vLLM, SGLang or `hispec serve`.
 
-Servers with paged attention and fused kernels make text several times as fast as a process here
-(docs/benchmarks.md), and on machines of their own. They are asked through OpenAI's API, in token
-ids, so that the context is the one that the exits are trained on.
+Servers with paged attention make text about twice as fast as a process here (docs/benchmarks.md),
+and on machines of their own. They are asked through OpenAI's API, in token ids, so that the context
+is the one that the exits are trained on.
 """
 
 from __future__ import annotations

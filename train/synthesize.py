@@ -33,10 +33,12 @@ def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     settings.validate()
     output_path(Path(settings.output))
-    needed = {"datasketch": "finds duplicates", "openai": "asks a server"}
-    for package in ["datasketch"] + ["openai"] * (settings.server is not None):
+    needed = {"datasketch": "finds duplicates"}
+    if settings.server is not None:
+        needed["openai"] = "asks a server"
+    for package, use in needed.items():
         if find_spec(package) is None:
-            raise ValueError(f"{package} {needed[package]}: pip install -e '.[synthesis]'")
+            raise ValueError(f"{package} {use}: pip install -e '.[synthesis]'")
     device, dtype = parse_device(settings.device), parse_dtype(settings.dtype)
     import torch  # after the settings are known to be good: slow to import
 
