@@ -58,6 +58,14 @@ os.environ["HISPEC_CACHE"] = _GRAPHS.name
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def two_threads():
+    """As many as OpenVINO needs to read prompts in bf16."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 # Files that take minutes, the longest first: a worker that began one last would end alone.
 LONG = ("test_distributed", "test_properties", "test_real", "test_transfer", "test_kills",
         "test_planner")  # fmt: skip

@@ -36,9 +36,13 @@ def folder():
     return fetch("smollm2-135m", ROOT / "checkpoints" / "base")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_released_exits_change_no_text(folder, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "threads"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 2)]
+)
+def test_the_released_exits_change_no_text(folder, dtype, threads, request):
     """`generate`'s in float32; in bf16 that of plain decoding with the same arithmetic."""
+    if threads == 2:
+        request.getfixturevalue("two_threads")
     lm = hispec.load(RELEASED, dtype=dtype, device="cpu", backend="openvino")
     accepted = 0
     for text in PROMPTS:

@@ -123,7 +123,7 @@ HALF_EXITS = [
     ("family", "exits"),
     [*((family, HALF_EXITS[0]) for family in FAMILIES), *(("llama", e) for e in HALF_EXITS[1:])],
 )
-def test_weights_in_half_precision_lose_nothing(family, exits, prompts):
+def test_weights_in_half_precision_lose_nothing(family, exits, prompts, two_threads):
     """The prompt is read in bf16, all that follows in float32: every setting and any rows give
     the text of plain decoding."""
     dtype = torch.float16 if family == "phi3" else torch.bfloat16
