@@ -91,3 +91,5 @@ class Settings:
             here = "it is the server that decodes; leave it out, or server"
             check(self.drafter == NO_DRAFTER, "drafter", self.drafter, here)
             check(self.backend == EAGER, "backend", self.backend, here)
+            check(self.dtype == "auto", "dtype", self.dtype, here)
+            check(self.device is None, "device", self.device, here)
