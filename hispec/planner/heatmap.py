@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from hispec.planner.plan_file import Plan, Setting, is_plain, shown
 from hispec.utils.files import new_file
 
 NOTHING, FREE = "nothing", "free drafts"
+_LETTERS = 12
+"""Letters of the title to an inch of the figure's width."""
 
 
 def axes_of(plan: Plan) -> tuple[list[str], list[str]]:
@@ -72,9 +75,12 @@ def draw(plan: Plan, path: Path, title: str) -> None:
     axes.set(
         xlabel="verifies first",
         ylabel="drafts",
-        title=f"{title}\nplan: {shown(plan.setting)}, {plan.speedup:.2f}x measured",
     )
-    axes.title.set_fontsize(10)
+    said = title, f"plan: {shown(plan.setting)}, {plan.speedup:.2f}x measured"
+    wide = int(_LETTERS * figure.get_figwidth())
+    heading = "\n".join(fill(line, wide, break_on_hyphens=False) for line in said)
+    figure.suptitle(heading, fontsize=10)
+    figure.set_figheight(size[1] + 0.18 * len(heading.splitlines()))
     figure.colorbar(image, ax=axes, label="predicted tokens/s, plain = 1")
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

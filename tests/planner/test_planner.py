@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import HISPEC, ROOT, plan_of, tiny_model, tiny_tokenizer
+from matplotlib.image import imread
 
 import hispec
 from hispec.cli.planning import report
@@ -267,6 +268,11 @@ def test_the_picture_shows_the_best_of_each_pair(tmp_path):
     draw(plan, tmp_path / "plan.png", "a title")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.png"]
+    short = imread(tmp_path / "plan.png").shape
+    draw(plan, tmp_path / "plan.png", "a title of many words " * 20)  # goes over several lines
+    long = imread(tmp_path / "plan.png").shape
+    assert long[1] == short[1]
+    assert long[0] > short[0]
 
 
 def test_a_setting_without_an_exit_is_always_confirmed():
