@@ -57,7 +57,7 @@ class OpenVinoEngine:
         model: on the CPU, in float32 or half precision. Graphs of either compute in float32: a
             token has the same states up to float32's rounding in passes of any size, so texts do
             not depend on these. Prompts of a model in bf16 are read in bf16 where the
-            processor multiplies in it and PyTorch has more than one thread.
+            processor multiplies in it and there is more than one thread for them.
     """
 
     name = "openvino"
@@ -86,7 +86,9 @@ class OpenVinoEngine:
         self._core = ov.Core()
         native = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         # On one thread OpenVINO 2026.4 divides by zero where it fuses an MLP in bf16 for AMX.
-        half = native and self.threads > 1 and model.hf.dtype == torch.bfloat16
+        processors = self._core.get_property("CPU", "RANGE_FOR_STREAMS")[1]
+        several = min(self.threads, processors) > 1
+        half = native and several and model.hf.dtype == torch.bfloat16
         self.prompt_dtype = torch.bfloat16 if half else self.dtype
         self.cold_passes = 0
         self.say: Callable[[str], None] = logging.getLogger(__name__).warning
