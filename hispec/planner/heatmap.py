@@ -72,10 +72,7 @@ def draw(plan: Plan, path: Path, title: str) -> None:
             axes.text(column, row, f"{value:.2f}x", ha="center", va="center", color=colour)
     axes.set_xticks(range(len(columns)), [*columns[:-1], f"{columns[-1]}\n(full model)"])
     axes.set_yticks(range(len(rows)), rows)
-    axes.set(
-        xlabel="verifies first",
-        ylabel="drafts",
-    )
+    axes.set(xlabel="verifies first", ylabel="drafts")
     said = title, f"plan: {shown(plan.setting)}, {plan.speedup:.2f}x measured"
     wide = int(_LETTERS * figure.get_figwidth())
     heading = "\n".join(fill(line, wide, break_on_hyphens=False) for line in said)

@@ -25,7 +25,7 @@ def test_a_server_makes_the_text_that_is_made_here(spoken, tmp_path, capsys, tem
     kept = dict(near_duplicate=1.0, max_repetition=1.0)
     shared = dict(samples=16, batch_size=4, temperature=temperature, **kept)
     here, expected = made(capsys, base, tmp_path / "here.jsonl", **shared)
-    there, said = made(capsys, base, tmp_path / "there.jsonl", **shared, server=url, device=None)
+    there, said = made(capsys, base, tmp_path / "there.jsonl", **shared, server=url)
     assert [row["messages"] for row in there] == [row["messages"] for row in here]
     assert len(there) > (3 if temperature else 0)
     assert said["dropped"] == expected["dropped"]
@@ -38,9 +38,9 @@ def test_a_server_that_is_not_there_or_refuses_is_named(spoken, tmp_path, monkey
     monkeypatch.setattr(server_queue, "_RETRIES", 0)
     file = tmp_path / "chats.jsonl"
     with pytest.raises(ValueError, match=r"server='http://127\.0\.0\.1:9/v1' cannot be reached"):
-        main(words(base, file, server="http://127.0.0.1:9/v1", device=None))
+        main(words(base, file, server="http://127.0.0.1:9/v1"))
     for key, value in {"drafter": "lookup", "dtype": "float32", "device": "cpu"}.items():
-        changes = {"server": "http://127.0.0.1:9/v1", "device": None, key: value}
+        changes = {"server": "http://127.0.0.1:9/v1", key: value}
         with pytest.raises(ValueError, match=f"{key}='{value}' is not possible: it is the server"):
             main(words(base, file, **changes))
 
@@ -48,4 +48,4 @@ def test_a_server_that_is_not_there_or_refuses_is_named(spoken, tmp_path, monkey
 def test_what_a_server_refuses_is_said(spoken, tmp_path):
     base, url = spoken
     with pytest.raises(ValueError, match=r"answers 4\d\d: .*top_k"):
-        main(words(base, tmp_path / "chats.jsonl", server=url, device=None, top_k=5))
+        main(words(base, tmp_path / "chats.jsonl", server=url, top_k=5))

@@ -76,7 +76,7 @@ def talker(tmp_path_factory):
 def words(base, output, **changes) -> list[str]:
     chosen = {
         **{"base": base, "output": output, "samples": 24, "max_new_tokens": 40, "threads": 1},
-        **{"max_prompt_tokens": 40, "device": "cpu", **changes},
+        **{"max_prompt_tokens": 40, "device": None if "server" in changes else "cpu", **changes},
     }
     return [f"{key}={value}" for key, value in chosen.items() if value is not None]
 
