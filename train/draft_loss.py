@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from train.losses import StoredProbs
 
@@ -94,20 +94,38 @@ class DraftLoss:
         loss, agreement = _Chunks.apply(self, read, targets, normed_NH, rows_WH)
         return loss, agreement
 
-    def of(self, logits_NW: torch.Tensor, targets: DraftTargets) -> torch.Tensor:
-        """The loss of some tokens, summed.
+    @torch.no_grad()
+    def of(
+        self, logits_NW: torch.Tensor, targets: DraftTargets, count: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss of some of `count` tokens, its gradient [N, W] with respect to the logits, in
+        float32, and the share of the `count` whose argmax is the full model's.
 
         The forward KL is that to the full model's probabilities of draft words, up to their
         entropy; for the other divergences all other words are one outcome.
+
+        Autograd differentiates the few log-probabilities that the loss reads. What follows for the
+        logits is written by hand, as autograd would pass over all words once for each of them: with
+        g the gradients of the log-probabilities and q the probabilities, that of logit j is
+        g_j - q_j sum(g).
         """
         log_q_NW = logits_NW.float().log_softmax(-1)
-        loss = log_q_NW.new_zeros(())
-        if self.distill_weight:
-            log_q_NK = log_q_NW.gather(-1, targets.columns_NK)
-            loss = loss + self.distill_weight * self._divergence(log_q_NK, targets)
-        if self.ce_weight:
-            loss = loss + self.ce_weight * F.nll_loss(log_q_NW, targets.labels_N, reduction="sum")
-        return loss
+        labels_N1 = targets.labels_N.clamp_min(0)[:, None]
+        most_N = log_q_NW.amax(-1)  # an argmax on a CPU takes ten times as long
+        top_N1 = targets.top_N.clamp_min(0)[:, None]
+        right_N = (log_q_NW.gather(-1, top_N1)[:, 0] == most_N) & (targets.top_N >= 0)
+        with torch.enable_grad():
+            log_q_NK = log_q_NW.gather(-1, targets.columns_NK).requires_grad_()
+            log_q_N1 = log_q_NW.gather(-1, labels_N1).requires_grad_()
+            loss = self.distill_weight * self._divergence(log_q_NK, targets)
+            loss = loss - self.ce_weight * (log_q_N1[:, 0] * (targets.labels_N >= 0)).sum()
+            loss = loss / count
+            grad_NK, grad_N1 = torch.autograd.grad(loss, (log_q_NK, log_q_N1))
+        total_N1 = grad_NK.sum(-1, keepdim=True) + grad_N1
+        grad_NW = log_q_NW.exp_().mul_(-total_N1)
+        grad_NW.scatter_add_(-1, targets.columns_NK, grad_NK)
+        grad_NW.scatter_add_(-1, labels_N1, grad_N1)
+        return loss.detach(), grad_NW, (right_N & targets.taught_N).sum() / count
 
     def _divergence(self, log_q_NK: torch.Tensor, targets: DraftTargets) -> torch.Tensor:
         p_NK = targets.probs_NK
@@ -138,37 +156,44 @@ class _Chunks(torch.autograd.Function):
         rows_WH: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         trained = rows_WH.requires_grad
-        grad_NH = torch.empty_like(normed_NH)
-        grad_WH = torch.zeros_like(rows_WH) if trained else None
+        grad_NH = torch.zeros_like(normed_NH)
+        grad_WH: torch.Tensor | None = None
         loss = torch.zeros((), device=normed_NH.device)
         agreed = torch.zeros((), device=normed_NH.device)
         count = targets.taught_N.sum().clamp_min(1)
-        rows = rows_WH.detach().requires_grad_(trained)
+        rows = _as_multiplied(rows_WH.detach()).requires_grad_(trained)
         for start in range(0, len(normed_NH), settings.chunk):
             part = slice(start, start + settings.chunk)
-            own = targets.part(part)
             leaf = normed_NH[part].detach().requires_grad_()
             with torch.enable_grad():
                 logits_nW = read(leaf, rows)
-                part_loss = settings.of(logits_nW, own) / count
+            part_loss, grad_nW, right = settings.of(logits_nW.detach(), targets.part(part), count)
             wanted = (leaf, rows) if trained else (leaf,)
-            grads = torch.autograd.grad(part_loss, wanted)
+            grads = torch.autograd.grad(logits_nW, wanted, grad_nW.to(logits_nW.dtype))
             grad_NH[part] = grads[0]
-            if grad_WH is not None:
-                grad_WH += grads[1]
-            loss += part_loss.detach()
-            top_n = logits_nW.detach().max(-1).indices
-            agreed += ((top_n == own.top_N) & own.taught_N).sum() / count
-            del logits_nW, part_loss
+            if trained:
+                grad_WH = grads[1].to(rows_WH.dtype) if grad_WH is None else grad_WH.add_(grads[1])
+            loss += part_loss
+            agreed += right
+            del logits_nW, grad_nW
+        if trained and grad_WH is None:
+            grad_WH = torch.zeros_like(rows_WH)
         ctx.grads = grad_NH, grad_WH
         ctx.mark_non_differentiable(agreed)
         return loss, agreed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor, _: Any) -> tuple[Any, ...]:
         grad_NH, grad_WH = ctx.grads
         return (
             *(None, None, None),
-            grad_NH * grad_loss,
-            None if grad_WH is None else grad_WH * grad_loss,
+            grad_NH.mul_(grad_loss),
+            None if grad_WH is None else grad_WH.mul_(grad_loss),
         )
+
+
+def _as_multiplied(rows_WH: torch.Tensor) -> torch.Tensor:
+    """The rows in the dtype that autocast would convert them to, once for each chunk."""
+    kind = rows_WH.device.type
+    return rows_WH.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else rows_WH

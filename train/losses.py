@@ -59,11 +59,16 @@ def top_probs(read: Read, final_NH: torch.Tensor, count: int, chunk: int) -> Sto
         chunk: tokens whose logits are held at one time.
     """
     tokens, logs = [], []
-    for part_NH in final_NH.split(chunk):
-        logits_NV = read(part_NH).float()
-        top = logits_NV.topk(count)
+    scores_nV: torch.Tensor | None = None  # one buffer: new pages cost more than the sums
+    for part_nH in final_NH.split(chunk):
+        logits_nV = read(part_nH)
+        if scores_nV is None or len(scores_nV) != len(logits_nV):
+            scores_nV = torch.empty_like(logits_nV, dtype=torch.float32)
+        top = scores_nV.copy_(logits_nV).topk(count)
+        most_n1 = top.values[:, :1]
         tokens.append(top.indices)
-        logs.append(top.values - logits_NV.logsumexp(-1, keepdim=True))
+        sum_n1 = scores_nV.sub_(most_n1).exp_().sum(-1, keepdim=True)
+        logs.append(top.values - most_n1 - sum_n1.log())
     return StoredProbs(torch.cat(tokens), torch.cat(logs))
 
 

@@ -13,13 +13,14 @@ from train.recipe import Recipe
 def adamw_settings(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Keyword arguments of AdamW.
 
-    On CUDA it is fused: one kernel updates all parameters, which the default does with a dozen.
+    It is fused where PyTorch has such a kernel for floats: one pass over all parameters, which the
+    default makes with a dozen.
     """
     return {
         "lr": recipe.lr,
         "betas": (0.9, 0.95),
         "weight_decay": recipe.weight_decay,
-        "fused": device.type == "cuda",
+        "fused": device.type in ("cuda", "cpu"),
     }
 
 

@@ -266,9 +266,6 @@ class TrainingStep:
                 count = min(recipe.states_top_k, model.vocab_size)
                 final = top_probs(model.project, final, count, recipe.loss_chunk)
         targets = DraftTargets.of(final, labels_N, column_of_V)
-        loss_of = DraftLoss(
-            recipe.divergence, recipe.distill_weight, recipe.ce_weight, recipe.loss_chunk
-        )
         if lm_head is None:
             if self._draft_rows_WH is None:  # of a frozen trunk: the same in every step
                 self._draft_rows_WH = model.draft_head()
@@ -276,6 +273,9 @@ class TrainingStep:
         else:
             rows_WH = lm_head.weight
         assert rows_WH is not None
+        # As many logits at a time as `loss_chunk` tokens have over the whole vocabulary.
+        chunk = recipe.loss_chunk * (model.vocab_size // len(rows_WH))
+        loss_of = DraftLoss(recipe.divergence, recipe.distill_weight, recipe.ce_weight, chunk)
 
         def read(normed_NH: torch.Tensor, rows_WH: torch.Tensor) -> torch.Tensor:
             logits_NW = F.linear(normed_NH, rows_WH)

@@ -77,3 +77,47 @@ def test_a_top_token_that_is_no_draft_word_is_never_agreed_with():
 
 def test_without_a_draft_vocabulary_all_words_are_columns():
     assert columns(None, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_under_autocast_rows_are_multiplied_in_bf16_and_their_gradient_is_float32():
+    head, (hidden, *_), final, labels = problem()
+    targets = DraftTargets.of(stored_probs(head, final, KEPT), labels, columns(WORDS, V))
+    rows = head.weight[WORDS].detach().float().requires_grad_()
+    half = hidden.detach().bfloat16().requires_grad_()
+    dtypes = []
+
+    def read(normed_NH, rows_WH):
+        dtypes.append(rows_WH.dtype)
+        return torch.nn.functional.linear(normed_NH, rows_WH)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = DraftLoss("forward_kl", 1.0, 0.1, 4)(read, rows, half, targets)
+    loss.backward()
+    assert set(dtypes) == {torch.bfloat16}
+    assert rows.grad.dtype == torch.float32
+    exact_rows = rows.detach().bfloat16().float().requires_grad_()
+    exact = by_hand(
+        half.detach().float() @ exact_rows.T,
+        stored_probs(head, final, KEPT),
+        labels,
+        "forward_kl",
+        1.0,
+        0.1,
+    )
+    torch.testing.assert_close(loss.double(), exact.detach().double(), rtol=2e-2, atol=1e-2)
+    (gradient,) = torch.autograd.grad(exact, exact_rows)
+    torch.testing.assert_close(rows.grad, gradient, rtol=5e-2, atol=2e-2)
+
+
+def test_a_batch_in_which_nothing_is_taught_has_gradients_of_zero():
+    head, (hidden, *_), final, _ = problem()
+    nothing = torch.full((N,), -100)
+    targets = DraftTargets.of(stored_probs(head, final, KEPT), nothing, columns(WORDS, V))
+    rows = head.weight[WORDS].detach().clone().requires_grad_()
+    for part in (slice(0, N), slice(0, 0)):
+        loss, agreement = DraftLoss("tv", 1.0, 0.1, 4)(
+            torch.nn.functional.linear, rows, hidden[part], targets.part(part)
+        )
+        gradients = torch.autograd.grad(loss, (hidden, rows))
+        assert loss == agreement == 0
+        assert all(not gradient.any() for gradient in gradients)
