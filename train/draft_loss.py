@@ -196,4 +196,6 @@ class _Chunks(torch.autograd.Function):
 def _as_multiplied(rows_WH: torch.Tensor) -> torch.Tensor:
     """The rows in the dtype that autocast would convert them to, once for each chunk."""
     kind = rows_WH.device.type
-    return rows_WH.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else rows_WH
+    if not torch.is_autocast_enabled(kind):
+        return rows_WH
+    return rows_WH.to(torch.get_autocast_dtype(kind))

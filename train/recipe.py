@@ -161,9 +161,9 @@ class Recipe:
     """`none`: all exits in every step. `rotational`: one after another. `gradual`: from the deepest
     on, all of them from the middle of the training on."""
     loss_chunk: Annotated[int, Field(ge=1), at_most(2**17, _COSTS["chunk"])] = 128
-    """Tokens whose logits are in memory at one time; more where they are over draft words alone. On a
-    CPU 128 was 1.5x faster than 256 with a vocabulary of 49,152: the allocator returns larger
-    buffers to the system each time."""
+    """Tokens whose logits are in memory at one time; over draft words alone, more tokens with as
+    many logits. On a CPU 128 was 1.5x faster than 256 with a vocabulary of 49,152: the allocator
+    returns larger buffers to the system each time."""
     fused_loss: bool = False
     """Compute softmax, divergence and gradient in Liger's kernels, on a GPU (`pip install
     hispec[liger]`): they read the logits fewer times. For `forward_kl` and `tv`."""
