@@ -279,7 +279,7 @@ def test_the_base_is_hashed_once(tiny_base, texts, tmp_path, monkeypatch):
 
     hashed = []
     sha256 = files.sha256
-    for module in [m for m in sys.modules.values() if getattr(m, "sha256", None) is sha256]:
+    for module in [m for m in list(sys.modules.values()) if getattr(m, "sha256", None) is sha256]:
         monkeypatch.setattr(module, "sha256", lambda f, *a: (hashed.append(Path(f)), sha256(f))[1])
     words = settings(tiny_base, texts, tmp_path / "ee", steps=2, export_full="true")
     trainer = Trainer(load_recipe(words))
