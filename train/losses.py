@@ -89,7 +89,7 @@ class Teaching:
             stored = self.teachers.part(part)
             return Targets(self, labels_n, stored=stored, top_n=stored.tokens_NK[:, 0])
         probs_nV = self._mixture(read, part)
-        top_n = _top(probs_nV) if self.by_final and probs_nV is not None else None
+        top_n = argmax(probs_nV) if self.by_final and probs_nV is not None else None
         if probs_nV is not None and self.divergence == "forward_kl":
             self._fold_labels(probs_nV, labels_n)
         return Targets(self, labels_n, probs_nV, top_n=top_n)
@@ -152,9 +152,9 @@ class Targets:
             soft = divergence(teaching.divergence, log_q_nO, self.stored.outcomes(), labelled_n)
             return soft_weight * soft - hard_weight * (log_q_n * labelled_n).sum(), top_n
         if kernels:
-            return self._fused(logits_nV), _top(logits_nV)
+            return self._fused(logits_nV), argmax(logits_nV)
         logits_nV = logits_nV.float()
-        top_n = _top(logits_nV)
+        top_n = argmax(logits_nV)
         if self.probs_nV is not None and teaching.divergence == "forward_kl":
             return F.cross_entropy(logits_nV, self.probs_nV, reduction="sum"), top_n
         loss = torch.zeros((), device=logits_nV.device)
@@ -231,10 +231,10 @@ def _final_top(
     if isinstance(final, StoredProbs):
         return final.tokens_NK[part, 0]
     with torch.no_grad():
-        return _top(read(final[part]))
+        return argmax(read(final[part]))
 
 
-def _top(logits_NV: torch.Tensor) -> torch.Tensor:
+def argmax(logits_NV: torch.Tensor) -> torch.Tensor:
     """Argmax [N]; on a CPU several times faster than `Tensor.argmax`."""
     return top_candidates(logits_NV.detach(), 1)[:, 0]
 
