@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from hispec.base_models.local import LocalBase
 from hispec.base_models.model_folder import EXITS
+from hispec.checkpoint.exit_weights import read_exits
 from hispec.checkpoint.format import is_checkpoint, read_config
 from hispec.checkpoint.io import copy_checkpoint, save_checkpoint
 from hispec.models.exit_model import ExitModel
@@ -89,7 +89,6 @@ class BestCheckpoint:
         def write() -> dict[str, Any]:
             config = read_config(self.folder)
             if self.recipe.export_full and not config["base"]["included"]:
-                exits = load_file(self.folder / EXITS)
                 save_checkpoint(
                     output,
                     self.model,
@@ -97,7 +96,7 @@ class BestCheckpoint:
                     recipe=config["recipe"],
                     figures=config["figures"],
                     full=True,
-                    exits=_below(exits, "exits."),
+                    exits=read_exits(self.folder / EXITS),
                 )
             else:
                 copy_checkpoint(self.folder, output)
@@ -105,8 +104,3 @@ class BestCheckpoint:
             return figures
 
         return on_first(self.accelerator, write)
-
-
-def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries of a state dict that begin with a prefix, without it."""
-    return {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}

@@ -13,8 +13,32 @@ from hispec.models.exit_model import ExitModel
 from hispec.utils.console import few
 
 DRAFT_TOKENS = "draft_tokens"
+_EXITS = "exits."
+_LM_HEAD, _STORED_LM_HEAD = ".lm_head.", ".draft_head."
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _IDS = (torch.int32, torch.int64)
+
+
+def stored_name(name: str) -> str:
+    """The name in the file of a tensor of the exits' state dict.
+
+    An exit's LM head has another one there: vLLM takes any name in a folder that ends in
+    `lm_head.weight` as a sign that the model's LM head and embeddings are not tied.
+    """
+    return _EXITS + name.replace(_LM_HEAD, _STORED_LM_HEAD)
+
+
+def read_exits(file: Path) -> dict[str, torch.Tensor]:
+    """The exits' state dict in a file of any version.
+
+    Raises:
+        ValueError: no safetensors file.
+    """
+    return {
+        name.removeprefix(_EXITS).replace(_STORED_LM_HEAD, _LM_HEAD): tensor
+        for name, tensor in _read(file).items()
+        if name != DRAFT_TOKENS
+    }
 
 
 def load_exits(model: ExitModel, file: Path) -> None:
@@ -24,11 +48,10 @@ def load_exits(model: ExitModel, file: Path) -> None:
         ValueError: no safetensors file, names, shapes or types other than the model's, or weights
             that are not finite.
     """
-    try:
-        stored = load_file(file)
-    except SafetensorError as error:
-        raise not_safetensors(file, error) from error
-    expected = {f"exits.{name}": tensor for name, tensor in model.heads.state_dict().items()}
+    stored = _read(file)
+    own = model.heads.state_dict()
+    names = {stored_name(name): name for name in own}
+    expected = {stored_name(name): tensor for name, tensor in own.items()}
     if model.draft_tokens is not None:
         expected[DRAFT_TOKENS] = model.draft_tokens
     if stored.keys() != expected.keys():
@@ -52,7 +75,17 @@ def load_exits(model: ExitModel, file: Path) -> None:
         if tokens_W.diff(prepend=below, append=above).min() < 1:
             raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
         model.draft_tokens.copy_(tokens_W)
-    model.heads.load_state_dict({name.removeprefix("exits."): t for name, t in stored.items()})
+    model.heads.load_state_dict({names[name]: tensor for name, tensor in stored.items()})
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file by the names of today. Up to format 2 the LM head of an exit had the
+    name that it has in the state dict."""
+    try:
+        stored = load_file(file)
+    except SafetensorError as error:
+        raise not_safetensors(file, error) from error
+    return {name.replace(_LM_HEAD, _STORED_LM_HEAD): tensor for name, tensor in stored.items()}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -27,8 +27,8 @@ from hispec.utils.limits import one_of
 from hispec.utils.schema import STRICT, Schema, in_full, read_json, validate
 from hispec.utils.settings import check
 
-FORMAT_VERSION = 2
-OLD_VERSIONS = (1,)
+FORMAT_VERSION = 3
+OLD_VERSIONS = (1, 2)
 CONFIG, CARD, PULLED = "exit_config.json", "README.md", "pulled.json"
 GENERATE = "custom_generate/generate.py"
 """The code that `generate(custom_generate=FOLDER, trust_remote_code=True)` of transformers runs."""
@@ -68,7 +68,7 @@ class ExitsOf1(Schema):
 
 
 class _Format1(_Open):
-    """What format 2 describes otherwise."""
+    """What later formats describe otherwise."""
 
     exits: ExitsOf1
 
@@ -151,7 +151,7 @@ class Figures(_Open):
 class ExitConfigFile(_Open):
     """The content of `exit_config.json`."""
 
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     exits: list[_Exit]
     draft_vocab: int = 0
     model: Model
@@ -171,7 +171,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `exit_config.json` of a checkpoint, checked.
 
     Whatever the version of the file, which `format_version` tells, `exits` and `draft_vocab` are
-    those of format 2, and no field of an exit is left out.
+    those of format 3, and no field of an exit is left out.
 
     Raises:
         ValueError: not a checkpoint, not valid, or of another format version.

@@ -40,7 +40,7 @@ from hispec.base_models.model_folder import (
     write_index,
 )
 from hispec.checkpoint import custom_generate
-from hispec.checkpoint.exit_weights import DRAFT_TOKENS, load_exits
+from hispec.checkpoint.exit_weights import DRAFT_TOKENS, load_exits, stored_name
 from hispec.checkpoint.format import (
     CARD,
     CONFIG,
@@ -100,7 +100,7 @@ def save_checkpoint(
     dtype = base_dtype(base.folder)
     included = full or trunk is not None
     tensors = {
-        f"exits.{name}": tensor.detach().to("cpu", dtype).contiguous()
+        stored_name(name): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in (model.heads.state_dict() if exits is None else exits).items()
     }
     if model.draft_tokens is not None:

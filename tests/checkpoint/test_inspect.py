@@ -17,14 +17,14 @@ from hispec.export.exporter import export_as
 def test_a_checkpoint(ee, tiny_base):
     report = inspect(str(ee))
     assert report["kind"] == "ee-checkpoint"
-    assert report["format_version"] == 2
+    assert report["format_version"] == 3
     assert [(exit["depth"], exit["blocks"]) for exit in report["exits"]] == [(2, 1), (4, 1)]
     assert report["bytes"]["exits"] == (ee / "exits.safetensors").stat().st_size
     assert (report["loads"], report["problem"], report["plan"]) == (True, None, None)
     assert report["base"]["folder"] == str(tiny_base)
     text = "\n".join(lines(report))
     for part in (
-        "an EE checkpoint, format 2",
+        "an EE checkpoint, format 3",
         "model: llama, 6 layers",
         "exits: 2, 4 (block, 1 block(s) each)",
         f"base: {tiny_base}, at {tiny_base}; license: unknown",
@@ -49,9 +49,9 @@ def test_what_hinders_loading_is_said(ee, tiny_base, tmp_path):
     absent = inspect(str(tmp_path / "ee"))
     assert absent["base"]["folder"] is None
     assert "to get it: hispec fetch somebody/something" in absent["problem"]
-    config["format_version"] = 3
+    config["format_version"] = 4
     (tmp_path / "ee" / "exit_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"format_version=3 cannot be read.*upgrade hispec"):
+    with pytest.raises(ValueError, match=r"format_version=4 cannot be read.*upgrade hispec"):
         inspect(str(tmp_path / "ee"))
 
 
@@ -162,7 +162,7 @@ def test_anything_else_gets_a_clear_message(files, message, tmp_path):
 def test_the_command(ee, tmp_path):
     done = run(*HISPEC, "inspect", ee)
     assert done.returncode == 0, done.stderr
-    assert f"{ee}: an EE checkpoint, format 2" in done.stdout
+    assert f"{ee}: an EE checkpoint, format 3" in done.stdout
     machine = run(*HISPEC, "inspect", ee, "--json")
     assert json.loads(machine.stdout.splitlines()[-1]) == inspect(str(ee))
     wrong = run(*HISPEC, "inspect", tmp_path)

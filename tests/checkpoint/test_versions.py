@@ -1,4 +1,5 @@
-"""Checkpoints of format 1 are read like those of format 2, which also has exits that differ."""
+"""Checkpoints of formats 1 and 2 are read like those of format 3. Up to format 1 all exits are alike;
+in format 2 the LM head of an exit has another name."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import disturbed
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hispec.base_models.local import find_base, load_base
 from hispec.checkpoint import io as checkpoint
@@ -19,6 +20,7 @@ from hispec.export.exporter import export
 from hispec.hub import contents
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import of_token_before
+from hispec.utils.files import sha256
 
 TOKENS = torch.tensor([[5, 9, 44, 7, 200, 31]])
 ALIKE = {"previous": (True, 0), "draft-vocab": (False, 40), "both": (True, 40)}
@@ -115,7 +117,7 @@ def test_format_1_is_described(alike):
     assert f"exits: 2, 4 ({heads})" in text
 
 
-def test_format_1_is_copied_as_it_is_and_written_anew_as_format_2(alike, tiny_base, tmp_path):
+def test_format_1_is_copied_as_it_is_and_written_anew_as_format_3(alike, tiny_base, tmp_path):
     model, folder = alike
     checkpoint.copy_checkpoint(folder, tmp_path / "copy")
     for name in ("exit_config.json", "exits.safetensors"):
@@ -123,17 +125,17 @@ def test_format_1_is_copied_as_it_is_and_written_anew_as_format_2(alike, tiny_ba
     contents.verify(tmp_path / "copy")
     assert_same_logits(checkpoint.load_checkpoint(tmp_path / "copy")[0], model)
     loaded, _ = checkpoint.load_checkpoint(folder)
-    checkpoint.save_checkpoint(tmp_path / "two", loaded, find_base(str(tiny_base)))
-    assert version_of(tmp_path / "two") == 2
-    assert_same_logits(checkpoint.load_checkpoint(tmp_path / "two")[0], model)
+    checkpoint.save_checkpoint(tmp_path / "three", loaded, find_base(str(tiny_base)))
+    assert version_of(tmp_path / "three") == 3
+    assert_same_logits(checkpoint.load_checkpoint(tmp_path / "three")[0], model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("alike", [ALIKE["both"]], indirect=True, ids=["both"])
-def test_format_1_is_exported_as_format_2(alike, tmp_path):
+def test_format_1_is_exported_as_format_3(alike, tmp_path):
     model, folder = alike
     export(folder, tmp_path / "full", full=True)
-    assert (version_of(tmp_path / "full"), version_of(folder)) == (2, 1)
+    assert (version_of(tmp_path / "full"), version_of(folder)) == (3, 1)
     assert_same_logits(checkpoint.load_checkpoint(tmp_path / "full")[0], model)
 
 
@@ -190,7 +192,7 @@ PUBLISHED = {
         )
     ),
     "exits.0.norm.weight",
-    "exits.0.lm_head.weight",
+    "exits.0.draft_head.weight",
 }
 OTHERS = {
     *("exits.2.adapter.down.weight", "exits.2.adapter.up.weight", "exits.2.norm.weight"),
@@ -225,7 +227,7 @@ def test_exits_that_differ_come_back_bit_for_bit(tiny_base, tmp_path, variant, f
     with safe_open(folder / "exits.safetensors", "pt") as tensors:
         names = {name for name in tensors.keys() if "exits.4.blocks" not in name}  # noqa: SIM118
     assert names == PUBLISHED | further | OTHERS
-    assert load_file(folder / "exits.safetensors")["exits.0.lm_head.weight"].shape == (40, 32)
+    assert load_file(folder / "exits.safetensors")["exits.0.draft_head.weight"].shape == (40, 32)
     assert "through an EAGLE-3 head or norms and low-rank" in (folder / "README.md").read_text()
     heads = "depth 0: eagle3; depth 2: adapter; depth 4: block, 1 block(s) each, reading the token"
     assert f"exits: 0, 2, 4 ({heads} before, drafting from 40" in "\n".join(
@@ -248,3 +250,23 @@ def test_depths_that_an_eagle3_head_reads_are_stored(tiny_base, tmp_path, aux_de
     checkpoint.save_checkpoint(tmp_path / "ee", model, base)
     stored = json.loads((tmp_path / "ee" / "exit_config.json").read_text())
     assert stored["exits"][0]["aux_depths"] == [2, 3, 3]
+
+
+def test_format_2_gives_the_same_logits(tiny_base, tmp_path):
+    """There an exit's LM head is named as vLLM expects that of the model."""
+    base, folder = find_base(str(tiny_base)), tmp_path / "two"
+    model = model_of(base, ExitConfig([Exit(0, "eagle3")], draft_vocab=40))
+    checkpoint.save_checkpoint(folder, model, base)
+    written = load_file(folder / "exits.safetensors")
+    assert not [name for name in written if name.endswith("lm_head.weight")]
+    written["exits.0.lm_head.weight"] = written.pop("exits.0.draft_head.weight")
+    save_file(written, folder / "exits.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "exit_config.json").read_text())
+    config |= {"format_version": 2}
+    config["files"]["exits.safetensors"] = sha256(folder / "exits.safetensors")
+    (folder / "exit_config.json").write_text(json.dumps(config))
+    loaded, _ = checkpoint.load_checkpoint(folder)
+    assert_same_logits(loaded, model)
+    checkpoint.save_checkpoint(tmp_path / "three", loaded, base)
+    assert version_of(tmp_path / "three") == 3
+    assert "exits.0.draft_head.weight" in load_file(tmp_path / "three" / "exits.safetensors")

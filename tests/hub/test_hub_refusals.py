@@ -84,9 +84,9 @@ def test_names_that_leave_the_folder_are_not_followed(worker, server, made):
         (lambda f: (f / "x.safetensors").write_bytes(b""), "does not name x.safetensors"),
         (
             lambda f: (f / "exit_config.json").write_bytes(
-                edit((f / "exit_config.json").read_bytes(), format_version=3)
+                edit((f / "exit_config.json").read_bytes(), format_version=4)
             ),
-            "format_version=3 cannot be read, this hispec reads 1, 2; upgrade hispec",
+            "format_version=4 cannot be read, this hispec reads 1, 2, 3; upgrade hispec",
         ),
         (
             lambda f: (f / "exit_config.json").write_bytes(
@@ -127,7 +127,7 @@ def test_a_base_that_nobody_has_is_not_pushed(worker, server, mine):
         (
             "exit_config.json",
             lambda data: edit(data, format_version=7),
-            "format_version=7 cannot be read, this hispec reads 1, 2; upgrade hispec",
+            "format_version=7 cannot be read, this hispec reads 1, 2, 3; upgrade hispec",
         ),
         ("exit_config.json", lambda data: None, "is no EE checkpoint: it has no exit_config.json"),
         ("exit_config.json", lambda data: b"<html>", "is not valid JSON"),

@@ -177,6 +177,7 @@ def decode_all(base, setting) -> tuple[str, list[Outcome]]:
         ("vllm", "full", dict(draft="draft"), "exit"),
         ("vllm", "base", dict(draft="eagle3"), "head"),
         ("vllm", "base", dict(draft="speculators"), "head"),
+        ("vllm", "released", dict(draft="eagle3"), "head"),
         ("vllm", "full", dict(lookup=True), "lookup"),
     ],
 )
