@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, history, run, tiny_hf, tiny_tokenizer
 from distributed_worker import first_gradients
 from killing import kill_when
+from safetensors import safe_open
 from test_trainer import exits_of, settings, write_chats
 
 from hispec.checkpoint import io as checkpoint
@@ -106,15 +107,18 @@ def saved_weights(config: str, state) -> set[str]:
 
         metadata = FileSystemReader(state / "pytorch_model_fsdp_0").read_metadata()
         return {name.removeprefix("model.") for name in metadata.state_dict_metadata}
+    if config == "ddp":
+        with safe_open(state / "model.safetensors", "pt") as tensors:
+            return set(tensors.keys())
     (file, *_) = sorted(state.rglob("*model_states.pt"))
     found = torch.load(file, weights_only=False)
     return {*found["module"], *(found.get("frozen_param_fragments") or {})}
 
 
-@pytest.mark.parametrize("config", ["fsdp", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", "fsdp", "zero3"])
 def test_two_processes_store_states_and_train_on_them_as_one(tiny_base, texts, tmp_path, config):
-    """The trunk is spread over both, so both run it for the one file that there is. It is frozen:
-    a saved state holds the exits alone, and a killed run goes on from it."""
+    """Where the trunk is spread over both, both run it for the one file that there is. It is
+    frozen: a saved state holds the exits alone, and a killed run goes on from it."""
     words = dict(steps=10, eval_every=5, save_every=2, max_rows=20, head_previous="true")
     words["draft_vocab"] = 100
     found = []
@@ -167,6 +171,7 @@ def test_two_processes_weigh_every_labelled_token_alike(tiny_base, tmp_path):
     The processes wait for each other as long as the recipe says."""
     chats = write_chats(tmp_path / "chats.jsonl")
     words = dict(text_column="messages", clip=1e9, timeout_minutes=7, eval_sequences=1)
+    words |= dict(draft_vocab=100, head_previous="true")
     alone = settings(tiny_base, chats, tmp_path / "alone", batch_size=8, **words)
     expected = first_gradients(Trainer(load_recipe(alone)))
     shared = settings(tiny_base, chats, tmp_path / "ee", batch_size=4, **words)
