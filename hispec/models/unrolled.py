@@ -4,16 +4,21 @@ A head that reads the token before gets the full model's states in the first dra
 its own from then on. Pass k over a text computes the k-th draft of the chains that begin k - 1
 tokens earlier, for all tokens at once: the training-time test of EAGLE-3 (2503.01840). A token of
 pass k attends to the keys of the first pass up to k - 1 tokens before it, and to those of its own
-chain after that, as in `Ladder`.
+chain after that, as in `Ladder`: one key of each later pass, so their scores are no matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
 
+from hispec.models.attention import attention_by
 from hispec.models.exit_model import ExitModel
 from hispec.models.layer_inputs import (
     LayerInputs,
@@ -22,6 +27,9 @@ from hispec.models.layer_inputs import (
     documents,
     of_token_before,
 )
+
+NAME = "hispec-unrolled"
+"""The attention function of the passes after the first, in a model's config."""
 
 
 def unrolled(
@@ -56,30 +64,76 @@ def unrolled(
             kind: _inputs(model, kind, hidden_BTH, positions_BT, number)
             for kind in dict.fromkeys(head.layer_types)
         }
-        out_BTH = model.run_head(
-            depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH, inputs=inputs, keys=keys
-        )
+        given = hidden_BTH, positions_BT, None, previous_BTH, inputs, keys
+        with attention_by(model.hf.config, NAME) if number else nullcontext():
+            out_BTH = model.run_head(depth, *given)
         normed_BTH = model.normed(depth, out_BTH)
         yield normed_BTH
         before_BTH = head.own(out_BTH, normed_BTH)
 
 
 class _Keys:
-    """The `past_key_values` of the passes: a layer sees its keys and values of all passes so
-    far, one pass after another."""
+    """The `past_key_values` of the passes: a layer sees the keys and values of all passes so far.
+
+    In the first pass they are tensors, as for any attention function; from then on lists of them,
+    for `_chain_attention`.
+    """
 
     def __init__(self) -> None:
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def update(
         self, keys_BATE: torch.Tensor, values_BATE: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        new = keys_BATE, values_BATE
-        if layer_idx in self._layers:
-            keys, values = self._layers[layer_idx]
-            new = torch.cat([keys, keys_BATE], dim=2), torch.cat([values, values_BATE], dim=2)
-        self._layers[layer_idx] = new
-        return new
+    ) -> tuple[Any, Any]:
+        keys, values = self._layers.setdefault(layer_idx, ([], []))
+        keys.append(keys_BATE)
+        values.append(values_BATE)
+        return (keys_BATE, values_BATE) if len(keys) == 1 else (keys, values)
+
+
+def _chain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: Sequence[torch.Tensor],
+    value: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention [B, T, A, E] to keys of the first pass and to one key of each later pass.
+
+    Args:
+        query: [B, A, T, E].
+        key, value: of each pass, [B, KV heads, T, E].
+        attention_mask: [B or 1, 1, T, T + later passes], see `_inputs`.
+    """
+    B, A, T, E = query.shape
+    heads = key[0].shape[1]
+    query_BGRTE = query.view(B, heads, A // heads, T, E)
+    mask = attention_mask[:, :, None]
+    first = query_BGRTE.flatten(2, 3) @ key[0].transpose(-1, -2)
+    scores = [first.view(B, heads, A // heads, T, T)]
+    later = range(1, len(key))
+    for path in later:
+        moved_BG1TE = _moved(key[path], len(key) - 1 - path)[:, :, None]
+        scores.append((query_BGRTE * moved_BG1TE.float()).sum(-1, keepdim=True))
+    weights = (torch.cat(scores, -1) * scaling + mask).softmax(-1, torch.float32)
+    weights = weights.to(query.dtype)
+    out = (weights[..., :T].flatten(2, 3) @ value[0]).view(B, heads, A // heads, T, E)
+    for path in later:
+        moved_BG1TE = _moved(value[path], len(key) - 1 - path)[:, :, None]
+        out = out + weights[..., T + path - 1, None] * moved_BG1TE
+    return out.view(B, A, T, E).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _chain_attention)
+
+
+def _moved(tensor_BGTE: torch.Tensor, tokens: int) -> torch.Tensor:
+    """What belongs to a token goes to the one that lies so many further on; 0 for the first."""
+    if not tokens:
+        return tensor_BGTE
+    return F.pad(tensor_BGTE[:, :, :-tokens], (0, 0, tokens, 0))
 
 
 def _inputs(
@@ -89,21 +143,34 @@ def _inputs(
     positions_BT: torch.Tensor | None,
     number: int,
 ) -> LayerInputs:
-    """Mask over the keys of all passes up to `number`, and rotary embeddings."""
+    """Mask [B or 1, 1, T, T + number] over the keys of the first pass and one of each later pass,
+    and rotary embeddings."""
     length, device = hidden_BTH.shape[1], hidden_BTH.device
     places_T = torch.arange(length, device=device)
-    back_TT = places_T[:, None] - places_T  # how far a key lies behind the token
-    chain = [back_TT == number - path for path in range(1, number + 1)]
-    seen_TS = torch.cat([back_TT >= number, *chain], dim=1)
-    seen = seen_TS[None]
-    if positions_BT is not None:
-        document_BT = documents(positions_BT)
-        same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-        seen = seen & same_BTT.repeat(1, 1, number + 1)
-    else:
+    # How far a key lies behind the token: in the first pass any, in each later one that of its own.
+    back_1T = torch.arange(number - 1, -1, -1, device=device)
+    behind_TS = torch.cat([places_T[:, None] - places_T, back_1T.expand(length, -1)], dim=1)
+    keys_TS = places_T[:, None] - behind_TS
+    seen = (keys_TS >= 0) & (behind_TS >= 0)
+    seen[:, :length] &= behind_TS[:, :length] >= number
+    seen = seen[None]
+    places_BTS = keys_TS.clamp_min(0).expand(
+        1 if positions_BT is None else len(positions_BT), -1, -1
+    )
+    if positions_BT is None:
         positions_BT = all_positions(hidden_BTH)
-    keys_BS = positions_BT.repeat(1, number + 1)
-    seen = model.reach(kind).limit(seen, positions_BT, keys_BS[:, None])
+    else:
+        document_BT = documents(positions_BT)
+        document_BTS = _at(document_BT, places_BTS)
+        seen = seen & (document_BT[:, :, None] == document_BTS)
+    keys_BTS = _at(positions_BT, places_BTS)
+    seen = model.reach(kind).limit(seen, positions_BT, keys_BTS)
     return LayerInputs(
         additive_mask(seen, hidden_BTH.dtype), model.rope(kind, hidden_BTH, positions_BT)
     )
+
+
+def _at(tokens_BT: torch.Tensor, places_BTS: torch.Tensor) -> torch.Tensor:
+    """What belongs to the tokens at some places, [B, T, S]."""
+    flat = tokens_BT.gather(1, places_BTS.flatten(1))
+    return flat.view(places_BTS.shape)
