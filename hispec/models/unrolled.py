@@ -108,21 +108,20 @@ def _chain_attention(
         attention_mask: [B or 1, 1, T, T + later passes], see `_inputs`.
     """
     B, A, T, E = query.shape
-    heads = key[0].shape[1]
-    query_BGRTE = query.view(B, heads, A // heads, T, E)
-    mask = attention_mask[:, :, None]
-    first = query_BGRTE.flatten(2, 3) @ key[0].transpose(-1, -2)
-    scores = [first.view(B, heads, A // heads, T, T)]
-    later = range(1, len(key))
-    for path in later:
-        moved_BG1TE = _moved(key[path], len(key) - 1 - path)[:, :, None]
-        scores.append((query_BGRTE * moved_BG1TE.float()).sum(-1, keepdim=True))
-    weights = (torch.cat(scores, -1) * scaling + mask).softmax(-1, torch.float32)
-    weights = weights.to(query.dtype)
-    out = (weights[..., :T].flatten(2, 3) @ value[0]).view(B, heads, A // heads, T, E)
-    for path in later:
-        moved_BG1TE = _moved(value[path], len(key) - 1 - path)[:, :, None]
-        out = out + weights[..., T + path - 1, None] * moved_BG1TE
+    heads, later = key[0].shape[1], len(key) - 1
+    query_BGRTE = (query * scaling).view(B, heads, A // heads, T, E)
+    room = (0, 0, 0, later)  # one column more for each later pass, filled below
+    scores = query_BGRTE.flatten(2, 3) @ F.pad(key[0], room).transpose(-1, -2)
+    scores_BGRTS = scores.view(B, heads, A // heads, T, T + later)
+    scores_BGRTS += attention_mask[:, :, None]
+    for path in range(later):
+        moved_BG1TE = _moved(key[path + 1], later - 1 - path)[:, :, None]
+        scores_BGRTS[..., T + path] += (query_BGRTE * moved_BG1TE.float()).sum(-1)
+    weights_BGRTS = scores_BGRTS.softmax(-1)
+    out = (weights_BGRTS.flatten(2, 3) @ F.pad(value[0], room)).view(query_BGRTE.shape)
+    for path in range(later):
+        moved_BG1TE = _moved(value[path + 1], later - 1 - path)[:, :, None]
+        out = out + weights_BGRTS[..., T + path, None] * moved_BG1TE
     return out.view(B, A, T, E).transpose(1, 2).contiguous(), None
 
 

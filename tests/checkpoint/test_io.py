@@ -128,7 +128,10 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4}, "format_version=4 cannot be read, this hispec reads 1, 2, 3; upgrade"),
+        (
+            {"format_version": 4},
+            "format_version=4 cannot be read, this hispec reads 1, 2, 3; upgrade",
+        ),
         ({"format_version": None}, "format_version=None cannot be read"),
         ({"base__id": "no-such-base"}, "unknown base model 'no-such-base'"),
         (
