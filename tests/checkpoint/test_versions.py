@@ -1,5 +1,5 @@
-"""Checkpoints of formats 1 and 2 are read like those of format 3. Up to format 1 all exits are alike;
-in format 2 the LM head of an exit has another name."""
+"""Checkpoints of formats 1 and 2 are read like those of format 3. Up to format 1 all exits are
+alike; in format 2 the LM head of an exit has another name."""
 
 from __future__ import annotations
 
