@@ -28,17 +28,18 @@ def stored_name(name: str) -> str:
     return _EXITS + name.replace(_LM_HEAD, _STORED_LM_HEAD)
 
 
+def _own_name(name: str) -> str:
+    """The inverse of `stored_name`."""
+    return name.removeprefix(_EXITS).replace(_STORED_LM_HEAD, _LM_HEAD)
+
+
 def read_exits(file: Path) -> dict[str, torch.Tensor]:
     """The exits' state dict in a file of any version.
 
     Raises:
         ValueError: no safetensors file.
     """
-    return {
-        name.removeprefix(_EXITS).replace(_STORED_LM_HEAD, _LM_HEAD): tensor
-        for name, tensor in _read(file).items()
-        if name != DRAFT_TOKENS
-    }
+    return {_own_name(name): tensor for name, tensor in _read(file).items() if name != DRAFT_TOKENS}
 
 
 def load_exits(model: ExitModel, file: Path) -> None:
@@ -49,9 +50,7 @@ def load_exits(model: ExitModel, file: Path) -> None:
             that are not finite.
     """
     stored = _read(file)
-    own = model.heads.state_dict()
-    names = {stored_name(name): name for name in own}
-    expected = {stored_name(name): tensor for name, tensor in own.items()}
+    expected = {stored_name(name): tensor for name, tensor in model.heads.state_dict().items()}
     if model.draft_tokens is not None:
         expected[DRAFT_TOKENS] = model.draft_tokens
     if stored.keys() != expected.keys():
@@ -75,7 +74,7 @@ def load_exits(model: ExitModel, file: Path) -> None:
         if tokens_W.diff(prepend=below, append=above).min() < 1:
             raise ValueError(f"{file}: {DRAFT_TOKENS} must be increasing ids of the vocabulary")
         model.draft_tokens.copy_(tokens_W)
-    model.heads.load_state_dict({names[name]: tensor for name, tensor in stored.items()})
+    model.heads.load_state_dict({_own_name(name): tensor for name, tensor in stored.items()})
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

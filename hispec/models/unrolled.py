@@ -64,9 +64,10 @@ def unrolled(
             kind: _inputs(model, kind, hidden_BTH, positions_BT, number)
             for kind in dict.fromkeys(head.layer_types)
         }
-        given = hidden_BTH, positions_BT, None, previous_BTH, inputs, keys
         with attention_by(model.hf.config, NAME) if number else nullcontext():
-            out_BTH = model.run_head(depth, *given)
+            out_BTH = model.run_head(
+                depth, hidden_BTH, positions_BT, previous_BTH=previous_BTH, inputs=inputs, keys=keys
+            )
         normed_BTH = model.normed(depth, out_BTH)
         yield normed_BTH
         before_BTH = head.own(out_BTH, normed_BTH)
@@ -146,30 +147,19 @@ def _inputs(
     and rotary embeddings."""
     length, device = hidden_BTH.shape[1], hidden_BTH.device
     places_T = torch.arange(length, device=device)
-    # How far a key lies behind the token: in the first pass any, in each later one that of its own.
-    back_1T = torch.arange(number - 1, -1, -1, device=device)
-    behind_TS = torch.cat([places_T[:, None] - places_T, back_1T.expand(length, -1)], dim=1)
-    keys_TS = places_T[:, None] - behind_TS
-    seen = (keys_TS >= 0) & (behind_TS >= 0)
-    seen[:, :length] &= behind_TS[:, :length] >= number
-    seen = seen[None]
-    places_BTS = keys_TS.clamp_min(0).expand(
-        1 if positions_BT is None else len(positions_BT), -1, -1
-    )
+    back_P = torch.arange(number - 1, -1, -1, device=device)  # to the key of each later pass
+    seen = (places_T[:, None] - places_T >= number)[None]
     if positions_BT is None:
         positions_BT = all_positions(hidden_BTH)
     else:
         document_BT = documents(positions_BT)
-        document_BTS = _at(document_BT, places_BTS)
-        seen = seen & (document_BT[:, :, None] == document_BTS)
-    keys_BTS = _at(positions_BT, places_BTS)
+        seen = seen & (document_BT[:, :, None] == document_BT[:, None, :])
+    # Positions count from the beginning of a document: one below 0 lies in another.
+    chain_BTP = positions_BT[..., None] - back_P
+    in_chain = (chain_BTP >= 0) & (places_T[:, None] >= back_P)
+    seen = torch.cat([seen.expand(len(positions_BT), -1, -1), in_chain], -1)
+    keys_BTS = torch.cat([positions_BT[:, None].expand(-1, length, -1), chain_BTP], -1)
     seen = model.reach(kind).limit(seen, positions_BT, keys_BTS)
     return LayerInputs(
         additive_mask(seen, hidden_BTH.dtype), model.rope(kind, hidden_BTH, positions_BT)
     )
-
-
-def _at(tokens_BT: torch.Tensor, places_BTS: torch.Tensor) -> torch.Tensor:
-    """What belongs to the tokens at some places, [B, T, S]."""
-    flat = tokens_BT.gather(1, places_BTS.flatten(1))
-    return flat.view(places_BTS.shape)
