@@ -57,25 +57,40 @@ demo: $(READY)
 
 # From nothing to the released exits: the model invents turns and answers them, answers prompts made of what
 # is installed, and, given GSM8K=FILE.jsonl (rows with `question`, the training split), these; then the head
-# is trained, and trained further on more of each kind. SERVER=URL names a server of the target that writes the
-# second text faster. Each command goes on where it was stopped. Hours: recipes/smollm2-135m-ee.yaml.
+# is trained, trained further on more of each kind, and further on tasks made of what the model wrote itself, in
+# longer rows. SERVER=URL names a server of the target that writes all but the first text faster. Each command
+# goes on where it was stopped. Hours: recipes/smollm2-135m-ee.yaml.
 TEXT := runs/release/text
 MORE := runs/release/mix
+OWN := runs/release/own
+ASKED := runs/release/asked
+ASK := $(BIN)/python train/task_prompts.py
 SYNTHESIZE := $(BIN)/python train/synthesize.py base=smollm2-135m temperature=0 max_repetition=0.6
 WRITE_MORE := $(SYNTHESIZE) batch_size=128 $(if $(SERVER),server=$(SERVER))
 TRAIN := $(BIN)/accelerate launch --config_file recipes/accelerate/single.yaml train/ee_finetune.py recipe=smollm2-135m-ee
 release-checkpoint: $(READY)
 	$(BIN)/hispec fetch smollm2-135m
-	$(BIN)/python train/task_prompts.py output=runs/release/prompts.jsonl prompts=3000
+	$(ASK) output=runs/release/prompts.jsonl prompts=3000
 	$(SYNTHESIZE) output=$(TEXT)/invented.jsonl samples=680 max_prompt_tokens=128 max_new_tokens=320
 	$(SYNTHESIZE) output=$(TEXT)/tasks.jsonl prompts=runs/release/prompts.jsonl samples=1150 max_prompt_tokens=320 max_new_tokens=256 batch_size=48
 	$(if $(GSM8K),$(SYNTHESIZE) output=$(TEXT)/gsm8k.jsonl prompts=$(GSM8K) samples=813 max_new_tokens=320)
 	$(TRAIN) output=runs/release/first
-	$(BIN)/python train/task_prompts.py output=runs/release/more-prompts.jsonl prompts=6000 seed=5
+	$(ASK) output=runs/release/more-prompts.jsonl prompts=6000 seed=5
 	$(WRITE_MORE) output=$(MORE)/invented.jsonl samples=3738 max_prompt_tokens=128 max_new_tokens=320 prompt_temperature=0.8 top_p=null seed=11
 	$(WRITE_MORE) output=$(MORE)/tasks.jsonl prompts=runs/release/more-prompts.jsonl samples=2300 max_prompt_tokens=320 max_new_tokens=256 seed=7
 	$(if $(GSM8K),$(WRITE_MORE) output=$(MORE)/gsm8k.jsonl prompts=$(GSM8K) samples=7473 shard=1 shards=10 max_new_tokens=320)
-	$(TRAIN) data=$(MORE) states=runs/release/mix-states states_top_k=32 max_rows=5200 exits_from=runs/release/first steps=2000 lr=5e-4 min_lr=0.04 output=$(RELEASED)
+	$(TRAIN) data=$(MORE) states=runs/release/mix-states states_top_k=32 max_rows=5200 exits_from=runs/release/first steps=2000 lr=5e-4 min_lr=0.04 output=runs/release/second
+	$(ASK) output=$(ASKED)/articles.jsonl prompts=3000 tasks=[article] text=[$(MORE)/invented.jsonl] seed=21
+	$(WRITE_MORE) output=$(OWN)/articles.jsonl prompts=$(ASKED)/articles.jsonl samples=1000 max_new_tokens=320
+	$(WRITE_MORE) output=$(OWN)/invented.jsonl samples=900 max_prompt_tokens=128 max_new_tokens=320 prompt_temperature=0.8 top_p=null seed=12
+	$(ASK) output=$(ASKED)/long.jsonl prompts=2000 tasks=[summarization,retrieval] text=[$(OWN)/articles.jsonl,$(OWN)/invented.jsonl,$(MORE)/invented.jsonl] most_passages=5 seed=22
+	$(WRITE_MORE) output=$(OWN)/long.jsonl prompts=$(ASKED)/long.jsonl samples=900 max_prompt_tokens=640 max_new_tokens=160
+	$(ASK) output=$(ASKED)/translation.jsonl prompts=2000 tasks=[translation] text=[$(OWN)/articles.jsonl,$(OWN)/invented.jsonl] seed=23
+	$(WRITE_MORE) output=$(OWN)/translation.jsonl prompts=$(ASKED)/translation.jsonl samples=800 max_new_tokens=96
+	$(ASK) output=$(ASKED)/back.jsonl prompts=700 tasks=[back_translation] text=[$(OWN)/translation.jsonl,$(MORE)/tasks.jsonl] seed=24
+	$(WRITE_MORE) output=$(OWN)/back.jsonl prompts=$(ASKED)/back.jsonl samples=700 max_new_tokens=96
+	$(if $(GSM8K),$(WRITE_MORE) output=$(OWN)/gsm8k.jsonl prompts=$(GSM8K) samples=7473 shard=2 shards=10 max_new_tokens=320)
+	$(TRAIN) data=$(OWN) states=runs/release/own-states states_top_k=32 seq_len=768 batch_size=3 max_rows=2200 exits_from=runs/release/second steps=1300 lr=5e-4 min_lr=0.04 output=$(RELEASED)
 
 # What a pass costs beside its bytes, where the time of a round goes, and every decoder side by side.
 bench: $(READY)

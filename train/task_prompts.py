@@ -3,9 +3,9 @@
 
 `tasks=[completion]` makes functions to be continued as they stand, for models of code.
 Passages are prose from the standard library's documentation and the descriptions of the packages
-installed here; functions are those of the standard library. `train/synthesize.py prompts=FILE` lets
-the target answer them. Prompt i depends on the seed, i and what is installed alone. The last line
-of the output is JSON.
+installed here or, with `text=[FILE]`, from the answers in files of `train/synthesize.py`; functions
+are those of the standard library. `train/synthesize.py prompts=FILE` lets the target answer the
+prompts. Prompt i depends on the seed, i and that text alone. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 from pydantic import Field
 
-from hispec.data.documents import stdlib_documents
+from hispec.data.documents import local_documents, stdlib_documents
 from hispec.utils.command_line import run_cleanly
 from hispec.utils.console import Output
 from hispec.utils.files import new_file, output_path
@@ -38,7 +38,10 @@ _WORDS = range(30, 160)
 """Words of a passage."""
 _SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z])")
 COMPLETION = "completion"
+BACK_TRANSLATION = "back_translation"
 _LANGUAGES = "German", "French", "Spanish", "Italian"
+_TO = "Translate English to {}: "
+_TRANSLATED = re.compile(_TO.format(f"({'|'.join(_LANGUAGES)})"))
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,23 @@ class Material:
     """What prompts are made of."""
 
     passages: Sequence[str]
-    functions: Sequence[str]
+    functions: Sequence[str] = ()
     """The header of a function and its docstring, as it stands in the source."""
+    translations: Sequence[tuple[str, str]] = ()
+    """Languages, and texts in them."""
+    most_passages: int = 2
+    """Passages of a prompt about more than one of them."""
 
 
 def _summarization(found: Material, rng: random.Random) -> str:
     start = rng.randrange(len(found.passages))
-    text = "\n".join(found.passages[start : start + rng.randint(1, 2)])
+    text = "\n".join(found.passages[start : start + rng.randint(1, found.most_passages)])
     asked = "Summarize:", "Summarize this text in two sentences:", "Give the main points of this:"
     return f"{rng.choice(asked)} {text}"
 
 
 def _retrieval(found: Material, rng: random.Random) -> str:
-    passages = rng.sample(found.passages, 2)
+    passages = rng.sample(found.passages, rng.randint(2, found.most_passages))
     about = max(re.findall(r"[A-Za-z]{5,}", rng.choice(passages)) or ["it"], key=len)
     asked = f"What does the text say about {about}?", f"According to the text, what is {about}?"
     return "\n\n".join([*passages, f"Question: {rng.choice(asked)}"])
@@ -66,7 +73,12 @@ def _retrieval(found: Material, rng: random.Random) -> str:
 
 def _translation(found: Material, rng: random.Random) -> str:
     sentence = rng.choice(_SENTENCE.split(rng.choice(found.passages)))
-    return f"Translate English to {rng.choice(_LANGUAGES)}: {sentence}"
+    return f"{_TO.format(rng.choice(_LANGUAGES))}{sentence}"
+
+
+def _back_translation(found: Material, rng: random.Random) -> str:
+    language, text = rng.choice(found.translations)
+    return f"Translate {language} to English: {text}"
 
 
 def _rewriting(found: Material, rng: random.Random) -> str:
@@ -77,6 +89,12 @@ def _rewriting(found: Material, rng: random.Random) -> str:
         "Explain this to a child:",
     )
     return f"{rng.choice(asked)} {rng.choice(found.passages)}"
+
+
+def _article(found: Material, rng: random.Random) -> str:
+    asked = "Write a news article about this:", "Write an encyclopedia entry about this:"
+    sentence = rng.choice(_SENTENCE.split(rng.choice(found.passages)))
+    return f"{rng.choice(asked)} {sentence}"
 
 
 def _code(found: Material, rng: random.Random) -> str:
@@ -94,8 +112,11 @@ TASKS: dict[str, Callable[[Material, random.Random], str]] = {
     "translation": _translation,
     "rewriting": _rewriting,
     "code": _code,
+    "article": _article,
+    BACK_TRANSLATION: _back_translation,
     COMPLETION: _completion,
 }
+DEFAULT = "summarization", "retrieval", "translation", "rewriting", "code"
 
 
 @dataclass
@@ -108,9 +129,14 @@ class Settings:
     prompts: Annotated[int, Field(ge=1), at_most(10**6, "each one is generated from")] = 1000
     """Prompts that differ; all tasks get as many, up to one."""
     tasks: Annotated[list[Annotated[str, one_of(*TASKS)]], Field(min_length=1)] = field(
-        default_factory=lambda: [task for task in TASKS if task != COMPLETION]
+        default_factory=lambda: list(DEFAULT)
     )
-    """Questions to a chat model, or `completion` alone: `synthesize.py` wants one kind a file."""
+    """Questions to a chat model, or `completion` alone: `synthesize.py` wants one kind a file.
+    `back_translation` takes answers to `translation` that are in `text` into English."""
+    text: Annotated[list[str], Field(min_length=1)] | None = None
+    """Files of `synthesize.py`: passages are paragraphs of the answers in them."""
+    most_passages: Annotated[int, Field(ge=2, le=16)] = 2
+    """Passages that a prompt of `summarization` and `retrieval` has at most."""
     seed: Seed = 0
 
 
@@ -138,6 +164,23 @@ def material() -> Material:
     texts += [str(described[name]) for name in sorted(described, key=str.lower)]
     passages = dict.fromkeys(part for text in texts for part in _passages(text))
     return Material(list(passages), list(dict.fromkeys(functions)))
+
+
+def material_of(files: Sequence[str]) -> Material:
+    """Passages and translations from the answers of chats, functions from the standard library.
+
+    Raises:
+        ValueError: a file cannot be read, or its rows have no `messages`.
+    """
+    passages: dict[str, None] = {}
+    translations = []
+    for document in (d for file in files for d in local_documents(Path(file), "messages")):
+        *before, answer = (message["content"] for message in document.chat)
+        if before and (asked := _TRANSLATED.match(before[-1])):
+            translations.append((asked[1], " ".join(answer.split())))
+        else:
+            passages.update(dict.fromkeys(_passages(answer)))
+    return Material(list(passages), material().functions, translations)
 
 
 def task_prompts(
@@ -189,13 +232,31 @@ def _passages(text: str) -> Iterator[str]:
             yield line
 
 
+def _possible(task: str, found: Material) -> bool:
+    """Whether there is something to ask about."""
+    if task == BACK_TRANSLATION:
+        return bool(found.translations)
+    return len(found.passages) >= found.most_passages
+
+
+def _lacks(task: str) -> str:
+    """What to say where there is nothing to ask about."""
+    if task == BACK_TRANSLATION:
+        return f"{task} needs answers to `translation` in text=[FILE.jsonl]"
+    return f"there are too few paragraphs of prose for {task}"
+
+
 def main(words: Sequence[str]) -> int:
     settings = resolve(Settings, overrides=words)
     validate(Settings, settings)
     apart = COMPLETION not in settings.tasks or set(settings.tasks) == {COMPLETION}
     check(apart, "tasks", settings.tasks, f"{COMPLETION} alone, or none of it")
     output = output_path(Path(settings.output))
-    rows = list(task_prompts(material(), settings.tasks, settings.prompts, settings.seed))
+    found = material() if settings.text is None else material_of(settings.text)
+    found = replace(found, most_passages=settings.most_passages)
+    for task in settings.tasks:
+        check(_possible(task, found), "tasks", settings.tasks, _lacks(task))
+    rows = list(task_prompts(found, settings.tasks, settings.prompts, settings.seed))
     with new_file(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     by_task = Counter(row["task"] for row in rows)

@@ -11,7 +11,7 @@ import pytest
 
 from hispec.data.prompts import read_prompts
 from train import task_prompts
-from train.task_prompts import TASKS, Material, material
+from train.task_prompts import BACK_TRANSLATION, TASKS, Material, material, material_of
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_passages_are_prose_and_functions_are_code(found):
         assert '"""' in function
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task for task in TASKS if task != BACK_TRANSLATION])
 def test_every_task_asks_about_the_material(found, task):
     rng = random.Random(1)
     question = TASKS[task](found, rng)
@@ -57,6 +57,52 @@ def test_the_command_writes_prompts_that_synthesize_reads(tmp_path, capsys):
     assert output.read_bytes() != before
 
 
+def chats(path: Path, *pairs: tuple[str, str]) -> Path:
+    """A file of answers, as `synthesize.py` writes it."""
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in pairs
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+PROSE = (
+    "The river {} rises in the hills, turns south, and meets the sea after a week of slow miles. "
+)
+
+
+def test_answers_are_the_text_of_further_prompts(tmp_path, capsys):
+    paragraphs = [PROSE.format(f"number {n}") * 2 for n in range(8)]
+    first = chats(tmp_path / "a.jsonl", ("Tell me.", "\n\n".join(paragraphs)))
+    second = chats(
+        tmp_path / "b.jsonl",
+        ("Translate English to German: The river is long.", "Der Fluss ist\nlang."),
+        ("Which river?", "Too short."),
+    )
+    found = material_of([str(first), str(second)])
+    assert list(found.passages) == [text.strip() for text in paragraphs]
+    assert found.translations == [("German", "Der Fluss ist lang.")]
+    assert found.functions
+
+    def written(*words: str) -> list[str]:
+        output = tmp_path / "prompts.jsonl"
+        words = (f"output={output}", f"text=[{first},{second}]", *words)
+        assert task_prompts.main(list(words)) == 0
+        capsys.readouterr()
+        return [p.messages[0]["content"] for p in read_prompts(output)]
+
+    assert written("tasks=[back_translation]", "prompts=1") == [
+        "Translate German to English: Der Fluss ist lang."
+    ]
+    articles = written("tasks=[article]", "prompts=9")
+    assert all("The river number" in text for text in articles)
+    long = written("tasks=[summarization,retrieval]", "prompts=40", "most_passages=5")
+    assert max(text.count("rises") for text in long) == 10  # every paragraph says it twice
+    assert min(text.count("rises") for text in long) == 2
+    assert max(text.count("rises") for text in written("tasks=[retrieval]", "prompts=20")) == 4
+
+
 def test_completions_are_functions_as_they_stand(found, tmp_path):
     output = tmp_path / "prompts.jsonl"
     assert task_prompts.main([f"output={output}", "prompts=9", "tasks=[completion]"]) == 0
@@ -68,13 +114,22 @@ def test_completions_are_functions_as_they_stand(found, tmp_path):
     assert len(list(task_prompts.task_prompts(found, ["completion"], most, 0))) == most
 
 
-def test_bad_settings_are_named(tmp_path):
+def test_bad_settings_are_named(tmp_path, tmp_path_factory):
     with pytest.raises(ValueError, match=r"tasks=\['completion', 'code'\].*alone"):
         task_prompts.main([f"output={tmp_path}/a.jsonl", "tasks=[completion,code]"])
     with pytest.raises(ValueError, match=r"tasks.*poetry.*one of"):
         task_prompts.main([f"output={tmp_path}/a.jsonl", "tasks=[poetry]"])
     with pytest.raises(ValueError, match="output"):
         task_prompts.main([f"output={tmp_path}/a.txt"])
+    with pytest.raises(ValueError, match=r"back_translation needs answers.*text=\[FILE.jsonl\]"):
+        task_prompts.main([f"output={tmp_path}/a.jsonl", "tasks=[back_translation]"])
+    with pytest.raises(ValueError, match=r"missing.jsonl"):
+        task_prompts.main([f"output={tmp_path}/a.jsonl", f"text=[{tmp_path}/missing.jsonl]"])
+    with pytest.raises(ValueError, match="most_passages"):
+        task_prompts.main([f"output={tmp_path}/a.jsonl", "most_passages=1"])
+    few = chats(tmp_path_factory.mktemp("text") / "few.jsonl", ("Which river?", "Too short."))
+    with pytest.raises(ValueError, match="too few paragraphs of prose for article"):
+        task_prompts.main([f"output={tmp_path}/a.jsonl", f"text=[{few}]", "tasks=[article]"])
     little = Material(["It is a short text."], [])
     with pytest.raises(ValueError, match=r"prompts=100 is not possible: .*gives \d+"):
         list(task_prompts.task_prompts(little, ["rewriting"], 100, 0))
