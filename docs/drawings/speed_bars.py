@@ -11,7 +11,7 @@ from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks.md"
 HEADING = "## Spec-Bench, every decoder in one run"
-CAPTION = "SmolLM2-135M, bf16, two CPU cores with AMX, 24 Spec-Bench prompts, exits trained for 2.3 hours"
+CAPTION = "SmolLM2-135M, bf16, two CPU cores with AMX, 24 Spec-Bench prompts, 2.3 hours of training"
 OTHERS = {
     "HF": ("transformers", "#9aa5b1"),
     "OpenVINO": ("OpenVINO GenAI", "#7d9f6b"),
