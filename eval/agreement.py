@@ -35,6 +35,8 @@ class Settings(TextSource):
     """Tokens of a row of text."""
     sequences: Sequences = 16
     """Rows of text."""
+    answers: bool = False
+    """Count only what the assistant of a chat wrote."""
     dtype: str = "auto"
     device: str | None = "cpu"
 
@@ -56,13 +58,16 @@ def main(words: Sequence[str]) -> None:
     )
 
     layers = lm.model.num_layers
-    trained = agreement(lm.model, rows, ladder_pairs(lm.model.exits.depths, layers))
+    pairs = ladder_pairs(lm.model.exits.depths, layers)
+    trained = agreement(lm.model, rows, pairs, answers=settings.answers)
     bare = ExitModel(lm.model.hf)
-    untrained = agreement(bare, rows, [(depth, layers) for depth in range(1, layers)])
+    every = [(depth, layers) for depth in range(1, layers)]
+    untrained = agreement(bare, rows, every, answers=settings.answers)
 
     out = Output()
     out.print(_table(trained, {m.shallow: m for m in untrained}))
-    text = f"{rows.tokens_RT.numel():,} tokens of held-out text ({name})"
+    of = "answers in held-out text" if settings.answers else "held-out text"
+    text = f"{trained[0].tokens:,} tokens of {of} ({name})"
     out.say(f"{text}, temperature 1")
     results: dict[str, Any] = {
         "settings": asdict(settings),

@@ -9,9 +9,10 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from hispec.data.packing import Rows
+from hispec.data.packing import Rows, next_tokens
 from hispec.models.exit_model import ExitModel
 from hispec.models.unrolled import unrolled
+from hispec.utils.settings import check
 
 CHUNK = 128  # tokens whose probabilities are in memory at one time, for two depths
 LONGEST_RUN = 8
@@ -37,7 +38,9 @@ class Agreement:
 
 
 @torch.no_grad()  # sharded weights cannot be gathered in inference mode
-def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) -> list[Agreement]:
+def agreement(
+    model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]], *, answers: bool = False
+) -> list[Agreement]:
     """Measure pairs (shallower depth, deeper depth) on rows of documents, each a text of its own.
 
     A depth with a trained head is read through it, any other through the final norm. The shallower
@@ -45,9 +48,20 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
     reads the token before gets the full model's states of it; in `runs` from the second token on
     its own, as in a decode.
 
+    Args:
+        answers: count only the drafts of tokens that count in the loss: in a chat those that the
+            assistant wrote, which are what a decode drafts.
+
     Returns:
         One `Agreement` per pair, in their order.
+
+    Raises:
+        ValueError: `answers`, and no token of the rows is one.
     """
+    counted_RT = torch.ones_like(rows.loss_mask_RT)
+    if answers:
+        counted_RT = next_tokens(rows.tokens_RT, rows.loss_mask_RT, rows.positions_RT) != -100
+        check(bool(counted_RT.any()), "answers", answers, "no token was written by an assistant")
     depths = sorted({depth for pair in pairs for depth in pair})
     drafts_of = {deep: [s for s, d in pairs if d == deep] for _, deep in pairs}
     acceptance = dict.fromkeys(pairs, 0.0)
@@ -69,39 +83,49 @@ def agreement(model: ExitModel, rows: Rows, pairs: Sequence[tuple[int, int]]) ->
                         right[pair][step][r, chunk] = (q_NV.max(-1).indices == top_N).cpu()
                         if step == 0:
                             both_NV = torch.minimum(p_NV, q_NV.softmax(-1))
-                            acceptance[pair] += both_NV.sum().item()
-    count = rows.tokens_RT.numel()
+                            counted_N = counted_RT[r, chunk].to(both_NV.device)
+                            acceptance[pair] += both_NV[counted_N].sum().item()
+    count = int(counted_RT.sum())
     return [
         Agreement(
             *pair,
-            top1=right[pair][0].float().mean().item(),
+            top1=right[pair][0][counted_RT].float().mean().item(),
             acceptance=min(acceptance[pair] / count, 1.0),  # sums of float32 may be a little above
             tokens=count,
-            runs=run_shares(right[pair], rows.positions_RT),
+            runs=run_shares(right[pair], rows.positions_RT, counted_RT),
         )
         for pair in pairs
     ]
 
 
-def run_shares(right: Sequence[torch.Tensor], positions_RT: torch.Tensor) -> list[float]:
+def run_shares(
+    right: Sequence[torch.Tensor],
+    positions_RT: torch.Tensor,
+    counted_RT: torch.Tensor | None = None,
+) -> list[float]:
     """Share of the positions at which a run of at least 1, 2, ... `LONGEST_RUN` right drafts
     begins.
 
     Only positions with `LONGEST_RUN` (or the length of the longest document, if that is shorter)
-    tokens left in their document count.
+    tokens left in their document count. Empty where there is none.
 
     Args:
         right: for the first draft of a chain, the second and so on, whether it is accepted where it
             is made, bool [R, T]; the last of them stands for all later ones too.
         positions_RT: positions of the tokens in their documents.
+        counted_RT: where a run may begin; default: anywhere.
     """
     longest = min(LONGEST_RUN, int(positions_RT.max()) + 1)
-    counted_RT = positions_RT[:, longest - 1 :] >= longest - 1
-    starts = counted_RT.shape[1]
+    begins_RT = positions_RT[:, longest - 1 :] >= longest - 1
+    starts = begins_RT.shape[1]
+    if counted_RT is not None:
+        begins_RT = begins_RT & counted_RT[:, :starts]
     drafts = [right[min(step, len(right) - 1)] for step in range(longest)]
     windows_ND = torch.stack(
-        [draft_RT[:, step : step + starts][counted_RT] for step, draft_RT in enumerate(drafts)], -1
+        [draft_RT[:, step : step + starts][begins_RT] for step, draft_RT in enumerate(drafts)], -1
     )
+    if not len(windows_ND):
+        return []
     return windows_ND.int().cumprod(-1).float().mean(0).tolist()
 
 

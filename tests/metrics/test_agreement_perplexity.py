@@ -51,6 +51,38 @@ def test_runs_stay_in_their_document():
     # four places in a row lie in one document only once, from place 3 on: right, wrong, ...
     assert run_shares([same], positions) == [1.0, 0.0, 0.0, 0.0]
     assert run_shares([same], torch.arange(8)[None]) == [1.0] * 4 + [0.0] * 4
+    last = positions == 2
+    assert run_shares([same], positions, ~last) == [1.0, 0.0, 0.0, 0.0]
+    assert run_shares([same], positions, last) == []
+
+
+def test_answers_alone(lm):
+    """Drafts of tokens that the assistant wrote: the token after each place, in its document."""
+    rows = random_rows()
+    tokens, positions = rows.tokens_RT, rows.positions_RT.clone()
+    positions[0] = torch.arange(positions.shape[1]) % 20  # documents of 20 tokens
+    written = torch.zeros_like(rows.loss_mask_RT)
+    written[:, 12:30] = True
+    rows = Rows(tokens, written, positions)
+    (found,) = agreement(lm.model, rows, [(2, 6)], answers=True)
+    expected, overlap = [], []
+    with torch.inference_mode():
+        for row in range(len(tokens)):
+            begins = [*range(0, tokens.shape[1], 20)] if row == 0 else [0]
+            for begin, end in zip(begins, [*begins[1:], tokens.shape[1]], strict=True):
+                out = lm.model.hf(tokens[row : row + 1, begin:end], output_hidden_states=True)
+                q = lm.model.read(2, out.hidden_states[2])[0].softmax(-1)
+                p = out.logits[0].softmax(-1)
+                for place in range(end - begin - 1):
+                    if 12 <= begin + place + 1 < 30:
+                        expected.append(bool(q[place].argmax() == p[place].argmax()))
+                        overlap.append(torch.minimum(p[place], q[place]).sum().item())
+    assert found.tokens == len(expected) == 17 + 18 * (len(tokens) - 1)
+    assert found.top1 == pytest.approx(sum(expected) / len(expected))
+    assert found.acceptance == pytest.approx(sum(overlap) / len(overlap), abs=1e-4)
+    nobody = Rows(tokens, torch.zeros_like(written), positions)
+    with pytest.raises(ValueError, match="answers=True is not possible"):
+        agreement(lm.model, nobody, [(2, 6)], answers=True)
 
 
 def test_agreement_by_hand(lm):
