@@ -116,7 +116,7 @@ TASKS: dict[str, Callable[[Material, random.Random], str]] = {
     BACK_TRANSLATION: _back_translation,
     COMPLETION: _completion,
 }
-DEFAULT = "summarization", "retrieval", "translation", "rewriting", "code"
+_DEFAULT = "summarization", "retrieval", "translation", "rewriting", "code"
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Settings:
     prompts: Annotated[int, Field(ge=1), at_most(10**6, "each one is generated from")] = 1000
     """Prompts that differ; all tasks get as many, up to one."""
     tasks: Annotated[list[Annotated[str, one_of(*TASKS)]], Field(min_length=1)] = field(
-        default_factory=lambda: list(DEFAULT)
+        default_factory=lambda: list(_DEFAULT)
     )
     """Questions to a chat model, or `completion` alone: `synthesize.py` wants one kind a file.
     `back_translation` takes answers to `translation` that are in `text` into English."""
@@ -236,6 +236,8 @@ def _possible(task: str, found: Material) -> bool:
     """Whether there is something to ask about."""
     if task == BACK_TRANSLATION:
         return bool(found.translations)
+    if task in ("code", COMPLETION):
+        return bool(found.functions)
     return len(found.passages) >= found.most_passages
 
 

@@ -130,6 +130,7 @@ def test_bad_settings_are_named(tmp_path, tmp_path_factory):
     few = chats(tmp_path_factory.mktemp("text") / "few.jsonl", ("Which river?", "Too short."))
     with pytest.raises(ValueError, match="too few paragraphs of prose for article"):
         task_prompts.main([f"output={tmp_path}/a.jsonl", f"text=[{few}]", "tasks=[article]"])
+    task_prompts.main([f"output={few}", f"text=[{few}]", "tasks=[completion]", "prompts=2"])
     little = Material(["It is a short text."], [])
     with pytest.raises(ValueError, match=r"prompts=100 is not possible: .*gives \d+"):
         list(task_prompts.task_prompts(little, ["rewriting"], 100, 0))
