@@ -49,7 +49,7 @@ class Material:
     """What prompts are made of."""
 
     passages: Sequence[str]
-    functions: Sequence[str] = ()
+    functions: Sequence[str]
     """The header of a function and its docstring, as it stands in the source."""
     translations: Sequence[tuple[str, str]] = ()
     """Languages, and texts in them."""
@@ -180,7 +180,7 @@ def material_of(files: Sequence[str]) -> Material:
             translations.append((asked[1], " ".join(answer.split())))
         else:
             passages.update(dict.fromkeys(_passages(answer)))
-    return Material(list(passages), material().functions, translations)
+    return replace(material(), passages=list(passages), translations=translations)
 
 
 def task_prompts(
@@ -232,20 +232,15 @@ def _passages(text: str) -> Iterator[str]:
             yield line
 
 
-def _possible(task: str, found: Material) -> bool:
-    """Whether there is something to ask about."""
-    if task == BACK_TRANSLATION:
-        return bool(found.translations)
-    if task in ("code", COMPLETION):
-        return bool(found.functions)
-    return len(found.passages) >= found.most_passages
-
-
-def _lacks(task: str) -> str:
-    """What to say where there is nothing to ask about."""
-    if task == BACK_TRANSLATION:
-        return f"{task} needs answers to `translation` in text=[FILE.jsonl]"
-    return f"there are too few paragraphs of prose for {task}"
+def _check_material(tasks: Sequence[str], found: Material) -> None:
+    """Raise ValueError where there is nothing that a task can ask about."""
+    for task in tasks:
+        if task == BACK_TRANSLATION:
+            wanted = "needs answers to `translation` in text=[FILE.jsonl]"
+            check(bool(found.translations), "tasks", tasks, f"{task} {wanted}")
+        elif task not in ("code", COMPLETION):
+            enough = len(found.passages) >= found.most_passages
+            check(enough, "tasks", tasks, f"there are too few paragraphs of prose for {task}")
 
 
 def main(words: Sequence[str]) -> int:
@@ -256,8 +251,7 @@ def main(words: Sequence[str]) -> int:
     output = output_path(Path(settings.output))
     found = material() if settings.text is None else material_of(settings.text)
     found = replace(found, most_passages=settings.most_passages)
-    for task in settings.tasks:
-        check(_possible(task, found), "tasks", settings.tasks, _lacks(task))
+    _check_material(settings.tasks, found)
     rows = list(task_prompts(found, settings.tasks, settings.prompts, settings.seed))
     with new_file(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

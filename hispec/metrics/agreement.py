@@ -82,9 +82,8 @@ def agreement(
                         q_NV = model.draft(pair[0], normed_1TH[0, chunk]).float()
                         right[pair][step][r, chunk] = (q_NV.max(-1).indices == top_N).cpu()
                         if step == 0:
-                            both_NV = torch.minimum(p_NV, q_NV.softmax(-1))
-                            counted_N = counted_RT[r, chunk].to(both_NV.device)
-                            acceptance[pair] += both_NV[counted_N].sum().item()
+                            both_N = torch.minimum(p_NV, q_NV.softmax(-1)).sum(-1).cpu()
+                            acceptance[pair] += both_N[counted_RT[r, chunk]].sum().item()
     count = int(counted_RT.sum())
     return [
         Agreement(
